@@ -1,0 +1,47 @@
+"""Make language models small and fast, and know what it cost.
+
+The public names load on first use (PEP 562), so that importing any part of the package pulls in
+only that part.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.core.errors import InputError
+    from compress.evaluate import evaluate_text
+    from compress.pipeline import run_recipe
+    from compress.quant.methods import METHODS
+    from compress.recipe import CalibrationConfig, Recipe, load_recipe
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "METHODS": "compress.quant.methods",
+    "CalibrationConfig": "compress.recipe",
+    "InputError": "compress.core.errors",
+    "Recipe": "compress.recipe",
+    "evaluate_text": "compress.evaluate",
+    "load_recipe": "compress.recipe",
+    "run_recipe": "compress.pipeline",
+}
+
+__all__ = [
+    "METHODS",
+    "CalibrationConfig",
+    "InputError",
+    "Recipe",
+    "evaluate_text",
+    "load_recipe",
+    "run_recipe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'compress' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,105 @@
+"""What stands beside the weights in an output folder.
+
+config.json     the original's, with the format's `quantization_config` and the stored dtype
+tokenizer       the original's files, byte for byte
+compress.json   recipe, versions, calibration fingerprint, error of each layer, sizes
+run.json        times and host: what may differ between two equal runs
+README.md       a model card
+"""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.core.blocks import BlockModel
+from compress.core.source import read_config
+
+# Files of a model folder that are neither weights nor written anew.
+CARRIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+def write_side_files(
+    folder: Path,
+    model: BlockModel,
+    dtype: torch.dtype,
+    config_entries: dict[str, Any],
+    report: dict[str, Any],
+    run_facts: dict[str, Any],
+) -> None:
+    """Write everything but the weights into an output folder (see the module's docstring)."""
+    config = read_config(model.source.folder) | config_entries
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", config)
+    for pattern in CARRIED:
+        for path in sorted(model.source.folder.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+    _write_json(folder / "compress.json", report)
+    _write_json(folder / "run.json", run_facts)
+    (folder / "README.md").write_text(model_card(model.source.ref, report), encoding="utf-8")
+
+
+def model_card(ref: str, report: dict[str, Any]) -> str:
+    """A Hugging Face model card that says what was done and what was left."""
+    recipe, sizes, layers = report["recipe"], report["sizes"], report["layers"]
+    stage = recipe["stages"][0]
+    quantized = [layer for layer in layers if layer["method"]]
+    left = Counter(layer["note"] for layer in layers if not layer["method"])
+    group = stage["group_size"] or "one scale a row"
+    grid = "symmetric" if stage["symmetric"] else "asymmetric"
+    is_hub_id = ref.count("/") == 1 and not ref.startswith((".", "/", "~"))
+    lines = [
+        "---",
+        "library_name: transformers",
+        *([f"base_model: {ref}"] if is_hub_id else []),
+        "pipeline_tag: text-generation",
+        f"tags: [compressed-tensors, {stage['method']}, {stage['bits']}-bit]",
+        "---",
+        "",
+        f"# {Path(ref).name}, {stage['method']} {stage['bits']}-bit",
+        "",
+        f"Made from `{ref}` with compress {report['versions']['compress-llm']}: "
+        f"`{stage['method']}`, {stage['bits']} bits, {grid}, group size {group}, in the "
+        "compressed-tensors `pack-quantized` format.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM  # pip install compressed-tensors",
+        f'model = AutoModelForCausalLM.from_pretrained("{recipe["out"]}")',
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| size | {sizes['bytes'] / 1e6:.1f} MB (original {sizes['original_bytes'] / 1e6:.1f} MB) |",
+        f"| quantized linears | {len(quantized)}, {sizes['quantized_weights']:,} weights of "
+        f"{sizes['parameters']:,} parameters |",
+        *(f"| {count} x | {note} |" for note, count in sorted(left.items())),
+        "",
+    ]
+    if report["calibration_sha256"]:
+        data = recipe["calibration"]
+        lines += [
+            f"Calibrated on {data['samples']} sequences of {data['seq_len']} tokens from "
+            f"`{Path(data['source']).name}` (seed {data['seed']}).",
+            "",
+        ]
+    lines += ["The error of each layer is in `compress.json`.", ""]
+    return "\n".join(lines)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")

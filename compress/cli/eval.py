@@ -1,0 +1,151 @@
+"""`compress eval`: perplexity, distance from the original model, and tasks."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from compress.cli.output import print_json
+from compress.evaluate import DTYPES, TextEvalConfig, evaluate_text
+from compress.tasks import DEFAULT_BATCH_SIZE, evaluate_tasks
+
+
+@click.command("eval")
+@click.argument("model")
+@click.option(
+    "--text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="UTF-8 text file for perplexity.",
+)
+@click.option(
+    "--seq-len", default=TextEvalConfig.seq_len, show_default=True, help="Tokens of one window."
+)
+@click.option(
+    "--windows",
+    default=TextEvalConfig.windows,
+    show_default=True,
+    help="Windows to score, from the start of the text.",
+)
+@click.option("--against", metavar="ORIGINAL", help="The model it was made from: compare the two.")
+@click.option("--tasks", help="lm-eval tasks, with commas between: arc_easy,piqa.")
+@click.option(
+    "--include-path",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with task files of your own.",
+)
+@click.option("--limit", type=int, help="Questions to ask of each task.  [default: all]")
+@click.option(
+    "--batch-size", default=DEFAULT_BATCH_SIZE, show_default=True, help="Batch size of the tasks."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default=TextEvalConfig.dtype,
+    show_default=True,
+    help="Precision of weights and activations.",
+)
+@click.option(
+    "--seed",
+    default=TextEvalConfig.seed,
+    show_default=True,
+    help="For the intervals, and for tasks that draw examples.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+def eval_command(
+    model: str,
+    text: Path | None,
+    seq_len: int,
+    windows: int,
+    against: str | None,
+    tasks: str | None,
+    include_path: Path | None,
+    limit: int | None,
+    batch_size: int,
+    dtype: str,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Measure MODEL: perplexity on a text, what it lost against ORIGINAL, accuracy on tasks.
+
+    MODEL and ORIGINAL are each a folder, a .gguf file, a Hugging Face id or an alias (smollm2).
+    Give --text, --tasks or both.  Intervals are 95 % bootstrap intervals over windows.
+
+    \b
+    Examples:
+      compress eval smollm2 --text wiki.txt
+      compress eval out/smollm2-awq --against smollm2 --text wiki.txt --json
+      compress eval out/smollm2-awq --tasks arc_easy,piqa --limit 200
+      compress eval smollm2 --tasks piqa_local --include-path benchmarks/tasks
+    """
+    if text is None and not tasks:
+        raise click.UsageError("nothing to measure; give --text FILE, --tasks NAMES or both")
+    if text is None and against is not None:
+        raise click.UsageError("--against compares two models on a text; give --text FILE too")
+    config = None
+    if text is not None:
+        config = TextEvalConfig(text, seq_len=seq_len, windows=windows, dtype=dtype, seed=seed)
+    from compress.core.source import resolve_model
+
+    result: dict[str, Any] = {"model": model}
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result alone
+        folder = resolve_model(model).folder
+        if config is not None:
+            original = None if against is None else resolve_model(against).folder
+            result |= {"against": against, "text_file": str(text)}
+            result["text"] = evaluate_text(folder, config, original)
+        if tasks:
+            names = [name.strip() for name in tasks.split(",") if name.strip()]
+            result |= evaluate_tasks(
+                folder, names, include_path, limit, batch_size=batch_size, seed=seed, dtype=dtype
+            )
+    if as_json:
+        print_json(result)
+        return
+    if "text" in result:
+        print_eval_table(result["text"])
+    if "tasks" in result:
+        print_tasks_table(result)
+
+
+def print_eval_table(result: dict[str, Any]) -> None:
+    """Print what `evaluate_text` returned as a table on standard output."""
+    labels = {
+        "perplexity": "perplexity",
+        "perplexity_original": "perplexity of the original",
+        "perplexity_ratio": "perplexity ratio",
+        "kl_mean": "KL from the original, mean (nats)",
+        "kl_p99": "KL from the original, 99th percentile",
+        "top1_agreement": "same most likely token",
+    }
+    sizes = f"{result['windows']} windows of {result['seq_len']} tokens, {result['dtype']}"
+    table = Table("", title=sizes, title_justify="left")
+    for column in ("value", "95 % interval"):
+        table.add_column(column, justify="right")
+    for key, label in labels.items():
+        if key in result:
+            bounds = [f"{bound:.5g}" for bound in result.get(f"{key}_interval", [])]
+            table.add_row(label, f"{result[key]:.5g}", " to ".join(bounds))
+    Console(highlight=False).print(table)
+
+
+def print_tasks_table(result: dict[str, Any]) -> None:
+    """Print what `evaluate_tasks` returned as a table on standard output."""
+    limit = result["limit"]
+    table = Table(caption=None if limit is None else f"the first {limit} questions of each task")
+    for column in ("task", "metric"):
+        table.add_column(column)
+    for column in ("value", "standard error", "questions"):
+        table.add_column(column, justify="right")
+    for task, metrics in result["tasks"].items():
+        for name, value in metrics.items():
+            if name == "samples" or "_stderr" in name or value is None:
+                continue
+            metric, comma, filter_name = name.partition(",")
+            error = metrics.get(f"{metric}_stderr{comma}{filter_name}")
+            shown = "" if error is None else f"{error:.4f}"
+            table.add_row(task, name, f"{value:.4f}", shown, str(metrics["samples"] or ""))
+    Console(highlight=False).print(table)

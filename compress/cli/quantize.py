@@ -1,0 +1,78 @@
+"""`compress quantize`: one method, from flags."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from compress.cli.output import print_report
+
+
+@click.command("quantize")
+@click.argument("model")
+@click.option("--method", required=True, help="awq or rtn.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Output folder.")
+@click.option("--bits", type=int, help="Bits a weight: 4 or 8.  [default: 4]")
+@click.option("--group-size", help="Columns that share a scale, or 'channel'.  [default: 128]")
+@click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points.  [default: symmetric]")
+@click.option("--clip/--no-clip", default=None, help="AWQ: search each group's range.  [default: clip]")
+@click.option("--ignore", multiple=True, help="Linear to leave in float: a name, its end, or re:REGEX. Repeatable.")
+@click.option("--calibration", help="self, a .txt/.jsonl/.parquet file, or a data set id[:config[:split]].  [default: self]")
+@click.option("--samples", type=int, help="Calibration sequences.  [default: 64]")
+@click.option("--seq-len", type=int, help="Tokens a sequence.  [default: 512]")
+@click.option("--seed", type=int, help="Seed of the calibration sample.  [default: 0]")
+@click.option("--dtype", help="Of what stays in float: auto, float32, bfloat16, float16.  [default: auto]")
+@click.option("--compute-dtype", help="Of calibration forwards: auto, float32, bfloat16, float16.  [default: auto]")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+def quantize_command(
+    model: str,
+    method: str,
+    out: Path,
+    bits: int | None,
+    group_size: str | None,
+    symmetric: bool | None,
+    clip: bool | None,
+    ignore: tuple[str, ...],
+    calibration: str | None,
+    samples: int | None,
+    seq_len: int | None,
+    seed: int | None,
+    dtype: str | None,
+    compute_dtype: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Quantize MODEL's weights and write a compressed-tensors checkpoint.
+
+    MODEL is a Hugging Face id, a folder, a .gguf file, or the alias smollm2.
+
+    \b
+    Examples:
+      compress quantize smollm2 --method awq --bits 4 --out smollm2-w4
+      compress quantize Qwen/Qwen3-0.6B --method awq --group-size 128 --out qwen3-w4 \\
+          --calibration HuggingFaceFW/fineweb-edu:sample-10BT
+      compress quantize ./model --method rtn --bits 8 --group-size channel --out model-w8
+    """
+    from compress.pipeline import run_recipe
+    from compress.recipe import build_recipe
+
+    stage = _given(bits=bits, group_size=group_size, symmetric=symmetric, clip=clip)
+    if ignore:
+        stage["ignore"] = ignore
+    recipe = build_recipe(
+        {
+            "model": model,
+            "out": out,
+            "stages": [{"method": method, **stage}],
+            "calibration": _given(source=calibration, samples=samples, seq_len=seq_len, seed=seed),
+            **_given(dtype=dtype, compute_dtype=compute_dtype),
+        },
+        "quantize",
+    )
+    print_report(run_recipe(recipe, overwrite), as_json)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """The options that were given: defaults live in the dataclasses alone."""
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,67 @@
+"""Progress with time left, on standard error, so that standard output stays for results."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+T = TypeVar("T")
+
+console = Console(stderr=True, highlight=False)
+
+
+def say(message: str) -> None:
+    """Print one line for the reader on standard error."""
+    console.print(message, markup=False, soft_wrap=True)
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yield from `items` under a progress bar with elapsed time and time left.
+
+    On a terminal the bar redraws in place; elsewhere (logs, CI) one line is printed at each
+    tenth of the way, since redrawn bars make logs unreadable.
+    """
+    if total is None:
+        total = len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
+    if not sys.stderr.isatty():
+        yield from _track_in_log(items, description, total)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(description, total=total)
+        for item in items:
+            yield item
+            progress.advance(task)
+
+
+def _track_in_log(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    import time
+
+    started = time.monotonic()
+    said = 0
+    for count, item in enumerate(items, start=1):
+        yield item
+        if not total:
+            continue
+        tenth = count * 10 // total
+        if tenth > said:
+            said = tenth
+            elapsed = time.monotonic() - started
+            left = elapsed / count * (total - count)
+            say(f"{description} {count}/{total}, {elapsed:.0f} s elapsed, {left:.0f} s left")

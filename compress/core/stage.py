@@ -1,0 +1,90 @@
+"""The contract between the pipeline and a compression method.
+
+A stage sees one block at a time and works in three steps, since some decisions are global:
+
+    collect(block) -> summary      what this block says about itself
+    decide(summaries) -> plan      one plan from all blocks (a byte budget, channels to drop)
+    apply(block, plan) -> outcome  change the block, and say what to write in its place
+
+A method whose decisions are local (RTN, AWQ) sets `decides_globally = False`: both passes then
+run in one walk, and collect and decide are not called.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from compress.core.statistics import InputStatistics
+
+
+@dataclass
+class Block:
+    """One decoder block, loaded.
+
+    module  its float32 weights; a stage changes them in place to what the checkpoint will hold
+    inputs  statistics per distinct input, empty when the stage asked for none
+    probe   runs a module like this one on a calibration sample, [1, S, D]; None without statistics
+    dtype   the dtype that the checkpoint stores floating-point tensors in
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    inputs: Sequence[InputStatistics]
+    probe: Callable[[nn.Module], Tensor] | None
+    dtype: Any
+
+    def full_name(self, name: str) -> str:
+        """The name in the model of something in this block."""
+        return f"{self.name}.{name}"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happened to one linear.
+
+    weight_error  ‖dW‖² / ‖W‖²
+    output_error  tr(dW H dWᵀ) / tr(W H Wᵀ), None without statistics
+    method        None when the layer was left as it was, for the reason in `note`
+    """
+
+    name: str
+    method: str | None
+    shape: tuple[int, int]
+    bits: int | None = None
+    group_size: int | None = None
+    weight_error: float | None = None
+    output_error: float | None = None
+    note: str = ""
+
+
+@dataclass
+class BlockOutcome:
+    """What a stage made of a block.
+
+    tensors   tensors to write, by name within the block
+    replaces  parameters of the module that are not written, since `tensors` stands for them
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    replaces: set[str] = field(default_factory=set)
+    layers: list[LayerReport] = field(default_factory=list)
+
+
+class Stage(Protocol):
+    """What the pipeline asks of a method (see the module's docstring)."""
+
+    needs_statistics: ClassVar[bool]
+    decides_globally: ClassVar[bool]
+
+    def collect(self, block: Block) -> Any: ...
+
+    def decide(self, summaries: Sequence[Any]) -> Any: ...
+
+    def apply(self, block: Block, plan: Any) -> BlockOutcome: ...
+
+    def checkpoint_config(self, unquantized: Sequence[str]) -> dict[str, Any]:
+        """Entries for the output's config.json; `unquantized` are linears left in float."""
+        ...

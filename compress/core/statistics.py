@@ -1,0 +1,141 @@
+"""Statistics of what enters the linears of a block, one set per distinct input tensor.
+
+For an input x of width K seen over N tokens:
+
+    second_moment H = 1/N sum x xᵀ     [K, K]
+    mean_abs        = 1/N sum |x|      [K]
+    max_abs         = max |x|          [K]
+
+q, k and v share one input, gate and up another, so a Llama block has 7 linears and 4 sets.  For a
+linear with weight W and a changed weight W + dW the mean squared output error per token is
+
+    E ‖dW x‖² = tr(dW H dWᵀ),
+
+exactly and on all tokens, so methods search over their parameters by arithmetic on W and H, and
+no forward pass is repeated.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from compress.core.blocks import linears_of
+
+TILE = 256  # columns of H computed at once; only tiles on and above the diagonal are
+
+
+@dataclass
+class InputStatistics:
+    """Running statistics of one input tensor.
+
+    `linears` names the linears of the block that read it, `width` is K.  Tensors are float32.
+    """
+
+    linears: tuple[str, ...]
+    width: int
+    device: torch.device
+    tokens: int = 0
+    _outer: Tensor = field(init=False)
+    _sum_abs: Tensor = field(init=False)
+    max_abs: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._outer = torch.zeros(self.width, self.width, device=self.device)
+        self._sum_abs = torch.zeros(self.width, device=self.device)
+        self.max_abs = torch.zeros(self.width, device=self.device)
+
+    def add(self, x: Tensor) -> None:
+        """Take in a batch of inputs, [..., K], any float dtype."""
+        flat = x.detach().reshape(-1, self.width)
+        magnitude = flat.abs()
+        self._sum_abs += magnitude.sum(dim=0, dtype=torch.float32)
+        torch.maximum(self.max_abs, magnitude.amax(dim=0).float(), out=self.max_abs)
+        self.tokens += flat.shape[0]
+        _add_outer_product(self._outer, flat)
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """Mean |x| per channel, float32 [K]."""
+        return self._sum_abs / max(self.tokens, 1)
+
+    @property
+    def second_moment(self) -> Tensor:
+        """H = E[x xᵀ], float32 [K, K], symmetric."""
+        upper = self._outer / max(self.tokens, 1)
+        for start in range(0, self.width, TILE):
+            stop = min(start + TILE, self.width)
+            upper[stop:, start:stop] = upper[start:stop, stop:].T
+        return upper
+
+
+def _add_outer_product(total: Tensor, x: Tensor) -> None:
+    """Add xᵀx to `total` [K, K], on and above the tile diagonal only.
+
+    Inputs in a 16-bit dtype are exact in float32, and their products may then be formed by the
+    processor's bfloat16 units with float32 accumulation ("medium" precision): same products,
+    several times the speed.  Float32 inputs are multiplied in float32.
+    """
+    exact_in_bf16 = x.dtype == torch.bfloat16
+    x = x.float()
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if exact_in_bf16 else "highest")
+    try:
+        for start in range(0, x.shape[1], TILE):
+            stop = min(start + TILE, x.shape[1])
+            total[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
+    finally:
+        torch.set_float32_matmul_precision(previous)
+
+
+@contextmanager
+def collecting(block: nn.Module) -> Iterator[list[InputStatistics]]:
+    """Collect statistics of every linear's input while the block runs inside this context.
+
+    Yields a list that fills during the first run: one InputStatistics per distinct input tensor,
+    in the order of the forward pass.  Linears count as sharing an input when they are handed the
+    same tensor (same memory, shape and strides) in one call of the block.
+    """
+    groups: list[InputStatistics] = []
+    leader_of: dict[str, InputStatistics] = {}
+    seen: dict[tuple[int, torch.Size, tuple[int, ...]], list[str]] = {}
+    alive: list[Tensor] = []  # keeps inputs alive during a call, so that no memory is reused
+    first_call = True
+
+    def before_linear(name: str):
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            if first_call:
+                key = (x.data_ptr(), x.shape, x.stride())
+                alive.append(x)
+                if key in seen:
+                    seen[key].append(name)
+                    return
+                seen[key] = [name]
+                leader_of[name] = InputStatistics((name,), x.shape[-1], x.device)
+                groups.append(leader_of[name])
+            if name in leader_of:
+                leader_of[name].add(x)
+
+        return hook
+
+    def after_block(_module: nn.Module, _args: tuple, _output: object) -> None:
+        nonlocal first_call
+        if first_call:
+            for group, names in zip(groups, seen.values(), strict=True):
+                group.linears = tuple(names)
+            first_call = False
+            alive.clear()
+
+    handles = [
+        linear.register_forward_pre_hook(before_linear(name))
+        for name, linear in linears_of(block).items()
+    ]
+    handles.append(block.register_forward_hook(after_block))
+    try:
+        yield groups
+    finally:
+        for handle in handles:
+            handle.remove()

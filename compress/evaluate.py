@@ -1,0 +1,340 @@
+"""Perplexity of a model on a text, and how far its predictions moved from the original's.
+
+The text is tokenized once, without special tokens, and cut from its start into W windows of N
+tokens that do not overlap.  Each window is read on its own and scored on its T = N - 1 next
+tokens; natural logarithms throughout:
+
+    nll(w)           = -(1/T) sum_t log p(x[t+1] | x[1..t])
+    perplexity       = exp(mean_w nll(w))                                              [1]
+    perplexity_ratio = exp(mean_w (nll(w) - nll_original(w)))
+    kl(w, t)         = sum_v p_original(v) (log p_original(v) - log p(v)), in nats     [2]
+    top1_agreement   = the share of positions where both put the same token first      [2]
+
+A ratio near 1 can hide answers that changed both ways; the divergence is zero only where the two
+distributions are equal.  Logits stay in the models' dtype for one window at a time; softmax is
+fp32 over a slice of its positions, means and quantiles are fp64.
+
+Intervals are 95 % percentile bootstraps [3] over whole windows: tokens of one window share their
+context, so resampling tokens would give intervals that are too narrow.  Both models are scored
+on the same resampled windows, so what makes a window hard cancels in the ratio.  Under about 20
+windows the intervals cover less often than they say.  They speak of this text, not of others.
+
+[1] Frantar et al., GPTQ, 2022, arXiv:2210.17323 (windows without overlap).
+[2] Dutta et al., Accuracy is Not All You Need, 2024, arXiv:2407.09141; llama.cpp's perplexity
+    tool prints the same mean, 99th percentile and agreement.
+[3] Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compress.core.errors import InputError, nearest
+from compress.core.progress import say, track
+from compress.core.source import read_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from compress.core.shards import ShardReader
+
+DTYPES = ("float32", "bfloat16", "float16")
+KL_QUANTILE = 0.99
+# A resampled quantile costs a pass over all tokens, a resampled mean only one over the windows.
+MAX_QUANTILE_RESAMPLES = 1_000
+POSITIONS_AT_ONCE = 128  # bounds the fp32 copies of the logits to 128 x V
+
+
+@dataclass(frozen=True)
+class TextEvalConfig:
+    """What to score: `windows` windows of `seq_len` tokens of `text`, with weights in `dtype`."""
+
+    text: Path
+    seq_len: int = 512
+    windows: int = 32
+    dtype: str = "float32"
+    bootstrap: int = 10_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"seq_len": 2, "windows": 2, "bootstrap": 100, "seed": 0}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value < minimum:
+                raise InputError(f"{name} is {value}; allowed is {minimum} or more")
+        _check_dtype(self.dtype)
+
+
+def evaluate_text(
+    model_folder: Path, config: TextEvalConfig, against: Path | None = None
+) -> dict[str, Any]:
+    """Score the model in `model_folder` on a text; with `against`, compare it to that original.
+
+    Returns plain numbers, ready for JSON: `perplexity`, `nll` (nats a token), `tokens` (scored),
+    `windows`, `seq_len`, `dtype`; with `against` also `perplexity_original`, `perplexity_ratio`,
+    `kl_mean`, `kl_p99` (nats) and `top1_agreement` (0 to 1).  Each `x_interval` is [low, high].
+
+    Raises InputError when the text is missing, empty, not UTF-8 or too short, when a model cannot
+    be loaded or gives NaN, and when the two models do not share vocabulary and tokenization.
+    """
+    import torch
+
+    folders = [model_folder] if against is None else [model_folder, against]
+    vocabulary = _check_models(folders, config)
+    windows = _read_windows(folders, config)  # [W, N], before the slow loading of weights
+    if vocabulary is not None and windows.max() >= vocabulary:
+        raise InputError(
+            f"the tokenizer of '{model_folder}' gives token {windows.max()}, but the model has "
+            f"{vocabulary}; the tokenizer belongs to another model, copy the right one there"
+        )
+    model = load_model(model_folder, config.dtype)
+    original = None if against is None else load_model(against, config.dtype)
+    rows = []
+    with torch.inference_mode():
+        for window in track(windows, "Evaluating", total=config.windows):
+            rows.append(_score_window(model, original, torch.from_numpy(window)))
+            if not np.isfinite(rows[-1]).all():
+                broken = folders[int(np.isfinite(rows[-1][0]).all())]
+                raise InputError(
+                    f"'{broken}' gives NaN or infinite logits in {config.dtype} (window "
+                    f"{len(rows)}); try another dtype, or the weights are broken"
+                )
+    scores = np.stack(rows, axis=1)  # [1 or 4, W, T]
+    settings = {name: getattr(config, name) for name in ("windows", "seq_len", "dtype")}
+    return summarize(scores, config) | {"tokens": int(scores[0].size)} | settings
+
+
+def load_model(folder: Path, dtype: str = "float32", device: str | None = None) -> PreTrainedModel:
+    """Load a causal language model for inference, on the GPU when there is one.
+
+    Weights of a compressed-tensors checkpoint are de-quantized here, once, in `dtype`; layers
+    whose scheme quantizes activations too still do so in their forward pass.  Not used is the
+    library's switch `dequantize=True`: transformers 5.23 then rounds weights to the scales' dtype,
+    drops activation quantization, and reads every layer by one scheme.
+
+    Raises InputError when the folder holds no loadable model, lacks weights that the model needs
+    (transformers would fill them at random), or needs a library that is absent.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    from compress.core.shards import ShardReader  # imports torch
+
+    _check_dtype(dtype)
+    read_config(folder)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=getattr(torch, dtype),
+            device_map={"": device},
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below
+        )
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"transformers cannot load '{folder}': {_reason(error)}") from error
+    mismatched = {entry[0] for entry in report["mismatched_keys"]}
+    zero_points = {name for name in mismatched if name.endswith(".weight_zero_point")}
+    if wrong := sorted(set(report["missing_keys"]) | mismatched - zero_points):
+        raise InputError(
+            f"'{folder}' lacks {len(wrong)} tensors that its config.json asks for, or has them in "
+            f"another shape, such as {wrong[0]}; the checkpoint is broken, write it again"
+        )
+    if unexpected := sorted(report["unexpected_keys"]):
+        say(f"'{folder}': {len(unexpected)} tensors are not used, such as {unexpected[0]}")
+    _decompress(model, ShardReader(folder), zero_points)
+    return model.eval()
+
+
+def _decompress(model: PreTrainedModel, shards: ShardReader, zero_points: set[str]) -> None:
+    """De-quantize compressed-tensors weights now, as their first forward pass would.
+
+    compressed-tensors 0.18 to 0.20 under transformers 5.23 makes room for unpacked zero points,
+    where `pack-quantized` stores packed ones: those that did not fit (`zero_points`) are put in.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    compressor = getattr(quantizer, "compressor", None)
+    if compressor is None or not quantizer.quantization_config.is_quantization_compressed:
+        return
+    for name in zero_points:
+        module_name, _, parameter = name.rpartition(".")
+        stored = shards.load(name).to(model.device)
+        getattr(model.get_submodule(module_name), parameter).data = stored
+    compressor.decompress_model(model)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder; InputError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"'{folder}' has no usable tokenizer: {_reason(error)}; copy the original's there"
+        ) from error
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise InputError(
+            f"dtype '{dtype}' is unknown; allowed are {', '.join(DTYPES)}{nearest(dtype, DTYPES)}"
+        )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _check_models(folders: list[Path], config: TextEvalConfig) -> int | None:
+    """Check context lengths and vocabularies; return the vocabulary's size where it is stated."""
+    sizes = []
+    for folder in folders:
+        model_config = read_config(folder)
+        text_config = model_config.get("text_config") or model_config
+        sizes.append(text_config.get("vocab_size"))
+        context = text_config.get("max_position_embeddings")
+        if context is not None and config.seq_len > context:
+            raise InputError(
+                f"seq_len is {config.seq_len}; '{folder}' allows at most {context} tokens, use less"
+            )
+    if None not in sizes and sizes[0] != sizes[-1]:
+        raise InputError(
+            f"'{folders[0]}' has {sizes[0]} vocabulary entries and '{folders[1]}' has {sizes[1]}; "
+            "compare it with the model it was made from"
+        )
+    return sizes[0]
+
+
+def _read_windows(folders: list[Path], config: TextEvalConfig) -> np.ndarray:
+    """Return the first windows of the text as token ids, int64 [W, N]."""
+    try:
+        text = config.text.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read text: {error}; give a text file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"text '{config.text}' is not UTF-8 (byte {error.start}); convert it to UTF-8"
+        ) from None
+    if not text.strip():
+        raise InputError(f"text '{config.text}' is empty; give a file with text in it")
+    tokens = _tokenize(folders[0], text)
+    for folder in folders[1:]:
+        if not np.array_equal(tokens, _tokenize(folder, text)):
+            raise InputError(
+                f"the tokenizers of '{folders[0]}' and '{folder}' encode the text differently; "
+                "compare it with the model it was made from"
+            )
+    available = len(tokens) // config.seq_len
+    if available < config.windows:
+        raise InputError(
+            f"text '{config.text}' has {len(tokens)} tokens, which is {available} windows of "
+            f"{config.seq_len}, not {config.windows}; ask for fewer windows or a smaller seq_len, "
+            "or give a longer text"
+        )
+    return tokens[: config.windows * config.seq_len].reshape(config.windows, config.seq_len)
+
+
+def _tokenize(folder: Path, text: str) -> np.ndarray:
+    encoded = load_tokenizer(folder)(text, add_special_tokens=False, verbose=False)
+    return np.asarray(encoded["input_ids"], dtype=np.int64)
+
+
+def _score_window(
+    model: PreTrainedModel, original: PreTrainedModel | None, window: Tensor
+) -> np.ndarray:
+    """Score one window, int64 [N]: fp64 [1, T] with nll, or [4, T] when there is an original:
+    nll, the original's nll, divergence and agreement (1 or 0) at each position.
+    """
+    import torch
+
+    ids = window[None, :-1].to(model.device)  # the last token is only ever a target
+    logits = model(input_ids=ids, use_cache=False).logits[0]  # [T, V]
+    reference = None if original is None else original(input_ids=ids, use_cache=False).logits[0]
+    parts = []
+    for start in range(0, logits.shape[0], POSITIONS_AT_ONCE):
+        at = slice(start, start + POSITIONS_AT_ONCE)
+        target = window[1:][at, None].to(logits.device)  # [t, 1]
+        log_p = torch.log_softmax(logits[at].float(), dim=-1)  # [t, V]
+        rows = [-log_p.gather(1, target)[:, 0]]
+        if reference is not None:
+            log_q = torch.log_softmax(reference[at].float(), dim=-1)  # [t, V], the original's
+            # Never negative but for rounding, hence the clamp.
+            divergence = (log_q.exp() * (log_q - log_p)).sum(-1).clamp_min(0)
+            same = log_q.argmax(-1) == log_p.argmax(-1)
+            rows += [-log_q.gather(1, target)[:, 0], divergence, same.float()]
+        parts.append(torch.stack(rows))
+    return torch.cat(parts, dim=1).double().cpu().numpy()
+
+
+def summarize(scores: np.ndarray, config: TextEvalConfig) -> dict[str, Any]:
+    """Turn scores a token, fp64 [1 or 4, W, T] as `_score_window` orders them, into the metrics."""
+    means = scores.mean(axis=2)  # [1 or 4, W]
+    resampled = _resampled_means(means, config)  # [1 or 4, R]
+    nll = float(means[0].mean())
+    result: dict[str, Any] = {
+        "perplexity": float(np.exp(nll)),
+        "perplexity_interval": _interval(np.exp(resampled[0])),
+        "nll": nll,
+    }
+    if len(scores) == 1:
+        return result
+    overall = means.mean(axis=1)
+    p99, p99_resampled = _resampled_quantile(scores[2], config)
+    return result | {
+        "perplexity_original": float(np.exp(overall[1])),
+        "perplexity_ratio": float(np.exp(overall[0] - overall[1])),
+        "perplexity_ratio_interval": _interval(np.exp(resampled[0] - resampled[1])),
+        "kl_mean": float(overall[2]),
+        "kl_mean_interval": _interval(resampled[2]),
+        "kl_p99": p99,
+        "kl_p99_interval": _interval(p99_resampled),
+        "top1_agreement": float(overall[3]),
+        "top1_agreement_interval": _interval(resampled[3]),
+    }
+
+
+def _resampled_means(per_window: np.ndarray, config: TextEvalConfig) -> np.ndarray:
+    """Means over resampled windows: fp64 [M, W] -> [M, R], the same windows for all M rows."""
+    windows = per_window.shape[1]
+    pieces = [per_window @ counts.T for counts in _window_counts(windows, config)]
+    return np.concatenate(pieces, axis=1) / windows
+
+
+def _resampled_quantile(values: np.ndarray, config: TextEvalConfig) -> tuple[float, np.ndarray]:
+    """The KL_QUANTILE of values [W, T], and the same of up to MAX_QUANTILE_RESAMPLES resamples.
+
+    The quantile is the smallest value with at least that share of the tokens at or below it.
+    """
+    order = values.ravel().argsort()
+    window_of = order // values.shape[1]  # of each token, smallest value first
+    rank = int(np.ceil(round(KL_QUANTILE * values.size, 6)))  # 1-based
+    ranked = values.ravel()[order]
+    counts = np.concatenate(list(_window_counts(len(values), config, MAX_QUANTILE_RESAMPLES)))
+    picks = [np.searchsorted(np.cumsum(row[window_of]), rank) for row in counts]
+    return float(ranked[rank - 1]), ranked[picks]
+
+
+def _window_counts(
+    windows: int, config: TextEvalConfig, limit: int = sys.maxsize
+) -> Iterator[np.ndarray]:
+    """Yield how often each window is drawn in each resample: int64 [r, W], seeded, in pieces."""
+    generator = np.random.default_rng(config.seed)
+    left = min(config.bootstrap, limit)
+    while left:
+        size = min(left, max(1, 4_000_000 // windows))
+        yield generator.multinomial(windows, np.full(windows, 1 / windows), size=size)
+        left -= size
+
+
+def _interval(resampled: np.ndarray) -> list[float]:
+    return [float(bound) for bound in np.quantile(resampled, [0.025, 0.975])]

@@ -1,0 +1,273 @@
+"""The one way through: load -> calibrate block by block -> transform -> write a checkpoint.
+
+    embeddings ─> block 0 ─> block 1 ─> ...          one block in memory at a time
+                  │ run, collecting statistics of each distinct input
+                  │ stage.apply: new weights
+                  │ write them
+                  └ run again with the new weights: the next block's inputs
+
+The output folder gets its final name only when complete.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import compress
+from compress import calibration, checkpoint
+from compress.core.blocks import BlockInputs, BlockModel, call_block, linears_of
+from compress.core.errors import InputError
+from compress.core.outfolder import OutputFolder
+from compress.core.progress import say, track
+from compress.core.shards import ShardWriter
+from compress.core.source import resolve_model
+from compress.core.stage import Block, LayerReport, Stage
+from compress.core.statistics import InputStatistics, collecting
+from compress.quant.config import fitting_group_size
+from compress.recipe import Recipe, method_of
+
+TOKENS_PER_BATCH = 4096  # large enough to keep matrix products busy, small enough for caches
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `auto` became on this machine."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compute_dtype: torch.dtype
+
+
+def run_recipe(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
+    """Carry out a recipe and return its report, as written to compress.json with times added.
+
+    Raises InputError before any long work when the model, the method's settings, the calibration
+    source or the output folder will not do.
+    """
+    started = time.monotonic()
+    with OutputFolder(recipe.out, overwrite) as folder:
+        model, settings, recipe = _preflight(recipe)
+        stage: Stage = recipe.stages[0].stage()
+        writer = ShardWriter(folder)
+        inputs, tokens = None, None
+        if stage.needs_statistics:
+            tokens = calibration.calibration_tokens(
+                recipe.calibration, model.source, _vocab_size(model), settings.device
+            )
+            size = max(1, TOKENS_PER_BATCH // tokens.shape[1])
+            inputs = model.capture_inputs(list(tokens.split(size)))
+        calibrated = time.monotonic()
+        plan = None
+        if stage.decides_globally:
+            summaries = _walk(model, inputs, stage, recipe, settings, stage.collect)
+            plan = stage.decide(summaries)
+        writer.write("outer", _outer_tensors(model, settings.dtype))
+
+        def apply_and_write(block: Block) -> Sequence[LayerReport]:
+            outcome = stage.apply(block, plan)
+            kept = {
+                name: parameter.data.to(settings.dtype)
+                for name, parameter in block.module.named_parameters()
+                if name not in outcome.replaces
+            }
+            stored = {
+                model.stored_name(block.full_name(name)): tensor
+                for name, tensor in {**kept, **outcome.tensors}.items()
+            }
+            writer.write(f"block-{block.index:05d}", stored)
+            return outcome.layers
+
+        layers = [
+            layer
+            for reports in _walk(model, inputs, stage, recipe, settings, apply_and_write)
+            for layer in reports
+        ]
+        layers += _left_in_float(model)
+        writer.finish()
+        finished = time.monotonic()
+        report = _report(recipe, model, settings, layers, tokens, writer.total_bytes)
+        times = {
+            "calibration_seconds": round(calibrated - started, 1),
+            "quantization_seconds": round(finished - calibrated, 1),
+            "seconds": round(finished - started, 1),
+        }
+        linears = [layer.name for layer in layers if layer.method is None and layer.shape]
+        checkpoint.write_side_files(
+            folder, model, settings.dtype, stage.checkpoint_config(linears), report, _run_facts(times)
+        )
+    return {**report, **times, "out": str(recipe.out)}
+
+
+def _preflight(recipe: Recipe) -> tuple[BlockModel, Settings, Recipe]:
+    """Everything that can be refused in the first second, and what `auto` stands for."""
+    source = resolve_model(recipe.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compute = recipe.compute_dtype
+    if compute == "auto":
+        compute = "bfloat16" if calibration.native_bfloat16(device) else "float32"
+    model = BlockModel(source, device, getattr(torch, compute))
+    dtype = model.stored_dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    stage = recipe.stages[0]
+    widths = {
+        linear.in_features
+        for index in range(model.num_blocks)
+        for linear in linears_of(model.meta_block(index)).values()
+    }
+    group_size = fitting_group_size(stage.group_size, widths)
+    if group_size != stage.group_size:
+        say(
+            f"Group size {stage.group_size} does not divide all widths "
+            f"({', '.join(map(str, sorted(widths)))}): using {group_size}"
+        )
+    if stage.stage().needs_statistics:
+        calibration.check_source(recipe.calibration)
+    for name in model.unknown_names():
+        say(f"Not carried over: {name} is in the checkpoint, but the model class does not use it")
+    recipe = replace(recipe, stages=(replace(stage, group_size=group_size),))
+    return model, Settings(device, dtype, model.compute_dtype), recipe
+
+
+@torch.no_grad()
+def _walk(
+    model: BlockModel,
+    inputs: BlockInputs | None,
+    stage: Stage,
+    recipe: Recipe,
+    settings: Settings,
+    visit: Callable[[Block], Any],
+) -> list[Any]:
+    """Visit every block in order, with statistics if there are inputs; returns what visits return."""
+    hidden = inputs.hidden if inputs else []
+    results = []
+    for index in track(range(model.num_blocks), "Compressing blocks"):
+        module = model.load_block(index)
+        kwargs = inputs.kwargs[index] if inputs else []
+        statistics: Sequence[InputStatistics] = []
+        probe = None
+        outputs: list[Tensor] = []
+        if inputs:
+            runner = model.compute_copy(module)
+            with collecting(runner) as statistics:
+                outputs = model.run_block(runner, hidden, kwargs)
+            probe = _probe(hidden[0], kwargs[0], settings.device)
+        block = Block(index, model.block_name(index), module, statistics, probe, settings.dtype)
+        results.append(visit(block))
+        if inputs and index + 1 < model.num_blocks:
+            if recipe.propagate_error:
+                outputs = model.run_block(model.compute_copy(module), hidden, kwargs)
+            hidden = outputs
+    return results
+
+
+def _probe(
+    hidden: Tensor, kwargs: dict[str, Any], device: torch.device
+) -> Callable[[nn.Module], Tensor]:
+    """A function that runs a float32 block on the first batch's first sequence."""
+    states = hidden[:1].to(device, torch.float32)
+
+    def to_float(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            value = value[:1] if value.shape[:1] == hidden.shape[:1] else value
+            return value.float() if value.is_floating_point() else value
+        if isinstance(value, tuple):
+            return tuple(to_float(item) for item in value)
+        return value
+
+    one = {name: to_float(value) for name, value in kwargs.items()}
+    return lambda block: call_block(block, states, one)
+
+
+def _outer_tensors(model: BlockModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors = {}
+    for name in model.outer_names():
+        tensor = model.reader.load(name)
+        tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return tensors
+
+
+def _left_in_float(model: BlockModel) -> list[LayerReport]:
+    """Matrices that no stage looked at, each with the reason."""
+    inside = model.blocks_name + "."
+    reports = []
+    linear_weights = {
+        f"{name}.weight" for name, m in model.skeleton.named_modules() if isinstance(m, nn.Linear)
+    }
+    for name, parameter in model.skeleton.named_parameters(remove_duplicate=False):
+        if parameter.dim() < 2 or (name in linear_weights and name.startswith(inside)):
+            continue
+        if name.startswith(inside):
+            note = "left in float: not a linear layer"
+        elif name in model.tied_names:
+            note = "left in float: the same tensor as the embeddings (tied)"
+        else:
+            note = "left in float: outside the decoder blocks"
+        shape = (parameter.shape[0], parameter.numel() // parameter.shape[0])
+        reports.append(LayerReport(name.removesuffix(".weight"), None, shape, note=note))
+    return reports
+
+
+def _vocab_size(model: BlockModel) -> int:
+    return model.config.get_text_config().vocab_size
+
+
+def _report(
+    recipe: Recipe,
+    model: BlockModel,
+    settings: Settings,
+    layers: Sequence[LayerReport],
+    tokens: Tensor | None,
+    total_bytes: int,
+) -> dict[str, Any]:
+    """What compress.json says: nothing in it depends on the clock or the host."""
+    stage = recipe.stages[0]
+    described = asdict(recipe)
+    described["out"] = recipe.out.name
+    described["stages"] = [{"method": method_of(stage), **asdict(stage)}]
+    quantized = sum(layer.shape[0] * layer.shape[1] for layer in layers if layer.method)
+    return {
+        "recipe": described,
+        "versions": {
+            name: _version(name)
+            for name in ("compress-llm", "torch", "transformers", "compressed-tensors")
+        },
+        "calibration_sha256": calibration.fingerprint(tokens) if tokens is not None else None,
+        "compute_dtype": str(settings.compute_dtype).removeprefix("torch."),
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "sizes": {
+            "original_bytes": model.reader.total_bytes,
+            "bytes": total_bytes,
+            "quantized_weights": quantized,
+            "parameters": model.num_parameters,
+        },
+        "layers": [asdict(layer) for layer in layers],
+    }
+
+
+def _run_facts(times: dict[str, float]) -> dict[str, Any]:
+    return {
+        **times,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return compress.__version__ if package == "compress-llm" else "absent"
+
+
+__all__ = ["InputError", "run_recipe"]

@@ -1,0 +1,1 @@
+"""One folder an operation: reference, Triton, CPU, dispatch.  Nothing here yet."""

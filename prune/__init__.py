@@ -1,0 +1,1 @@
+"""Smaller architectures: depth, width, attention.  Nothing here yet."""

@@ -1,0 +1,201 @@
+"""Activation-aware weight quantization (AWQ), computed on the second moment.
+
+Input channels that carry large activations matter more, so their weights are scaled up before
+rounding and the producer of the channel is scaled down by as much (Lin et al., "AWQ:
+Activation-aware Weight Quantization", arXiv 2306.00978, section 3.2):
+
+    s = x̄^a / w̄^(1-a),    a in [0, 1]
+
+with x̄ the mean |x| and w̄ the mean |w| / max|w| of its group, per input channel.  The paper, and
+other implementations, run the block on all calibration data for each a.  Here the loss of a
+candidate is arithmetic on the input's second moment H, exact on all tokens:
+
+    loss(s) = tr(dW H dWᵀ),    dW = Q(W diag(s)) diag(s)^-1 - W
+
+Then each group's scale is searched (the paper's clipping): from the range that just covers the
+group downwards, by the group's diagonal block of H, exact on all tokens,
+
+    loss = d H_gg dᵀ    for each row's rounding error d in the group
+
+and refitted by least squares to the codes it led to.  On a symmetric grid both signs of the scale
+are tried: codes reach one step further on the negative side (-8 .. 7 at 4 bits), and a negative
+scale points that step at the group's largest weight whatever its sign, as llama.cpp's Q4_0 does.
+De-quantization multiplies by the scale, so the format and its kernels need not know.
+
+Which channels can be scaled is found by experiment (folds.py); linears without a fold still get
+the second step.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from compress.core.stage import Block
+from compress.core.statistics import InputStatistics
+from compress.quant.config import WeightOnlyConfig
+from compress.quant.folds import Fold, find_fold
+from compress.quant.weight import QuantizedWeight, covering_grid, minmax_grid, round_to_grid
+from compress.quant.weight_only import (
+    QuantizedLinear,
+    WeightOnlyStage,
+    output_error,
+    relative_output_error,
+)
+
+LEAST_SCALE = 1e-4  # a channel that is never active would otherwise get scale 0
+SEARCH_ROWS = 512  # rows of the weight that the search for s looks at; all rows give the same s
+REFITS = 2  # least-squares refits of each group's scale; a third changes nothing
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class AwqConfig(WeightOnlyConfig):
+    """Settings of AWQ beside the grid.
+
+    scale_points  values of the exponent a that are tried, evenly over [0, 1]
+    clip          search each group's scale
+    clip_points   shrink factors that are tried, evenly from 1 down to `clip_least`
+    """
+
+    scale_points: int = Field(default=10, ge=1)
+    clip: bool = True
+    clip_points: int = Field(default=20, ge=1)
+    clip_least: float = Field(default=0.5, gt=0, le=1)
+
+    def stage(self) -> "AwqStage":
+        return AwqStage(self)
+
+
+class AwqStage(WeightOnlyStage):
+    """Scale, fold, clip and round the linears of a block."""
+
+    method: ClassVar[str] = "awq"
+    needs_statistics: ClassVar[bool] = True
+
+    def __init__(self, config: AwqConfig) -> None:
+        super().__init__(config)
+        self.config: AwqConfig = config
+        self._folds: dict[tuple, Fold | None] = {}
+
+    def quantize_linears(
+        self, block: Block, linears: Mapping[str, nn.Linear]
+    ) -> dict[str, QuantizedLinear]:
+        """Quantize the linears input by input (see WeightOnlyStage.quantize_linears)."""
+        moments: list[Tensor] = []
+        notes: list[str] = []
+        for stats in block.inputs:
+            moment = stats.second_moment
+            chosen = [name for name in stats.linears if name in linears]
+            fold = self._fold_of(block, stats.linears) if chosen else None
+            if fold is not None:
+                weight = torch.cat([linears[name].weight for name in chosen])
+                scale, exponent = self.search_scale(weight, stats, moment, fold)
+                spread = fold.apply(block.module, scale, block.dtype)
+                moment = moment / torch.outer(spread, spread)
+                notes.append(f"scaled into {fold.producer}, a = {exponent:.2f}")
+            else:
+                notes.append("not scaled: nothing absorbs the scale of its input")
+            moments.append(moment)
+        results = {}
+        for stats, moment, note in zip(block.inputs, moments, notes, strict=True):
+            for name in stats.linears:
+                if name in linears:
+                    weight = linears[name].weight.data
+                    rounded = self.round(weight, moment, block.dtype)
+                    error = relative_output_error(weight, rounded.dequantize().float(), moment)
+                    results[name] = QuantizedLinear(rounded, error, note)
+        for name in linears.keys() - results.keys():
+            weight = linears[name].weight.data
+            rounded = self.round(weight, None, block.dtype)
+            results[name] = QuantizedLinear(rounded, note="never reached by the calibration data")
+        return {name: results[name] for name in linears}
+
+    def search_scale(
+        self, weight: Tensor, stats: InputStatistics, moment: Tensor, fold: Fold
+    ) -> tuple[Tensor, float]:
+        """Return the best scale of the fold's producer channels, [P], and its exponent a.
+
+        weight [out, K] are the linears that share the input, one above the other; when there are
+        many rows, evenly spaced ones stand for all.
+        """
+        if weight.shape[0] > SEARCH_ROWS:
+            weight = weight[torch.linspace(0, weight.shape[0] - 1, SEARCH_ROWS).long()]
+        bits, group_size = self.config.bits, self.config.group_size or weight.shape[1]
+        grouped = weight.abs().view(weight.shape[0], -1, group_size)
+        share = grouped / grouped.amax(dim=-1, keepdim=True).clamp(min=1e-12)
+        w_mean = fold.to_producer(share.view_as(weight).mean(dim=0)).clamp(min=LEAST_SCALE)
+        x_mean = fold.to_producer(stats.mean_abs).clamp(min=LEAST_SCALE)
+        best_loss, best_scale, best_exponent = float("inf"), torch.ones_like(x_mean), 0.0
+        for exponent in torch.linspace(0, 1, self.config.scale_points).tolist():
+            scale = x_mean**exponent / w_mean ** (1 - exponent)
+            scale = (scale / (scale.max() * scale.min()).sqrt()).clamp(min=LEAST_SCALE)
+            spread = fold.to_consumers(scale)
+            scaled = weight * spread
+            grid = covering_grid(scaled, bits, group_size, self.config.symmetric)
+            rounded = round_to_grid(scaled, *grid, bits, group_size).dequantize()
+            loss = output_error(rounded / spread - weight, moment).item()
+            if loss < best_loss:
+                best_loss, best_scale, best_exponent = loss, scale, exponent
+        return best_scale, best_exponent
+
+    def round(self, weight: Tensor, moment: Tensor | None, dtype: torch.dtype) -> QuantizedWeight:
+        """Round a (folded) weight [out, K] on the grids that lose least, with scales in `dtype`.
+
+        Without a second moment the grids just cover the weights.
+        """
+        bits, group_size = self.config.bits, self.config.group_size or weight.shape[1]
+        scale, zero_point = minmax_grid(weight, bits, group_size, self.config.symmetric)
+        if self.config.clip and moment is not None:
+            scale = self._search_clip(weight, moment, scale, zero_point, group_size)
+        stored = scale.to(dtype)
+        rounded = round_to_grid(weight, stored.float(), zero_point, bits, group_size)
+        return QuantizedWeight(rounded.codes, stored, zero_point, bits, group_size)
+
+    def _search_clip(
+        self, weight: Tensor, moment: Tensor, scale: Tensor, zero_point: Tensor | None, group: int
+    ) -> Tensor:
+        """Return the best scale of each group, [out, K / group], starting from a covering one."""
+        rows, columns = weight.shape
+        diagonal = torch.stack(
+            [moment[i : i + group, i : i + group] for i in range(0, columns, group)]
+        )  # [G, g, g]
+        by_group = weight.view(rows, -1, group).transpose(0, 1)  # [G, out, g]
+        best = scale
+        best_loss = torch.full_like(scale, float("inf"))
+
+        def consider(candidate: Tensor) -> None:
+            nonlocal best, best_loss
+            rounded = round_to_grid(weight, candidate, zero_point, self.config.bits, group)
+            change = rounded.dequantize().view(rows, -1, group).transpose(0, 1) - by_group
+            loss = ((change @ diagonal) * change).sum(-1).T  # [out, G]
+            better = loss < best_loss
+            best_loss = torch.where(better, loss, best_loss)
+            best = torch.where(better, candidate, best)
+
+        for factor in torch.linspace(1, self.config.clip_least, self.config.clip_points).tolist():
+            consider(scale * factor)
+            if self.config.symmetric:
+                consider(scale * -factor)
+        for _ in range(REFITS):
+            steps = round_to_grid(weight, best, zero_point, self.config.bits, group).codes
+            steps = steps.view(rows, -1, group).transpose(0, 1).float()  # [G, out, g]
+            if zero_point is not None:
+                steps -= zero_point.T.unsqueeze(-1)
+            weighted = steps @ diagonal
+            # argmin over s of (w - s c) H_gg (w - s c)ᵀ for codes c
+            fitted = ((weighted * by_group).sum(-1) / (weighted * steps).sum(-1)).T
+            usable = torch.isfinite(fitted) & (fitted.abs() > torch.finfo(torch.float16).tiny)
+            consider(torch.where(usable, fitted, best))
+        return best
+
+    def _fold_of(self, block: Block, consumers: Sequence[str]) -> Fold | None:
+        """The fold for an input, tried out once for each distinct structure of block."""
+        shapes = tuple((n, tuple(p.shape)) for n, p in block.module.named_parameters())
+        key = (type(block.module), shapes, tuple(consumers))
+        if key not in self._folds:
+            assert block.probe is not None
+            self._folds[key] = find_fold(block.module, tuple(consumers), block.probe)
+        return self._folds[key]

@@ -1,0 +1,46 @@
+"""Round to nearest (RTN): the honest floor under every comparison.
+
+Each group's grid just covers its weights (compressed-tensors' min-max observer), and each weight
+goes to the nearest code.  No data is used.  Codes equal that library's bit for bit, so a method's
+gain over RTN here is its gain over what peers call RTN.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from compress.core.stage import Block
+from compress.quant.config import WeightOnlyConfig
+from compress.quant.weight import minmax_grid, round_to_grid
+from compress.quant.weight_only import QuantizedLinear, WeightOnlyStage
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class RtnConfig(WeightOnlyConfig):
+    """Round to nearest has no settings beyond its grid."""
+
+    def stage(self) -> "RtnStage":
+        return RtnStage(self)
+
+
+class RtnStage(WeightOnlyStage):
+    """Round every linear to nearest, in the dtype that the checkpoint stores."""
+
+    method: ClassVar[str] = "rtn"
+    needs_statistics: ClassVar[bool] = False
+
+    def quantize_linears(
+        self, block: Block, linears: Mapping[str, nn.Linear]
+    ) -> dict[str, QuantizedLinear]:
+        """Quantize each linear by itself (see WeightOnlyStage.quantize_linears)."""
+        results = {}
+        for name, linear in linears.items():
+            weight = linear.weight.data.to(block.dtype)
+            group_size = self.config.group_size or linear.in_features
+            grid = minmax_grid(weight, self.config.bits, group_size, self.config.symmetric)
+            rounded = round_to_grid(weight, *grid, self.config.bits, group_size)
+            results[name] = QuantizedLinear(rounded)
+        return results

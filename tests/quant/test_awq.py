@@ -1,0 +1,122 @@
+"""AWQ on the second moment."""
+
+import pytest
+import torch
+from compress.core.blocks import BlockModel, linears_of
+from compress.core.config import build
+from compress.core.errors import InputError
+from compress.core.source import resolve_model
+from compress.core.stage import Block
+from compress.core.statistics import collecting
+from compress.pipeline import _probe
+from compress.quant.awq import AwqConfig, AwqStage
+from compress.quant.compressed_tensors import unpack_weight
+from compress.quant.config import fitting_group_size, is_ignored
+from compress.quant.rtn import RtnConfig
+
+
+def one_block(folder, tokens=None) -> tuple[Block, torch.Tensor]:
+    """A loaded block with statistics, and its output before any change."""
+    if tokens is None:
+        tokens = torch.randint(3, 120, (4, 64), generator=torch.Generator().manual_seed(0))
+    model = BlockModel(resolve_model(str(folder)), torch.device("cpu"), torch.float32)
+    inputs = model.capture_inputs([tokens])
+    module = model.load_block(0)
+    with collecting(module) as groups:
+        model.run_block(module, inputs.hidden, inputs.kwargs[0])
+    probe = _probe(inputs.hidden[0], inputs.kwargs[0][0], torch.device("cpu"))
+    block = Block(0, model.block_name(0), module, groups, probe, torch.float32)
+    return block, probe(module)
+
+
+def error_after(config, folder) -> float:
+    block, before = one_block(folder)
+    config.stage().apply(block, None)
+    assert block.probe is not None
+    return ((block.probe(block.module) - before).square().sum() / before.square().sum()).item()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_each_step_lowers_the_blocks_error(model_folder, symmetric):
+    """RTN > AWQ's scales alone > scales and clipping, on a block with outlier channels."""
+    grid = {"bits": 4, "group_size": 16, "symmetric": symmetric}
+    rtn = error_after(RtnConfig(**grid), model_folder())
+    scaled = error_after(AwqConfig(**grid, clip=False), model_folder())
+    both = error_after(AwqConfig(**grid), model_folder())
+    assert scaled < 0.9 * rtn
+    assert both < scaled
+
+
+def test_reported_error_is_the_error_of_what_is_packed(model_folder):
+    """The report's number, recomputed from the packed tensors and the inputs themselves."""
+    block, _ = one_block(model_folder("qwen2"))
+    outcome = AwqStage(AwqConfig(group_size=16)).apply(block, None)
+    name = "mlp.down_proj"
+    packed = {
+        key.removeprefix(f"{name}."): tensor
+        for key, tensor in outcome.tensors.items()
+        if key.startswith(f"{name}.")
+    }
+    dense = unpack_weight(packed, 4).dequantize()
+    assert torch.equal(dense, linears_of(block.module)[name].weight)
+    report = next(layer for layer in outcome.layers if layer.name.endswith(name))
+    assert report.output_error is not None
+    assert 0 < report.output_error < 0.05
+    assert "scaled into mlp.up_proj" in report.note
+
+
+def test_ignored_linears_stay_exact_up_to_the_fold(model_folder):
+    """An ignored linear is still scaled with its siblings, so the function stays the same."""
+    block, before = one_block(model_folder())
+    everything = AwqConfig(group_size=16, ignore=("re:.*",))
+    outcome = everything.stage().apply(block, None)
+    assert not outcome.tensors
+    assert all("named by ignore" in layer.note for layer in outcome.layers)
+    only_q = AwqConfig(
+        group_size=16, ignore=("k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), bits=8
+    )
+    only_q.stage().apply(block, None)
+    assert block.probe is not None
+    after = block.probe(block.module)
+    # what is left is 8-bit rounding of q alone
+    assert (after - before).norm() < 0.01 * before.norm()
+
+
+def test_linear_that_calibration_never_reached_is_quantized_and_said(model_folder):
+    block, _ = one_block(model_folder())
+    block.module.add_module("spare", torch.nn.Linear(48, 16))
+    outcome = AwqStage(AwqConfig(group_size=16)).apply(block, None)
+    spare = next(layer for layer in outcome.layers if layer.name.endswith("spare"))
+    assert spare.method == "awq"
+    assert "never reached" in spare.note
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bits": 5}, "bits"),
+        ({"group_size": 0}, "group_size"),
+        ({"grupsize": 64}, "did you mean 'group_size'"),
+        ({"clip_least": 1.5}, "clip_least"),
+        ({"symmetric": "perhaps"}, "symmetric"),
+    ],
+)
+def test_bad_settings_are_named(values, message):
+    with pytest.raises(InputError, match=message):
+        build(AwqConfig, values, "method awq")
+
+
+def test_group_size_is_halved_until_it_fits():
+    assert fitting_group_size(128, [576, 1536]) == 64
+    assert fitting_group_size(None, [7]) is None
+    with pytest.raises(InputError, match="group size 100 and its halves"):
+        fitting_group_size(100, [64, 172])
+
+
+def test_ignore_patterns():
+    name = "model.layers.1.mlp.down_proj"
+    assert is_ignored(name, ["down_proj"])
+    assert is_ignored(name, ["mlp.down_proj"])
+    assert is_ignored(name, ["re:.*layers\\.1\\..*"])
+    assert is_ignored(name, [name])
+    assert not is_ignored(name, ["own_proj", "up_proj", "re:down"])
