@@ -84,7 +84,8 @@ def model_card(ref: str, report: dict[str, Any]) -> str:
         "",
         "| | |",
         "|---|---|",
-        f"| size | {sizes['bytes'] / 1e6:.1f} MB (original {sizes['original_bytes'] / 1e6:.1f} MB) |",
+        f"| size | {sizes['bytes'] / 1e6:.1f} MB "
+        f"(original {sizes['original_bytes'] / 1e6:.1f} MB) |",
         f"| quantized linears | {len(quantized)}, {sizes['quantized_weights']:,} weights of "
         f"{sizes['parameters']:,} parameters |",
         *(f"| {count} x | {note} |" for note, count in sorted(left.items())),

@@ -35,17 +35,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compress.core.errors import InputError, nearest
-from compress.core.progress import say, track
+from compress.core.errors import InputError
+from compress.core.progress import track
 from compress.core.source import read_config
+from compress.loading import check_dtype, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-    from compress.core.shards import ShardReader
-
-DTYPES = ("float32", "bfloat16", "float16")
 KL_QUANTILE = 0.99
 # A resampled quantile costs a pass over all tokens, a resampled mean only one over the windows.
 MAX_QUANTILE_RESAMPLES = 1_000
@@ -69,7 +67,7 @@ class TextEvalConfig:
             value = getattr(self, name)
             if value < minimum:
                 raise InputError(f"{name} is {value}; allowed is {minimum} or more")
-        _check_dtype(self.dtype)
+        check_dtype(self.dtype)
 
 
 def evaluate_text(
@@ -109,90 +107,6 @@ def evaluate_text(
     scores = np.stack(rows, axis=1)  # [1 or 4, W, T]
     settings = {name: getattr(config, name) for name in ("windows", "seq_len", "dtype")}
     return summarize(scores, config) | {"tokens": int(scores[0].size)} | settings
-
-
-def load_model(folder: Path, dtype: str = "float32", device: str | None = None) -> PreTrainedModel:
-    """Load a causal language model for inference, on the GPU when there is one.
-
-    Weights of a compressed-tensors checkpoint are de-quantized here, once, in `dtype`; layers
-    whose scheme quantizes activations too still do so in their forward pass.  Not used is the
-    library's switch `dequantize=True`: transformers 5.23 then rounds weights to the scales' dtype,
-    drops activation quantization, and reads every layer by one scheme.
-
-    Raises InputError when the folder holds no loadable model, lacks weights that the model needs
-    (transformers would fill them at random), or needs a library that is absent.
-    """
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    from compress.core.shards import ShardReader  # imports torch
-
-    _check_dtype(dtype)
-    read_config(folder)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=getattr(torch, dtype),
-            device_map={"": device},
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below
-        )
-    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"transformers cannot load '{folder}': {_reason(error)}") from error
-    mismatched = {entry[0] for entry in report["mismatched_keys"]}
-    zero_points = {name for name in mismatched if name.endswith(".weight_zero_point")}
-    if wrong := sorted(set(report["missing_keys"]) | mismatched - zero_points):
-        raise InputError(
-            f"'{folder}' lacks {len(wrong)} tensors that its config.json asks for, or has them in "
-            f"another shape, such as {wrong[0]}; the checkpoint is broken, write it again"
-        )
-    if unexpected := sorted(report["unexpected_keys"]):
-        say(f"'{folder}': {len(unexpected)} tensors are not used, such as {unexpected[0]}")
-    _decompress(model, ShardReader(folder), zero_points)
-    return model.eval()
-
-
-def _decompress(model: PreTrainedModel, shards: ShardReader, zero_points: set[str]) -> None:
-    """De-quantize compressed-tensors weights now, as their first forward pass would.
-
-    compressed-tensors 0.18 to 0.20 under transformers 5.23 makes room for unpacked zero points,
-    where `pack-quantized` stores packed ones: those that did not fit (`zero_points`) are put in.
-    """
-    quantizer = getattr(model, "hf_quantizer", None)
-    compressor = getattr(quantizer, "compressor", None)
-    if compressor is None or not quantizer.quantization_config.is_quantization_compressed:
-        return
-    for name in zero_points:
-        module_name, _, parameter = name.rpartition(".")
-        stored = shards.load(name).to(model.device)
-        getattr(model.get_submodule(module_name), parameter).data = stored
-    compressor.decompress_model(model)
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder; InputError when there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (ImportError, OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"'{folder}' has no usable tokenizer: {_reason(error)}; copy the original's there"
-        ) from error
-
-
-def _check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise InputError(
-            f"dtype '{dtype}' is unknown; allowed are {', '.join(DTYPES)}{nearest(dtype, DTYPES)}"
-        )
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _check_models(folders: list[Path], config: TextEvalConfig) -> int | None:

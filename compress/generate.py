@@ -1,15 +1,13 @@
 """Writing text with a model through transformers, to see that a checkpoint still speaks."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from compress.calibration import load_tokenizer
 from compress.core.errors import InputError
 from compress.core.source import ModelSource
-from compress.evaluate import load_model
+from compress.loading import load_model, load_tokenizer
 
 
 def generate_text(
@@ -19,14 +17,14 @@ def generate_text(
     temperature: float = 0.0,
     chat: bool = False,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """Continue `prompt`; greedy at temperature 0.
 
     `chat` puts the prompt through the tokenizer's chat template.  Raises InputError when there is
     no such template, or the prompt holds no token.
     """
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source.folder)
     if chat and not tokenizer.chat_template:
         raise InputError(f"the tokenizer of '{source.ref}' has no chat template; leave out --chat")
     text = prompt
@@ -36,7 +34,7 @@ def generate_text(
     encoded = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)
     if encoded.input_ids.shape[1] == 0:
         raise InputError("prompt '' holds no token; give some text")
-    model = load_model(Path(source.folder), dtype, default_device())
+    model = load_model(source.folder, dtype)
     torch.manual_seed(seed)
     started = time.monotonic()
     output = model.generate(

@@ -58,7 +58,8 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
             "quant_method": scheme.get("quant_method"),
             "format": scheme.get("format"),
             "groups": {
-                name: group.get("weights") for name, group in scheme.get("config_groups", {}).items()
+                name: group.get("weights")
+                for name, group in scheme.get("config_groups", {}).items()
             },
             "ignore": scheme.get("ignore", []),
             "quantized_linears": len(quantized),

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 import compress
 from compress import calibration, checkpoint
 from compress.core.blocks import BlockInputs, BlockModel, call_block, linears_of
-from compress.core.errors import InputError
 from compress.core.outfolder import OutputFolder
 from compress.core.progress import say, track
 from compress.core.shards import ShardWriter
 from compress.core.source import resolve_model
 from compress.core.stage import Block, LayerReport, Stage
 from compress.core.statistics import InputStatistics, collecting
+from compress.loading import default_device, native_bfloat16
 from compress.quant.config import fitting_group_size
 from compress.recipe import Recipe, method_of
 
@@ -65,7 +65,7 @@ def run_recipe(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
         calibrated = time.monotonic()
         plan = None
         if stage.decides_globally:
-            summaries = _walk(model, inputs, stage, recipe, settings, stage.collect)
+            summaries = _walk(model, inputs, settings, stage.collect, propagate=False)
             plan = stage.decide(summaries)
         writer.write("outer", _outer_tensors(model, settings.dtype))
 
@@ -85,7 +85,9 @@ def run_recipe(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
 
         layers = [
             layer
-            for reports in _walk(model, inputs, stage, recipe, settings, apply_and_write)
+            for reports in _walk(
+                model, inputs, settings, apply_and_write, propagate=recipe.propagate_error
+            )
             for layer in reports
         ]
         layers += _left_in_float(model)
@@ -97,9 +99,15 @@ def run_recipe(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
             "quantization_seconds": round(finished - calibrated, 1),
             "seconds": round(finished - started, 1),
         }
-        linears = [layer.name for layer in layers if layer.method is None and layer.shape]
+        quantized = {layer.name for layer in layers if layer.method}
+        in_float = [name for name in linears_of(model.skeleton) if name not in quantized]
         checkpoint.write_side_files(
-            folder, model, settings.dtype, stage.checkpoint_config(linears), report, _run_facts(times)
+            folder,
+            model,
+            settings.dtype,
+            stage.checkpoint_config(in_float),
+            report,
+            _run_facts(times),
         )
     return {**report, **times, "out": str(recipe.out)}
 
@@ -107,10 +115,10 @@ def run_recipe(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
 def _preflight(recipe: Recipe) -> tuple[BlockModel, Settings, Recipe]:
     """Everything that can be refused in the first second, and what `auto` stands for."""
     source = resolve_model(recipe.model)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     compute = recipe.compute_dtype
     if compute == "auto":
-        compute = "bfloat16" if calibration.native_bfloat16(device) else "float32"
+        compute = "bfloat16" if native_bfloat16(device) else "float32"
     model = BlockModel(source, device, getattr(torch, compute))
     dtype = model.stored_dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     stage = recipe.stages[0]
@@ -137,12 +145,14 @@ def _preflight(recipe: Recipe) -> tuple[BlockModel, Settings, Recipe]:
 def _walk(
     model: BlockModel,
     inputs: BlockInputs | None,
-    stage: Stage,
-    recipe: Recipe,
     settings: Settings,
     visit: Callable[[Block], Any],
+    propagate: bool,
 ) -> list[Any]:
-    """Visit every block in order, with statistics if there are inputs; returns what visits return."""
+    """Visit every block in order, with statistics if there are inputs; return what visits return.
+
+    `propagate` runs a block again after the visit, so that the next one sees what it now gives.
+    """
     hidden = inputs.hidden if inputs else []
     results = []
     for index in track(range(model.num_blocks), "Compressing blocks"):
@@ -155,17 +165,17 @@ def _walk(
             runner = model.compute_copy(module)
             with collecting(runner) as statistics:
                 outputs = model.run_block(runner, hidden, kwargs)
-            probe = _probe(hidden[0], kwargs[0], settings.device)
+            probe = probe_of(hidden[0], kwargs[0], settings.device)
         block = Block(index, model.block_name(index), module, statistics, probe, settings.dtype)
         results.append(visit(block))
         if inputs and index + 1 < model.num_blocks:
-            if recipe.propagate_error:
+            if propagate:
                 outputs = model.run_block(model.compute_copy(module), hidden, kwargs)
             hidden = outputs
     return results
 
 
-def _probe(
+def probe_of(
     hidden: Tensor, kwargs: dict[str, Any], device: torch.device
 ) -> Callable[[nn.Module], Tensor]:
     """A function that runs a float32 block on the first batch's first sequence."""
@@ -268,6 +278,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return compress.__version__ if package == "compress-llm" else "absent"
-
-
-__all__ = ["InputError", "run_recipe"]

@@ -89,8 +89,12 @@ def build_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     built = []
     for stage in stages:
         if not isinstance(stage, Mapping) or "method" not in stage:
-            raise InputError(f"{where}: stage {stage!r} has no 'method'; allowed: {', '.join(METHODS)}")
-        built.append(build_stage(stage["method"], {k: v for k, v in stage.items() if k != "method"}))
+            raise InputError(
+                f"{where}: stage {stage!r} has no 'method'; allowed: {', '.join(METHODS)}"
+            )
+        built.append(
+            build_stage(stage["method"], {k: v for k, v in stage.items() if k != "method"})
+        )
     values["stages"] = tuple(built)
     calibration = values.get("calibration", {})
     if not isinstance(calibration, Mapping):

@@ -1,7 +1,7 @@
 """Accuracy on multiple-choice and other tasks, through EleutherAI's lm-evaluation-harness [1].
 
 The harness builds the prompts and scores the answers; the model is loaded by
-`compress.evaluate.load_model`, so that a task and a perplexity speak of the same weights.
+`compress.loading.load_model`, so that a task and a perplexity speak of the same weights.
 For a multiple-choice task with choices c of a question q,
 
     acc      = mean over questions of [argmax_c  log p(c | q)           is the right choice]
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import InputError, nearest
 from compress.core.source import read_config
-from compress.evaluate import load_model, load_tokenizer
+from compress.loading import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

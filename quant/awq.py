@@ -35,7 +35,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from compress.core.stage import Block
-from compress.core.statistics import InputStatistics
+from compress.core.statistics import InputStatistics, bfloat16_products
 from compress.quant.config import WeightOnlyConfig
 from compress.quant.folds import Fold, find_fold
 from compress.quant.weight import QuantizedWeight, covering_grid, minmax_grid, round_to_grid
@@ -136,7 +136,8 @@ class AwqStage(WeightOnlyStage):
             scaled = weight * spread
             grid = covering_grid(scaled, bits, group_size, self.config.symmetric)
             rounded = round_to_grid(scaled, *grid, bits, group_size).dequantize()
-            loss = output_error(rounded / spread - weight, moment).item()
+            with bfloat16_products():  # 8 bits of each factor are plenty to rank the candidates
+                loss = output_error(rounded / spread - weight, moment).item()
             if loss < best_loss:
                 best_loss, best_scale, best_exponent = loss, scale, exponent
         return best_scale, best_exponent

@@ -14,9 +14,7 @@ def _channel_is_none(value: object) -> object:
     return None if value in ("channel", -1, "-1") else value
 
 
-GroupSize = Annotated[
-    Annotated[int, Field(ge=1)] | None, BeforeValidator(_channel_is_none)
-]
+GroupSize = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_channel_is_none)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

@@ -1,4 +1,4 @@
-"""What the weight-only methods share: a block's linears go in, packed tensors and a report come out."""
+"""What the weight-only methods share: linears go in, packed tensors and a report come out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -46,15 +46,17 @@ def tiny_config(family: str):
         case "qwen3":
             return Qwen3Config(**sizes, head_dim=16, tie_word_embeddings=False)
         case "mistral":
-            return MistralConfig(**sizes, head_dim=8, sliding_window=None, tie_word_embeddings=False)
+            return MistralConfig(
+                **sizes, head_dim=8, sliding_window=None, tie_word_embeddings=False
+            )
         case "gemma2":
             return Gemma2Config(**sizes, head_dim=8, query_pre_attn_scalar=8)
     raise ValueError(family)
 
 
 def make_model(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Save a random model with uneven channels and biases, and a word tokenizer, in `folder`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """Save a random model with uneven channels and biases, and a tiny tokenizer, in `folder`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
@@ -71,9 +73,14 @@ def make_model(family: str, folder: Path, dtype: torch.dtype = torch.float32) ->
             else:
                 parameter.mul_(3)
     model.to(dtype).save_pretrained(folder)
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    # Byte-level BPE, since some classes (Qwen2's) rebuild the tokenizer from vocabulary and merges.
+    digits = "0123456789"
+    merges = [("w", d) for d in digits] + [(a, b) for a in digits for b in digits]
+    tokens = ["<unk>", "<s>", "</s>", "Ġ", "w", *digits, *(a + b for a, b in merges)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
@@ -96,7 +103,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4,000 words that the tiny tokenizers know, one token each."""
+    """4,000 words that the tiny tokenizers know, some 12,000 tokens."""
     generator = torch.Generator().manual_seed(1)
     picks = torch.randint(0, len(WORDS), (4000,), generator=generator).tolist()
     path = tmp_path_factory.mktemp("text") / "text.txt"

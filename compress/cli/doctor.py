@@ -38,9 +38,13 @@ def doctor_command(as_json: bool) -> None:
         print_json(facts)
         return
     rows = {"python": facts["python"], "device": facts["device"]}
-    rows["memory"] = f"{facts['memory_bytes'] / 1e9:.0f} GB, {facts['memory_free_bytes'] / 1e9:.0f} free"
+    rows["memory"] = (
+        f"{facts['memory_bytes'] / 1e9:.0f} GB, {facts['memory_free_bytes'] / 1e9:.0f} free"
+    )
     rows["CPU"] = f"{facts['threads']} threads, {facts['cpu_capability']}"
-    rows["bfloat16 forwards"] = "native" if facts["native_bfloat16"] else "no: calibration runs in float32"
+    rows["bfloat16 forwards"] = (
+        "native" if facts["native_bfloat16"] else "no: calibration runs in float32"
+    )
     for name, found in facts["packages"].items():
         rows[name] = found or f"missing: {PACKAGES[name]}"
     print_pairs("compress doctor", rows)
@@ -51,8 +55,7 @@ def examine() -> dict[str, Any]:
     import psutil
     import torch
 
-    from compress.calibration import native_bfloat16
-    from compress.evaluate import default_device
+    from compress.loading import default_device, native_bfloat16
 
     device = default_device()
     memory = psutil.virtual_memory()

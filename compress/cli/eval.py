@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from compress.cli.output import print_json
-from compress.evaluate import DTYPES, TextEvalConfig, evaluate_text
+from compress.evaluate import TextEvalConfig, evaluate_text
+from compress.loading import DTYPES
 from compress.tasks import DEFAULT_BATCH_SIZE, evaluate_tasks
 
 
@@ -95,8 +96,8 @@ def eval_command(
         folder = resolve_model(model).folder
         if config is not None:
             original = None if against is None else resolve_model(against).folder
-            result |= {"against": against, "text_file": str(text)}
-            result["text"] = evaluate_text(folder, config, original)
+            result |= {"against": against, "text": str(text)}
+            result |= evaluate_text(folder, config, original)
         if tasks:
             names = [name.strip() for name in tasks.split(",") if name.strip()]
             result |= evaluate_tasks(
@@ -105,8 +106,8 @@ def eval_command(
     if as_json:
         print_json(result)
         return
-    if "text" in result:
-        print_eval_table(result["text"])
+    if "perplexity" in result:
+        print_eval_table(result)
     if "tasks" in result:
         print_tasks_table(result)
 

@@ -52,7 +52,9 @@ def print_report(report: dict[str, Any], as_json: bool) -> None:
         f"{report['calibration_seconds']:.0f} s",
     }
     for note, names in left.items():
-        rows[note] = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        rows[note] = ", ".join(names[:4]) + (
+            f" and {len(names) - 4} more" if len(names) > 4 else ""
+        )
     print_pairs("Result", rows)
 
 

@@ -14,15 +14,33 @@ from compress.cli.output import print_report
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Output folder.")
 @click.option("--bits", type=int, help="Bits a weight: 4 or 8.  [default: 4]")
 @click.option("--group-size", help="Columns that share a scale, or 'channel'.  [default: 128]")
-@click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points.  [default: symmetric]")
-@click.option("--clip/--no-clip", default=None, help="AWQ: search each group's range.  [default: clip]")
-@click.option("--ignore", multiple=True, help="Linear to leave in float: a name, its end, or re:REGEX. Repeatable.")
-@click.option("--calibration", help="self, a .txt/.jsonl/.parquet file, or a data set id[:config[:split]].  [default: self]")
+@click.option(
+    "--symmetric/--asymmetric",
+    default=None,
+    help="Without or with zero points.  [default: symmetric]",
+)
+@click.option(
+    "--clip/--no-clip", default=None, help="AWQ: search each group's range.  [default: clip]"
+)
+@click.option(
+    "--ignore",
+    multiple=True,
+    help="Linear to leave in float: a name, its end, or re:REGEX. Repeatable.",
+)
+@click.option(
+    "--calibration",
+    help="self, a .txt/.jsonl/.parquet file, or a data set id[:config[:split]].  [default: self]",
+)
 @click.option("--samples", type=int, help="Calibration sequences.  [default: 64]")
 @click.option("--seq-len", type=int, help="Tokens a sequence.  [default: 512]")
 @click.option("--seed", type=int, help="Seed of the calibration sample.  [default: 0]")
-@click.option("--dtype", help="Of what stays in float: auto, float32, bfloat16, float16.  [default: auto]")
-@click.option("--compute-dtype", help="Of calibration forwards: auto, float32, bfloat16, float16.  [default: auto]")
+@click.option(
+    "--dtype", help="Of what stays in float: auto, float32, bfloat16, float16.  [default: auto]"
+)
+@click.option(
+    "--compute-dtype",
+    help="Of calibration forwards: auto, float32, bfloat16, float16.  [default: auto]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def quantize_command(

@@ -37,7 +37,9 @@ class BlockModel:
     already quantized, or lacks a tensor or a shape that its config.json calls for.
     """
 
-    def __init__(self, source: ModelSource, device: torch.device, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self, source: ModelSource, device: torch.device, compute_dtype: torch.dtype
+    ) -> None:
         self.source = source
         self.device = device
         self.compute_dtype = compute_dtype
@@ -46,7 +48,9 @@ class BlockModel:
         self.skeleton = _build_skeleton(self.config, source)
         self.blocks_name, self._blocks = _find_blocks(self.skeleton, source)
         self.tied_names = set(getattr(self.skeleton, "all_tied_weights_keys", None) or ())
-        self.num_parameters = sum(p.numel() for p in self.skeleton.parameters())
+        self.num_parameters = sum(
+            p.numel() for name, p in self.skeleton.named_parameters() if name not in self.tied_names
+        )
         self._prefix = self._checkpoint_prefix()
         self._check_shapes()
 
@@ -137,7 +141,9 @@ class BlockModel:
         return copy.deepcopy(block).to(self.compute_dtype)
 
     @torch.no_grad()
-    def run_block(self, block: nn.Module, hidden: list[Tensor], kwargs: list[dict[str, Any]]) -> list[Tensor]:
+    def run_block(
+        self, block: nn.Module, hidden: list[Tensor], kwargs: list[dict[str, Any]]
+    ) -> list[Tensor]:
         """Run a block over all batches; returns its outputs, [B, S, D] each, on the CPU."""
         outputs = []
         for states, kw in zip(hidden, kwargs, strict=True):
@@ -215,7 +221,9 @@ def _load_config(source: ModelSource) -> Any:
         return AutoConfig.from_pretrained(source.folder)
     except Exception as error:  # a broken config.json can fail anywhere inside transformers
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise InputError(f"transformers cannot read config.json of '{source.ref}': {reason}") from None
+        raise InputError(
+            f"transformers cannot read config.json of '{source.ref}': {reason}"
+        ) from None
 
 
 def _build_skeleton(config: Any, source: ModelSource) -> Any:

@@ -35,9 +35,13 @@ class OutputFolder:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise InputError(f"output '{self.out}' is being written by another run; wait for it") from None
+            raise InputError(
+                f"output '{self.out}' is being written by another run; wait for it"
+            ) from None
         except OSError as error:
-            raise InputError(f"cannot write to '{self.out.parent}': {error.strerror or error}") from None
+            raise InputError(
+                f"cannot write to '{self.out.parent}': {error.strerror or error}"
+            ) from None
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir()
         return self.partial
@@ -55,8 +59,11 @@ class OutputFolder:
                     reason = error.strerror or str(error)
                     raise InputError(f"cannot write output '{self.out}': {reason}") from error
                 return
-            shutil.rmtree(self.out, ignore_errors=True)
+            old = self.out.with_name(f".{self.out.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            if self.out.exists():
+                self.out.rename(old)
             self.partial.rename(self.out)
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             self._lock.release()
-            Path(self._lock.lock_file).unlink(missing_ok=True)

@@ -57,7 +57,9 @@ class ShardReader:
         if not index.exists():
             return sorted(self.folder.glob("*.safetensors"))
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"cannot read {index}: {error!r}; download it again") from None
         missing = [name for name in names if not (self.folder / name).is_file()]

@@ -47,8 +47,7 @@ def resolve_model(ref: str, revision: str | None = None) -> ModelSource:
         if path.suffix != ".gguf":
             raise InputError(
                 f"model '{ref}' is a file; allowed are a folder with config.json and safetensors, "
-                "a .gguf file, a Hugging Face id, or an alias: "
-                + ", ".join(ALIASES)
+                "a .gguf file, a Hugging Face id, or an alias: " + ", ".join(ALIASES)
             )
         return ModelSource(ref, _from_gguf(path))
     if path.is_dir():
@@ -64,11 +63,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"'{folder}' has no config.json; give a Hugging Face model folder") from None
+        raise InputError(
+            f"'{folder}' has no config.json; give a Hugging Face model folder"
+        ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}; download the model again") from None
     if not isinstance(config, dict):
-        raise InputError(f"{path} holds a {type(config).__name__}, not an object; download it again")
+        raise InputError(
+            f"{path} holds a {type(config).__name__}, not an object; download it again"
+        )
     return config
 
 
@@ -105,7 +108,9 @@ def _from_hub(ref: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(ref, revision=revision, allow_patterns=list(HUB_FILES)))
     except GatedRepoError:
-        raise InputError(f"model '{ref}' is gated; accept its terms and run: hf auth login") from None
+        raise InputError(
+            f"model '{ref}' is gated; accept its terms and run: hf auth login"
+        ) from None
     except RevisionNotFoundError:
         raise InputError(f"model '{ref}' has no revision '{revision}'") from None
     except (RepositoryNotFoundError, HFValidationError):

@@ -16,7 +16,7 @@ no forward pass is repeated.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -74,18 +74,25 @@ class InputStatistics:
 def _add_outer_product(total: Tensor, x: Tensor) -> None:
     """Add xᵀx to `total` [K, K], on and above the tile diagonal only.
 
-    Inputs in a 16-bit dtype are exact in float32, and their products may then be formed by the
-    processor's bfloat16 units with float32 accumulation ("medium" precision): same products,
-    several times the speed.  Float32 inputs are multiplied in float32.
+    Inputs in bfloat16 are exact in float32, and their products may be formed by the processor's
+    bfloat16 units with float32 accumulation: same products, several times the speed.  Other inputs
+    are multiplied in float32.
     """
     exact_in_bf16 = x.dtype == torch.bfloat16
     x = x.float()
-    previous = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if exact_in_bf16 else "highest")
-    try:
+    with bfloat16_products() if exact_in_bf16 else nullcontext():
         for start in range(0, x.shape[1], TILE):
             stop = min(start + TILE, x.shape[1])
             total[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
+
+
+@contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Inside, float32 matrix products may round their inputs to bfloat16; sums stay float32."""
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
     finally:
         torch.set_float32_matmul_precision(previous)
 

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from compress.core.errors import InputError
-from compress.evaluate import TextEvalConfig, evaluate_text, load_model, summarize
+from compress.evaluate import TextEvalConfig, evaluate_text, summarize
+from compress.loading import load_model
 
 VOCABULARY = 97
 SEQ_LEN, WINDOWS = 17, 5  # 16 scored positions: odd on purpose, and the text is a little longer

@@ -143,7 +143,7 @@ def test_command_prints_one_json_object(model: Path, tmp_path: Path) -> None:
     assert run.exit_code == 0
     result = json.loads(run.stdout)  # nothing else may be on standard output
     assert result["tasks"]["arc_easy_local"]["acc"] == 1
-    assert result["text"]["kl_mean"] == 0
+    assert result["kl_mean"] == 0
     run = CliRunner().invoke(eval_command, arguments[:-1], catch_exceptions=False)
     assert "arc_easy_local" in run.stdout
     assert "same most likely token" in run.stdout

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+
 from compress.core.blocks import BlockModel, linears_of
 from compress.core.config import build
 from compress.core.errors import InputError
 from compress.core.source import resolve_model
 from compress.core.stage import Block
 from compress.core.statistics import collecting
-from compress.pipeline import _probe
+from compress.pipeline import probe_of
 from compress.quant.awq import AwqConfig, AwqStage
 from compress.quant.compressed_tensors import unpack_weight
 from compress.quant.config import fitting_group_size, is_ignored
@@ -24,7 +25,7 @@ def one_block(folder, tokens=None) -> tuple[Block, torch.Tensor]:
     module = model.load_block(0)
     with collecting(module) as groups:
         model.run_block(module, inputs.hidden, inputs.kwargs[0])
-    probe = _probe(inputs.hidden[0], inputs.kwargs[0][0], torch.device("cpu"))
+    probe = probe_of(inputs.hidden[0], inputs.kwargs[0][0], torch.device("cpu"))
     block = Block(0, model.block_name(0), module, groups, probe, torch.float32)
     return block, probe(module)
 
@@ -73,7 +74,9 @@ def test_ignored_linears_stay_exact_up_to_the_fold(model_folder):
     assert not outcome.tensors
     assert all("named by ignore" in layer.note for layer in outcome.layers)
     only_q = AwqConfig(
-        group_size=16, ignore=("k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), bits=8
+        group_size=16,
+        ignore=("k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        bits=8,
     )
     only_q.stage().apply(block, None)
     assert block.probe is not None

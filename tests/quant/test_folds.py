@@ -4,17 +4,21 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from compress.core.blocks import BlockModel, linears_of
 from compress.core.source import resolve_model
 from compress.core.statistics import collecting
-from compress.pipeline import _probe
+from compress.pipeline import probe_of
 from compress.quant.folds import find_fold
-from transformers import AutoModelForCausalLM
 
 FOLDABLE = {
-    "llama": {"q_proj": "input_layernorm", "o_proj": "v_proj", "gate_proj": "post_attention_layernorm", "down_proj": "up_proj"},
-    "gemma2": {"q_proj": "input_layernorm", "o_proj": "v_proj", "gate_proj": "pre_feedforward_layernorm", "down_proj": "up_proj"},
-}  # fmt: skip
+    "q_proj": "input_layernorm",
+    "o_proj": "v_proj",
+    "gate_proj": "post_attention_layernorm",
+    "down_proj": "up_proj",
+}
+GEMMA2_FOLDABLE = FOLDABLE | {"gate_proj": "pre_feedforward_layernorm"}
 
 
 def folds_of(model: BlockModel, index: int, tokens):
@@ -23,7 +27,7 @@ def folds_of(model: BlockModel, index: int, tokens):
     block = model.load_block(index)
     with collecting(block) as groups:
         model.run_block(block, inputs.hidden, inputs.kwargs[index])
-    probe = _probe(inputs.hidden[0], inputs.kwargs[index][0], torch.device("cpu"))
+    probe = probe_of(inputs.hidden[0], inputs.kwargs[index][0], torch.device("cpu"))
     return block, [(find_fold(block, g.linears, probe), g) for g in groups], probe
 
 
@@ -39,7 +43,7 @@ def test_folds_are_found_and_the_folded_model_gives_the_original_logits(family, 
         block, folds, _ = folds_of(model, index, tokens)
         for fold, stats in folds:
             leaf = stats.linears[0].rpartition(".")[2]
-            expected = FOLDABLE.get(family, FOLDABLE["llama"])[leaf]
+            expected = (GEMMA2_FOLDABLE if family == "gemma2" else FOLDABLE)[leaf]
             assert fold is not None, f"{family}: no fold for {stats.linears}"
             assert fold.producer.endswith(expected), (leaf, fold)
             # Any positive scales, not only powers of two, over two orders of magnitude.
@@ -56,7 +60,9 @@ def test_folds_are_found_and_the_folded_model_gives_the_original_logits(family, 
 
 def test_gain_rounded_for_storage_keeps_the_fold_exact(model_folder):
     """A bfloat16 gain carries 8 bits; the consumers must get the ratio it really has."""
-    model = BlockModel(resolve_model(str(model_folder("llama"))), torch.device("cpu"), torch.float32)
+    model = BlockModel(
+        resolve_model(str(model_folder("llama"))), torch.device("cpu"), torch.float32
+    )
     tokens = torch.randint(3, 120, (1, 40), generator=torch.Generator().manual_seed(0))
     block, folds, probe = folds_of(model, 0, tokens)
     fold = folds[0][0]
@@ -68,7 +74,9 @@ def test_gain_rounded_for_storage_keeps_the_fold_exact(model_folder):
 
 
 def test_no_fold_where_a_nonlinearity_or_another_reader_is_in_the_way(model_folder):
-    model = BlockModel(resolve_model(str(model_folder("llama"))), torch.device("cpu"), torch.float32)
+    model = BlockModel(
+        resolve_model(str(model_folder("llama"))), torch.device("cpu"), torch.float32
+    )
     tokens = torch.randint(3, 120, (1, 40), generator=torch.Generator().manual_seed(0))
     block, _, probe = folds_of(model, 0, tokens)
     # q and k alone: v reads the same norm, so dividing its gain would change v.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from compress.core.blocks import BlockModel, linears_of
 from compress.core.source import resolve_model
 from compress.core.statistics import TILE, InputStatistics, collecting
@@ -12,9 +13,7 @@ from compress.quant.weight_only import output_error
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2"])
 def test_output_error_equals_tr_dw_h_dw(family, model_folder):
     """tr(dW H dWᵀ) from the statistics equals the error measured on the linear's outputs."""
-    model = BlockModel(
-        resolve_model(str(model_folder(family))), torch.device("cpu"), torch.float32
-    )
+    model = BlockModel(resolve_model(str(model_folder(family))), torch.device("cpu"), torch.float32)
     tokens = torch.randint(3, 120, (3, 32), generator=torch.Generator().manual_seed(0))
     inputs = model.capture_inputs(list(tokens.split(1)))
     block = model.load_block(0)
@@ -32,7 +31,8 @@ def test_output_error_equals_tr_dw_h_dw(family, model_folder):
         for name in group.linears:
             weight = linears_of(block)[name].weight
             change = (
-                round_to_grid(weight, *minmax_grid(weight, 4, 16, True), 4, 16).dequantize() - weight
+                round_to_grid(weight, *minmax_grid(weight, 4, 16, True), 4, 16).dequantize()
+                - weight
             )
             x = torch.cat([part.reshape(-1, weight.shape[1]) for part in seen[name]]).double()
             measured = (x @ change.double().T).square().sum(-1).mean()

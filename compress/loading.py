@@ -1,0 +1,127 @@
+"""Loading whole models and tokenizers through transformers, for evaluation and generation.
+
+Compression itself never holds a whole model (see compress.core.blocks).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compress.core.errors import InputError, nearest
+from compress.core.progress import say
+from compress.core.source import read_config
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from compress.core.shards import ShardReader
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def default_device() -> torch.device:
+    """The GPU when there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 faster than float32."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+
+
+def load_model(
+    folder: Path, dtype: str = "float32", device: torch.device | None = None
+) -> PreTrainedModel:
+    """Load a causal language model for inference, on the GPU when there is one.
+
+    Weights of a compressed-tensors checkpoint are de-quantized here, once, in `dtype`; layers
+    whose scheme quantizes activations too still do so in their forward pass.  Not used is the
+    library's switch `dequantize=True`: transformers 5.23 then rounds weights to the scales' dtype,
+    drops activation quantization, and reads every layer by one scheme.
+
+    Raises InputError when the folder holds no loadable model, lacks weights that the model needs
+    (transformers would fill them at random), or needs a library that is absent.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    from compress.core.shards import ShardReader  # imports torch
+
+    check_dtype(dtype)
+    read_config(folder)
+    device = device or default_device()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=getattr(torch, dtype),
+            device_map={"": str(device)},
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below
+        )
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"transformers cannot load '{folder}': {reason_of(error)}") from error
+    mismatched = {entry[0] for entry in report["mismatched_keys"]}
+    zero_points = {name for name in mismatched if name.endswith(".weight_zero_point")}
+    if wrong := sorted(set(report["missing_keys"]) | mismatched - zero_points):
+        raise InputError(
+            f"'{folder}' lacks {len(wrong)} tensors that its config.json asks for, or has them in "
+            f"another shape, such as {wrong[0]}; the checkpoint is broken, write it again"
+        )
+    if unexpected := sorted(report["unexpected_keys"]):
+        say(f"'{folder}': {len(unexpected)} tensors are not used, such as {unexpected[0]}")
+    _decompress(model, ShardReader(folder), zero_points)
+    return model.eval()
+
+
+def _decompress(model: PreTrainedModel, shards: ShardReader, zero_points: set[str]) -> None:
+    """De-quantize compressed-tensors weights now, as their first forward pass would.
+
+    compressed-tensors 0.18 to 0.20 under transformers 5.23 makes room for unpacked zero points,
+    where `pack-quantized` stores packed ones: those that did not fit (`zero_points`) are put in.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    compressor = getattr(quantizer, "compressor", None)
+    if compressor is None or not quantizer.quantization_config.is_quantization_compressed:
+        return
+    for name in zero_points:
+        module_name, _, parameter = name.rpartition(".")
+        stored = shards.load(name).to(model.device)
+        getattr(model.get_submodule(module_name), parameter).data = stored
+    compressor.decompress_model(model)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder; InputError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"'{folder}' has no usable tokenizer: {reason_of(error)}; copy the original's there"
+        ) from error
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise InputError for a dtype that models cannot be loaded in."""
+    if dtype not in DTYPES:
+        raise InputError(
+            f"dtype '{dtype}' is unknown; allowed are {', '.join(DTYPES)}{nearest(dtype, DTYPES)}"
+        )
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error of a library, for a one-line message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,247 @@
+"""The command line: results on standard output, one clear line and exit code 2 for bad input."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from compress.cli import COMMANDS, main
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def model(model_folder, tmp_path):
+    """A copy of the tiny Llama that a test may break."""
+    return shutil.copytree(model_folder(), tmp_path / "model")
+
+
+def quantize(model, out, text_file, *more):
+    return run(
+        "quantize", model, "--method", "awq", "--bits", 4, "--group-size", 16, "--symmetric",
+        "--calibration", text_file, "--samples", 4, "--seq-len", 64, "--out", out, *more,
+    )  # fmt: skip
+
+
+def test_quantize_eval_inspect_generate(model, text_file, tmp_path):
+    out = tmp_path / "out"
+    done = quantize(model, out, text_file, "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)  # one object and nothing else
+    assert report["sizes"]["bytes"] < report["sizes"]["original_bytes"]
+    assert "Compressing blocks" in done.stderr
+
+    done = run(
+        "eval",
+        out,
+        "--text",
+        text_file,
+        "--seq-len",
+        64,
+        "--windows",
+        4,
+        "--against",
+        model,
+        "--json",
+    )
+    scores = json.loads(done.stdout)
+    assert scores["perplexity"] > 1
+    assert {"kl_mean", "kl_p99", "top1_agreement"} <= set(scores)
+
+    found = json.loads(run("inspect", out, "--json").stdout)
+    assert found["quantization"]["quantized_linears"] == 14
+    # 4 bits, a 32-bit scale for each 16, the two-number shapes of 14 small matrices
+    assert found["quantization"]["bits_per_weight"] == pytest.approx(6, abs=0.15)
+    assert "4 bits, symmetric, group size 16" in run("inspect", out).stdout
+
+    said = json.loads(run("generate", out, "--prompt", "w5 w7", "--max-tokens", 5, "--json").stdout)
+    assert 1 <= said["tokens"] <= 5
+
+    assert quantize(model, out, text_file).exit_code == 2  # exists
+    done = quantize(model, out, text_file, "--overwrite")
+    assert done.exit_code == 0
+    assert "left in float" in done.stdout
+
+
+def test_recipe_file_and_flags_give_the_same_bytes(model, text_file, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+model: {model}
+out: {tmp_path / "from-recipe" / "out"}
+calibration: {{source: {text_file}, samples: 4, seq_len: 64}}
+stages:
+  - {{method: awq, bits: 4, group_size: 16, symmetric: true}}
+"""
+    )
+    done = run("run", recipe, "--json")
+    assert done.exit_code == 0, done.output
+    assert quantize(model, tmp_path / "from-flags" / "out", text_file).exit_code == 0
+    one, two = (tmp_path / name / "out" for name in ("from-recipe", "from-flags"))
+    for file in ("model.safetensors", "compress.json"):
+        assert (one / file).read_bytes() == (two / file).read_bytes()
+
+
+def test_doctor_says_what_is_missing(monkeypatch):
+    facts = json.loads(run("doctor", "--json").stdout)
+    assert facts["packages"]["torch"] == torch.__version__
+    monkeypatch.setitem(__import__("compress.cli.doctor").cli.doctor.PACKAGES, "no-such", "a test")
+    assert "missing: a test" in run("doctor").stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command):
+    done = run(command, "--help")
+    assert done.exit_code == 0
+    assert f"compress {command} " in done.stdout or command == "doctor"
+
+
+BAD_FLAGS = [
+    (["--method", "awk"], "unknown method 'awk'"),
+    (["--bits", "5"], "bits"),
+    (["--bits", "four"], "not a valid integer"),
+    (["--group-size", "5"], "group size 5 and its halves do not divide"),
+    (["--group-size", "some"], "group_size"),
+    (["--calibration", "absent.txt"], "calibration file 'absent.txt' does not exist"),
+    (["--calibration", "no/such-data-set"], "no/such-data-set"),
+    (["--samples", "1000"], "1000 samples of 64 need 64000"),
+    (["--samples", "0"], "samples"),
+    (["--dtype", "float8"], "dtype"),
+    (["--method", "rtn", "--clip"], "unknown key 'clip' for method rtn"),
+    (["--no-such-flag"], "No such option"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS)
+def test_bad_flags_give_one_line_and_leave_nothing(flags, message, model, text_file, tmp_path):
+    out = tmp_path / "results" / "out"
+    check_refused(quantize(model, out, text_file, *flags), message)
+    left = list(out.parent.iterdir()) if out.parent.exists() else []
+    assert [path.name for path in left if not path.name.endswith(".lock")] == []
+
+
+def check_refused(done, message):
+    assert done.exit_code == 2, done.output
+    assert done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def drop_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def poison(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def reshape(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(7)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def set_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+BROKEN_MODELS = [
+    (drop_tensor, "no tensor model.layers.1.mlp.up_proj.weight"),
+    (poison, "tensor model.layers.1.mlp.up_proj.weight"),
+    (reshape, "model.norm.weight"),
+    (truncate, "truncated or corrupt"),
+    (lambda f: (f / "config.json").unlink(), "no config.json"),
+    (lambda f: (f / "config.json").write_text("{"), "config.json"),
+    (lambda f: (f / "config.json").write_text("[1]"), "config.json"),
+    (lambda f: (f / "model.safetensors").unlink(), "no *.safetensors"),
+    (lambda f: set_config(f, model_type="no-such"), "config.json"),
+    (lambda f: set_config(f, model_type="bert"), "config.json calls for|causal|no tensor"),
+    (lambda f: set_config(f, quantization_config={"quant_method": "awq"}), "already quantized"),
+    (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN_MODELS)
+def test_broken_models_are_refused(damage, message, model, text_file, tmp_path):
+    damage(model)
+    done = quantize(model, tmp_path / "out", text_file)
+    if "|" in message:
+        message = next((m for m in message.split("|") if m in done.stderr), message)
+    check_refused(done, message)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("ref", "message"),
+    [
+        ("./absent", "model folder './absent' does not exist"),
+        ("smolm2", "did you mean 'smollm2'"),
+        ("nobody/no-such-model", "nobody/no-such-model"),
+    ],
+)
+def test_missing_models_are_refused(ref, message, text_file, tmp_path):
+    check_refused(quantize(ref, tmp_path / "out", text_file), message)
+
+
+def test_empty_and_binary_calibration_files(model, tmp_path):
+    for content, message in ((b"", "has 0 tokens"), (b"\xff\xfe\x00\x01", "not UTF-8")):
+        path = tmp_path / "text.txt"
+        path.write_bytes(content)
+        check_refused(quantize(model, tmp_path / "out", path), message)
+
+
+def test_calibration_from_jsonl_and_parquet_equals_text(model, text_file, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    row = {"text": text_file.read_text()}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n\n")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    prints = set()
+    for path in (text_file, tmp_path / "rows.jsonl", tmp_path / "rows.parquet"):
+        done = quantize(model, tmp_path / path.suffix[1:], path, "--json")
+        prints.add(json.loads(done.stdout)["calibration_sha256"])
+    assert len(prints) == 1
+    (tmp_path / "bad.jsonl").write_text('{"content": "x"}\n')
+    check_refused(quantize(model, tmp_path / "out", tmp_path / "bad.jsonl"), "no text field 'text'")
+    (tmp_path / "bad.jsonl").write_text("{")
+    check_refused(quantize(model, tmp_path / "out", tmp_path / "bad.jsonl"), "cannot read")
+
+
+def test_two_runs_on_one_output(model, text_file, tmp_path):
+    from compress.core.outfolder import OutputFolder
+
+    with OutputFolder(tmp_path / "out", overwrite=False) as folder:
+        check_refused(quantize(model, tmp_path / "out", text_file), "another run")
+        (folder / "file").write_text("done")
+    assert (tmp_path / "out" / "file").read_text() == "done"
+
+
+def test_interrupt_leaves_nothing(model, text_file, tmp_path, monkeypatch):
+    from compress.core.shards import ShardWriter
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ShardWriter, "finish", interrupt)
+    done = quantize(model, tmp_path / "out", text_file)
+    assert done.exit_code == 130
+    assert "Interrupted" in done.stderr
+    assert not list(tmp_path.glob(".out.partial"))
