@@ -26,7 +26,7 @@ lint: install
 # pyright follows the folder mapping only where it is laid out as files: a strict editable install.
 types: install
 	$(BIN)/python -m pip install --quiet --no-deps -e . --config-settings editable_mode=strict
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 
 demo: install

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from compress.evaluate import evaluate_text
     from compress.pipeline import run_recipe
     from compress.quant.methods import METHODS
-    from compress.recipe import CalibrationConfig, Recipe, load_recipe
+    from compress.recipe import CalibrationConfig, Recipe, build_recipe, load_recipe
 
 __version__ = "0.1.0"
 
@@ -21,6 +21,7 @@ _HOMES = {
     "CalibrationConfig": "compress.recipe",
     "InputError": "compress.core.errors",
     "Recipe": "compress.recipe",
+    "build_recipe": "compress.recipe",
     "evaluate_text": "compress.evaluate",
     "load_recipe": "compress.recipe",
     "run_recipe": "compress.pipeline",
@@ -31,6 +32,7 @@ __all__ = [
     "CalibrationConfig",
     "InputError",
     "Recipe",
+    "build_recipe",
     "evaluate_text",
     "load_recipe",
     "run_recipe",

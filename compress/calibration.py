@@ -210,6 +210,7 @@ def _preallocated_cache(layers: int, length: int) -> Any:
         ) -> tuple[Tensor, Tensor]:
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
+            assert self.keys is not None
             start = self.keys.shape[2]
             stop = start + key_states.shape[2]
             for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):

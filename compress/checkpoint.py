@@ -78,8 +78,7 @@ def model_card(ref: str, report: dict[str, Any]) -> str:
         "compressed-tensors `pack-quantized` format.",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM  # pip install compressed-tensors",
-        f'model = AutoModelForCausalLM.from_pretrained("{recipe["out"]}")',
+        *_loading_lines(recipe["out"], stage["symmetric"]),
         "```",
         "",
         "| | |",
@@ -100,6 +99,20 @@ def model_card(ref: str, report: dict[str, Any]) -> str:
         ]
     lines += ["The error of each layer is in `compress.json`.", ""]
     return "\n".join(lines)
+
+
+def _loading_lines(out: str, symmetric: bool) -> list[str]:
+    if symmetric:
+        return [
+            "from transformers import AutoModelForCausalLM  # pip install compressed-tensors",
+            f'model = AutoModelForCausalLM.from_pretrained("{out}")',
+        ]
+    return [
+        "# compressed-tensors 0.18 to 0.20 needs `dequantize` to load zero points",
+        "from transformers import AutoModelForCausalLM, CompressedTensorsConfig",
+        "config = CompressedTensorsConfig(dequantize=True)",
+        f'model = AutoModelForCausalLM.from_pretrained("{out}", quantization_config=config)',
+    ]
 
 
 def _write_json(path: Path, value: Any) -> None:

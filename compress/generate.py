@@ -24,7 +24,7 @@ def generate_text(
     `chat` puts the prompt through the tokenizer's chat template.  Raises InputError when there is
     no such template, or the prompt holds no token.
     """
-    tokenizer = load_tokenizer(source.folder)
+    tokenizer: Any = load_tokenizer(source.folder)
     if chat and not tokenizer.chat_template:
         raise InputError(f"the tokenizer of '{source.ref}' has no chat template; leave out --chat")
     text = prompt
@@ -34,7 +34,7 @@ def generate_text(
     encoded = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)
     if encoded.input_ids.shape[1] == 0:
         raise InputError("prompt '' holds no token; give some text")
-    model = load_model(source.folder, dtype)
+    model: Any = load_model(source.folder, dtype)
     torch.manual_seed(seed)
     started = time.monotonic()
     output = model.generate(

@@ -6,10 +6,10 @@ Compression itself never holds a whole model (see compress.core.blocks).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import InputError, nearest
-from compress.core.progress import say
+from compress.core.progress import say, without_bars
 from compress.core.source import read_config
 
 if TYPE_CHECKING:
@@ -62,14 +62,16 @@ def load_model(
     read_config(folder)
     device = device or default_device()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=getattr(torch, dtype),
-            device_map={"": str(device)},
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below
-        )
+        with without_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=getattr(torch, dtype),
+                device_map={"": str(device)},
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below
+            )
+        model, report = loaded
     except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"transformers cannot load '{folder}': {reason_of(error)}") from error
     mismatched = {entry[0] for entry in report["mismatched_keys"]}
@@ -81,7 +83,8 @@ def load_model(
         )
     if unexpected := sorted(report["unexpected_keys"]):
         say(f"'{folder}': {len(unexpected)} tensors are not used, such as {unexpected[0]}")
-    _decompress(model, ShardReader(folder), zero_points)
+    with without_bars():
+        _decompress(model, ShardReader(folder), zero_points)
     return model.eval()
 
 
@@ -91,7 +94,7 @@ def _decompress(model: PreTrainedModel, shards: ShardReader, zero_points: set[st
     compressed-tensors 0.18 to 0.20 under transformers 5.23 makes room for unpacked zero points,
     where `pack-quantized` stores packed ones: those that did not fit (`zero_points`) are put in.
     """
-    quantizer = getattr(model, "hf_quantizer", None)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
     compressor = getattr(quantizer, "compressor", None)
     if compressor is None or not quantizer.quantization_config.is_quantization_compressed:
         return

@@ -72,8 +72,8 @@ def run_recipe(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
         def apply_and_write(block: Block) -> Sequence[LayerReport]:
             outcome = stage.apply(block, plan)
             kept = {
-                name: parameter.data.to(settings.dtype)
-                for name, parameter in block.module.named_parameters()
+                name: value.to(settings.dtype) if value.is_floating_point() else value
+                for name, value in block.module.state_dict().items()
                 if name not in outcome.replaces
             }
             stored = {

@@ -58,13 +58,14 @@ def evaluate_tasks(
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        model = HFLM(
+        harness_model: Any = HFLM  # its constructor's signature is hidden by a decorator
+        model = harness_model(
             pretrained=load_model(model_folder, dtype),
             tokenizer=load_tokenizer(model_folder),
             batch_size=batch_size,
             softmax_dtype="float32",
         )
-        found = simple_evaluate(
+        found: Any = simple_evaluate(
             model,
             tasks=specs,
             task_manager=manager,

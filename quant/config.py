@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -31,6 +31,10 @@ class WeightOnlyConfig:
     group_size: GroupSize = 128
     symmetric: bool = True
     ignore: tuple[str, ...] = ()
+
+    def stage(self) -> Any:
+        """The stage (compress.core.stage.Stage) that carries this configuration out."""
+        raise NotImplementedError
 
 
 def is_ignored(name: str, patterns: Iterable[str]) -> bool:

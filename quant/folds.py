@@ -60,9 +60,8 @@ class Fold:
         consumers get the exact ratio of old to new gain: storing costs the fold no accuracy.
         Returns the scale that the consumers' input channels got, [K].
         """
-        producer = block.get_submodule(self.producer)
-        weight = producer.weight.data
-        if isinstance(producer, nn.Linear):
+        weight = block.get_parameter(f"{self.producer}.weight").data
+        if weight.dim() == 2:
             weight /= scale.unsqueeze(-1)
         else:
             gain = weight + self.offset
@@ -70,12 +69,16 @@ class Fold:
             exact = gain / (weight + self.offset)
             scale = torch.where((exact > 0) & torch.isfinite(exact), exact, 1.0)
             weight.copy_(torch.where(scale == exact, weight, gain - self.offset))
-        if getattr(producer, "bias", None) is not None:
-            producer.bias.data /= scale
+        if getattr(block.get_submodule(self.producer), "bias", None) is not None:
+            block.get_parameter(f"{self.producer}.bias").data /= scale
         spread = self.to_consumers(scale)
-        for name in self.consumers:
-            block.get_submodule(name).weight.data *= spread
+        self.scale_consumers(block, spread)
         return spread
+
+    def scale_consumers(self, block: nn.Module, spread: Tensor) -> None:
+        """Multiply the consumers' input channels by `spread`, [K], in place."""
+        for name in self.consumers:
+            block.get_parameter(f"{name}.weight").data *= spread
 
 
 def find_fold(
@@ -94,11 +97,9 @@ def find_fold(
             )
             scale = (2.0**powers).to(before.device)
             spread = fold.to_consumers(scale)
-            for name in consumers:
-                trial.get_submodule(name).weight.data *= spread
+            fold.scale_consumers(trial, spread)
             effect = (probe(trial) - before).norm()
-            for name in consumers:
-                trial.get_submodule(name).weight.data /= spread
+            fold.scale_consumers(trial, 1 / spread)
             fold.apply(trial, scale, torch.float32)
             change = (probe(trial) - before).norm()
             if effect > 0 and change <= TOLERANCE * effect:
@@ -107,23 +108,21 @@ def find_fold(
 
 
 def _candidates(block: nn.Module, consumers: tuple[str, ...]) -> Iterator[Fold]:
-    width = block.get_submodule(consumers[0]).in_features
-    head_dims = {
-        module.head_dim
-        for module in block.modules()
-        if isinstance(getattr(module, "head_dim", None), int)
-    }
+    width = block.get_parameter(f"{consumers[0]}.weight").shape[1]
+    found = (getattr(module, "head_dim", None) for module in block.modules())
+    head_dims = sorted({head_dim for head_dim in found if isinstance(head_dim, int)})
     for name, module in block.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or name in consumers:
             continue
-        if weight.dim() == 1 and weight.numel() == width:
+        channels = weight.shape[0]
+        if weight.dim() == 1 and channels == width:
             for offset in (0, 1):
                 yield Fold(consumers, name, offset, heads=1, repeats=1, head_dim=width)
-        elif isinstance(module, nn.Linear) and width == module.out_features:
+        elif isinstance(module, nn.Linear) and channels == width:
             yield Fold(consumers, name, 0, heads=1, repeats=1, head_dim=width)
-        elif isinstance(module, nn.Linear) and width % module.out_features == 0:
-            for head_dim in sorted(head_dims):
-                if module.out_features % head_dim == 0:
-                    heads, repeats = module.out_features // head_dim, width // module.out_features
+        elif isinstance(module, nn.Linear) and width % channels == 0:
+            for head_dim in head_dims:
+                if channels % head_dim == 0:
+                    heads, repeats = channels // head_dim, width // channels
                     yield Fold(consumers, name, 0, heads, repeats, head_dim)

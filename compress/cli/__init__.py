@@ -39,7 +39,7 @@ class CommandGroup(click.Group):
             click.echo(f"Error: {' '.join(text.split())}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("Interrupted: nothing was written under the final name", err=True)
+            click.echo("Interrupted: an unfinished output is removed", err=True)
             ctx.exit(130)
 
 

@@ -88,11 +88,16 @@ class BlockModel:
         return self._blocks[index]
 
     def load_block(self, index: int) -> nn.Module:
-        """Return a copy of block `index` with its weights in float32 on the device."""
+        """Return a copy of block `index` on the device: weights in float32, buffers as stored."""
         block = copy.deepcopy(self._blocks[index])
-        for name, _ in list(block.named_parameters()):
+        parameters = {name for name, _ in block.named_parameters()}
+        for name in block.state_dict(keep_vars=True):
             stored = self.stored_name(f"{self.block_name(index)}.{name}")
-            _set_parameter(block, name, self.reader.load(stored).to(self.device, torch.float32))
+            if name in parameters:
+                _set_parameter(block, name, self.reader.load(stored).to(self.device, torch.float32))
+            elif stored in self.reader:
+                owner, _, leaf = name.rpartition(".")
+                block.get_submodule(owner)._buffers[leaf] = self.reader.load(stored)
         return block.to(self.device)
 
     @torch.no_grad()

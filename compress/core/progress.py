@@ -1,7 +1,10 @@
 """Progress with time left, on standard error, so that standard output stays for results."""
 
+import io
 import sys
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from typing import TypeVar
 
 from rich.console import Console
@@ -51,8 +54,6 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 
 
 def _track_in_log(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
-    import time
-
     started = time.monotonic()
     said = 0
     for count, item in enumerate(items, start=1):
@@ -65,3 +66,13 @@ def _track_in_log(items: Iterable[T], description: str, total: int | None) -> It
             elapsed = time.monotonic() - started
             left = elapsed / count * (total - count)
             say(f"{description} {count}/{total}, {elapsed:.0f} s elapsed, {left:.0f} s left")
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Hide the progress bars that libraries draw over a second or two of work of their own.
+
+    Their log messages still appear: handlers keep the standard error they were made with.
+    """
+    with redirect_stderr(io.StringIO()):
+        yield

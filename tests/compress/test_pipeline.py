@@ -253,3 +253,30 @@ def test_base_model_checkpoint_without_prefix(model_folder, text_file, tmp_path)
             for name in ("out", "whole")
         )
     assert torch.equal(one, two)
+
+
+def test_buffers_inside_blocks_are_carried(model_folder, text_file, tmp_path, monkeypatch):
+    """A few classes store buffers in their blocks, such as routing biases."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from compress.core import blocks
+
+    folder = shutil.copytree(model_folder(), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    extra = {f"model.layers.{i}.mlp.bias_table": torch.arange(3) + i for i in range(2)}
+    save_file(tensors | extra, folder / "model.safetensors", {"format": "pt"})
+    build = blocks._build_skeleton
+
+    def with_buffer(*arguments):
+        skeleton = build(*arguments)
+        for layer in skeleton.model.layers:
+            layer.mlp.register_buffer("bias_table", torch.zeros(3, dtype=torch.int64))
+        return skeleton
+
+    monkeypatch.setattr(blocks, "_build_skeleton", with_buffer)
+    quantize(folder, tmp_path / "out", text_file, group_size=16)
+    reader = ShardReader(tmp_path / "out")
+    for name, tensor in extra.items():
+        assert torch.equal(reader.load(name), tensor)

@@ -1,0 +1,50 @@
+"""A short real run: SmolLM2-135M to 4 bits, and what must be true of the result.
+
+    python .ci/end_to_end.py WORK_FOLDER
+
+Runs outside the repository's root (so that the installed package is what is tested), with few
+calibration samples.  The text is Python's own documentation, which every Python carries.
+"""
+
+import json
+import pydoc_data.topics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def compress(*arguments: str, cwd: Path) -> dict[str, Any]:
+    command = ["compress", *arguments, "--json"]
+    done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def main(work: Path) -> None:
+    topics = list(pydoc_data.topics.topics.values())
+    (work / "calibration.txt").write_text("\n".join(topics[::2]), encoding="utf-8")
+    (work / "text.txt").write_text("\n".join(topics[1::2]), encoding="utf-8")
+    grid = ["--bits", "4", "--group-size", "64", "--symmetric"]
+    calibration = ["--calibration", "calibration.txt", "--samples", "8", "--seq-len", "256"]
+    divergence = {}
+    for method, more in (("rtn", []), ("awq", calibration)):
+        compress("quantize", "smollm2", "--method", method, *grid, *more, "--out", method, cwd=work)
+        scores = compress(
+            "eval", method, "--against", "smollm2", "--text", "text.txt", "--seq-len", "256",
+            "--windows", "4", cwd=work,
+        )  # fmt: skip
+        divergence[method] = scores["kl_mean"]
+        print(f"{method}: perplexity {scores['perplexity']:.2f}, KL {scores['kl_mean']:.3f}")
+    assert divergence["awq"] < 0.7 * divergence["rtn"], divergence
+    found = compress("inspect", "awq", cwd=work)
+    assert found["quantization"]["quantized_linears"] == 210, found
+    said = compress(
+        "generate", "awq", "--chat", "--prompt", "What is the capital of France?",
+        "--max-tokens", "24", cwd=work,
+    )  # fmt: skip
+    print(said["text"])
+    assert "Paris" in said["text"], said
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
