@@ -68,6 +68,7 @@ def load_model(
                 dtype=getattr(torch, dtype),
                 device_map={"": str(device)},
                 local_files_only=True,
+                trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below
             )
@@ -110,7 +111,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except (ImportError, OSError, ValueError, KeyError) as error:
         raise InputError(
             f"'{folder}' has no usable tokenizer: {reason_of(error)}; copy the original's there"

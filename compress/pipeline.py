@@ -14,6 +14,8 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 import compress
 from compress import calibration, checkpoint
 from compress.core.blocks import BlockInputs, BlockModel, call_block, linears_of
+from compress.core.errors import InputError
 from compress.core.outfolder import OutputFolder
 from compress.core.progress import say, track
 from compress.core.shards import ShardWriter
@@ -55,42 +58,16 @@ def run_recipe(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
         model, settings, recipe = _preflight(recipe)
         stage: Stage = recipe.stages[0].stage()
         writer = ShardWriter(folder)
-        inputs, tokens = None, None
-        if stage.needs_statistics:
-            tokens = calibration.calibration_tokens(
-                recipe.calibration, model.source, _vocab_size(model), settings.device
-            )
-            size = max(1, TOKENS_PER_BATCH // tokens.shape[1])
-            inputs = model.capture_inputs(list(tokens.split(size)))
+        tokens, inputs = _calibrate(model, stage, recipe, settings)
         calibrated = time.monotonic()
         plan = None
         if stage.decides_globally:
             summaries = _walk(model, inputs, settings, stage.collect, propagate=False)
             plan = stage.decide(summaries)
         writer.write("outer", _outer_tensors(model, settings.dtype))
-
-        def apply_and_write(block: Block) -> Sequence[LayerReport]:
-            outcome = stage.apply(block, plan)
-            kept = {
-                name: value.to(settings.dtype) if value.is_floating_point() else value
-                for name, value in block.module.state_dict().items()
-                if name not in outcome.replaces
-            }
-            stored = {
-                model.stored_name(block.full_name(name)): tensor
-                for name, tensor in {**kept, **outcome.tensors}.items()
-            }
-            writer.write(f"block-{block.index:05d}", stored)
-            return outcome.layers
-
-        layers = [
-            layer
-            for reports in _walk(
-                model, inputs, settings, apply_and_write, propagate=recipe.propagate_error
-            )
-            for layer in reports
-        ]
-        layers += _left_in_float(model)
+        visit = partial(_apply_and_write, stage, plan, model, writer)
+        reports = _walk(model, inputs, settings, visit, recipe.propagate_error)
+        layers = [*chain.from_iterable(reports), *_left_in_float(model)]
         writer.finish()
         finished = time.monotonic()
         report = _report(recipe, model, settings, layers, tokens, writer.total_bytes)
@@ -101,13 +78,9 @@ def run_recipe(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
         }
         quantized = {layer.name for layer in layers if layer.method}
         in_float = [name for name in linears_of(model.skeleton) if name not in quantized]
+        entries = stage.checkpoint_config(in_float)
         checkpoint.write_side_files(
-            folder,
-            model,
-            settings.dtype,
-            stage.checkpoint_config(in_float),
-            report,
-            _run_facts(times),
+            folder, model, settings.dtype, entries, report, _run_facts(times)
         )
     return {**report, **times, "out": str(recipe.out)}
 
@@ -139,6 +112,33 @@ def _preflight(recipe: Recipe) -> tuple[BlockModel, Settings, Recipe]:
         say(f"Not carried over: {name} is in the checkpoint, but the model class does not use it")
     recipe = replace(recipe, stages=(replace(stage, group_size=group_size),))
     return model, Settings(device, dtype, model.compute_dtype), recipe
+
+
+def _calibrate(
+    model: BlockModel, stage: Stage, recipe: Recipe, settings: Settings
+) -> tuple[Tensor | None, BlockInputs | None]:
+    """Calibration tokens and what enters the blocks; nothing where the stage needs none."""
+    if not stage.needs_statistics:
+        return None, None
+    tokens = calibration.calibration_tokens(
+        recipe.calibration, model.source, _vocab_size(model), settings.device
+    )
+    size = max(1, TOKENS_PER_BATCH // tokens.shape[1])
+    return tokens, model.capture_inputs(list(tokens.split(size)))
+
+
+def _apply_and_write(
+    stage: Stage, plan: Any, model: BlockModel, writer: ShardWriter, block: Block
+) -> list[LayerReport]:
+    """Let the stage change a block, and write what is left of it and what stands for the rest."""
+    outcome = stage.apply(block, plan)
+    tensors = dict(outcome.tensors)
+    for name, value in block.module.state_dict().items():
+        if name not in outcome.replaces:
+            tensors[name] = _stored(block.full_name(name), value, block.dtype)
+    part = {model.stored_name(block.full_name(name)): value for name, value in tensors.items()}
+    writer.write(f"block-{block.index:05d}", part)
+    return outcome.layers
 
 
 @torch.no_grad()
@@ -194,11 +194,20 @@ def probe_of(
 
 
 def _outer_tensors(model: BlockModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    tensors = {}
-    for name in model.outer_names():
-        tensor = model.reader.load(name)
-        tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    return tensors
+    return {name: _stored(name, model.reader.load(name), dtype) for name in model.outer_names()}
+
+
+def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in the dtype that it is stored in; InputError where that cannot hold its values."""
+    if not value.is_floating_point():
+        return value
+    stored = value.to(dtype)
+    if not torch.isfinite(stored).all():
+        raise InputError(
+            f"tensor {name} has values up to {value.abs().max().item():.3g}, too large for "
+            f"{str(dtype).removeprefix('torch.')}; use --dtype bfloat16 or float32"
+        )
+    return stored
 
 
 def _left_in_float(model: BlockModel) -> list[LayerReport]:

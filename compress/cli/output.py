@@ -1,6 +1,7 @@
 """Printing results: one JSON object for scripts, a table for people."""
 
 import json
+import re
 from collections import defaultdict
 from typing import Any
 
@@ -35,8 +36,8 @@ def print_report(report: dict[str, Any], as_json: bool) -> None:
         else:
             left[layer["note"]].append(layer["name"])
     table = Table(title="Relative squared error", title_justify="left")
-    for column in ("linears", "count", "weight, mean", "output, mean", "output, worst", "in"):
-        table.add_column(column, justify="left" if column in ("linears", "in") else "right")
+    for column in ("linears", "count", "weight, mean", "output, mean", "output, worst", "in block"):
+        table.add_column(column, justify="left" if column == "linears" else "right")
     for kind, layers in by_kind.items():
         table.add_row(kind, str(len(layers)), *_error_cells(layers))
     console = Console(highlight=False)
@@ -65,7 +66,8 @@ def _error_cells(layers: list[dict[str, Any]]) -> list[str]:
         return [f"{weight:.2e}", "not measured", "", ""]
     mean = sum(layer["output_error"] for layer in measured) / len(measured)
     worst = max(measured, key=lambda layer: layer["output_error"])
-    return [f"{weight:.2e}", f"{mean:.2e}", f"{worst['output_error']:.2e}", worst["name"]]
+    place = re.findall(r"\d+", worst["name"])[-1:]
+    return [f"{weight:.2e}", f"{mean:.2e}", f"{worst['output_error']:.2e}", *place]
 
 
 def _megabytes(count: int) -> str:

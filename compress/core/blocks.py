@@ -223,7 +223,7 @@ def _load_config(source: ModelSource) -> Any:
             f"model '{source.ref}' is already quantized ({method}); give the original model"
         )
     try:
-        return AutoConfig.from_pretrained(source.folder)
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # a broken config.json can fail anywhere inside transformers
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(
@@ -237,7 +237,7 @@ def _build_skeleton(config: Any, source: ModelSource) -> Any:
     try:
         # Buffers (rotary frequencies) stay real: they are computed, not stored in the checkpoint.
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # shapes that contradict each other fail inside the model class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(

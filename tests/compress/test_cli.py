@@ -225,6 +225,25 @@ def test_calibration_from_jsonl_and_parquet_equals_text(model, text_file, tmp_pa
     check_refused(quantize(model, tmp_path / "out", tmp_path / "bad.jsonl"), "cannot read")
 
 
+def test_calibration_from_a_data_set(model, text_file, tmp_path):
+    """A local folder goes the way of a data set id: streamed through `datasets`."""
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "train.jsonl").write_text(json.dumps({"text": text_file.read_text()}) + "\n")
+    done = quantize(model, tmp_path / "out", f"{rows}::train", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["recipe"]["calibration"]["source"] == f"{rows}::train"
+    check_refused(quantize(model, tmp_path / "no", f"{rows}::test"), "as a data set failed")
+
+
+def test_values_too_large_for_the_dtype_are_refused(model, text_file, tmp_path):
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][5] = 1e6
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    done = quantize(model, tmp_path / "out", text_file, "--dtype", "float16")
+    check_refused(done, "tensor model.norm.weight has values up to 1e+06, too large for float16")
+
+
 def test_two_runs_on_one_output(model, text_file, tmp_path):
     from compress.core.outfolder import OutputFolder
 

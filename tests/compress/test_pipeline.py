@@ -280,3 +280,18 @@ def test_buffers_inside_blocks_are_carried(model_folder, text_file, tmp_path, mo
     reader = ShardReader(tmp_path / "out")
     for name, tensor in extra.items():
         assert torch.equal(reader.load(name), tensor)
+
+
+@pytest.mark.real_model
+def test_real_model_loads_with_our_logits(text_file, tmp_path):
+    """SmolLM2-135M: width 576, 9 heads on 3, vocabulary 49152, tied, from GGUF."""
+    calibration = {"samples": 2, "seq_len": 128}
+    report = quantize("smollm2", tmp_path / "out", text_file, calibration=calibration)
+    assert report["recipe"]["stages"][0]["group_size"] == 64  # 128 does not divide 576
+    assert sum(layer["method"] == "awq" for layer in report["layers"]) == 210
+    assert all("scaled into" in layer["note"] for layer in report["layers"] if layer["method"])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(TOKENS).logits
+    ours = dense_logits(resolve_model("smollm2").folder, tmp_path / "out", 4)
+    # the same weights in the same class; logits of order 10, float32 sums over 30 layers
+    torch.testing.assert_close(logits, ours, rtol=1e-4, atol=1e-4)

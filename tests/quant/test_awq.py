@@ -123,3 +123,20 @@ def test_ignore_patterns():
     assert is_ignored(name, ["re:.*layers\\.1\\..*"])
     assert is_ignored(name, [name])
     assert not is_ignored(name, ["own_proj", "up_proj", "re:down"])
+
+
+def test_symmetric_search_uses_both_signs_and_beats_every_unsigned_scale():
+    """Against brute force: 400 positive scales a group, the error measured on the inputs."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(32, 16, generator=generator)
+    weight[:, 3] = weight[:, 3].abs() + 3  # the largest weight of each row is positive
+    x = torch.randn(200, 16, generator=generator) * torch.linspace(0.2, 3, 16)
+    ours = AwqStage(AwqConfig(group_size=16)).round(weight, x.T @ x / 200, torch.float32)
+    assert (ours.scale < 0).float().mean() > 0.7
+    error = ((ours.dequantize() - weight) @ x.T).square().sum(1)
+    best = torch.full((32,), float("inf"))
+    for factor in torch.linspace(0.3, 1.2, 400):
+        scale = weight.abs().amax(1, keepdim=True) / 7.5 * factor
+        dense = (weight / scale).round().clamp(-8, 7) * scale
+        best = torch.minimum(best, ((dense - weight) @ x.T).square().sum(1))
+    assert error.sum() < 0.95 * best.sum()
