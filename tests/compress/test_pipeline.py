@@ -1,12 +1,14 @@
 """From a model folder to a checkpoint that transformers loads."""
 
 import json
+from typing import ClassVar
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 from compress import pipeline
+from compress.calibration import calibration_tokens
 from compress.core.blocks import BlockModel
 from compress.core.errors import InputError
 from compress.core.shards import ShardReader
@@ -17,7 +19,7 @@ from compress.loading import load_model
 from compress.pipeline import run_recipe
 from compress.quant.compressed_tensors import unpack_weight
 from compress.quant.rtn import RtnConfig, RtnStage
-from compress.recipe import build_recipe
+from compress.recipe import CalibrationConfig, build_recipe
 
 TOKENS = torch.randint(3, 120, (2, 40), generator=torch.Generator().manual_seed(3))
 
@@ -222,6 +224,38 @@ def test_a_global_stage_collects_from_all_blocks_first(
     ]
     assert len(ignore) == 8
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+class _RecordingStage(RtnStage):
+    """RTN that asks for statistics and keeps what it is given."""
+
+    needs_statistics = True
+    seen: ClassVar[dict[int, torch.Tensor]] = {}
+
+    def apply(self, block, plan):
+        self.seen[block.index] = block.inputs[0].second_moment
+        return super().apply(block, plan)
+
+
+@pytest.mark.parametrize("propagate", [True, False])
+def test_blocks_see_what_compressed_blocks_before_them_give(
+    propagate, model_folder, text_file, tmp_path, monkeypatch
+):
+    """Statistics of block 1, recomputed by transformers on the compressed or original model."""
+    monkeypatch.setattr(RtnConfig, "stage", lambda self: _RecordingStage(self))
+    folder, out = model_folder("qwen3"), tmp_path / "out"
+    quantize(folder, out, text_file, "rtn", group_size=16, propagate_error=propagate)
+    config = CalibrationConfig(str(text_file), samples=8, seq_len=64)
+    tokens = calibration_tokens(config, resolve_model(str(folder)), 128, torch.device("cpu"))
+    model = AutoModelForCausalLM.from_pretrained(out if propagate else folder)
+    seen = []
+    linear = model.model.layers[1].self_attn.q_proj
+    linear.register_forward_pre_hook(lambda _m, args: seen.append(args[0].reshape(-1, 48)))
+    with torch.no_grad():
+        model(tokens)
+    H = seen[0].T @ seen[0] / len(seen[0])
+    # float32 sums of 512 tokens in another order
+    torch.testing.assert_close(_RecordingStage.seen[1], H, rtol=1e-4, atol=1e-5)
 
 
 def test_failure_leaves_nothing_under_the_final_name(
