@@ -1,6 +1,7 @@
 """The command line: results on standard output, one clear line and exit code 2 for bad input."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from compress.cli import COMMANDS, main
+from compress.cli.quantize import quantize_command
 
 
 def run(*arguments):
@@ -99,6 +101,30 @@ def test_help_has_an_example(command):
     done = run(command, "--help")
     assert done.exit_code == 0
     assert f"compress {command} " in done.stdout or command == "doctor"
+
+
+def test_help_states_the_dataclasses_defaults():
+    """Help must not import torch to read the defaults, so this holds the two together."""
+    from dataclasses import fields
+
+    from compress.quant.awq import AwqConfig
+    from compress.recipe import CalibrationConfig, Recipe
+
+    defaults = {
+        f.name: f.default for cls in (Recipe, CalibrationConfig, AwqConfig) for f in fields(cls)
+    }
+    defaults |= {"calibration": CalibrationConfig().source}
+    for name in ("samples", "seq_len", "seed"):
+        defaults[name] = getattr(CalibrationConfig(), name)
+    words = {("symmetric", True): "symmetric", ("clip", True): "clip"}
+    checked = 0
+    for option in quantize_command.params:
+        stated = re.search(r"\[default: (.*?)\]", getattr(option, "help", None) or "")
+        if stated:
+            value = defaults[option.name]
+            assert stated[1] == words.get((option.name, value), str(value)), option.name
+            checked += 1
+    assert checked == 10
 
 
 BAD_FLAGS = [
