@@ -12,46 +12,50 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2")
 WORDS = [f"w{i}" for i in range(120)]
 
 
-def tiny_config(family: str):
-    """Two blocks of odd sizes: 3 query heads a KV head, untied except for llama."""
-    from transformers import (
-        Gemma2Config,
-        LlamaConfig,
-        MistralConfig,
-        Qwen2Config,
-        Qwen3Config,
-    )
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+# family -> (config class in transformers, what differs from SIZES)
+CONFIGS = {
+    "llama": ("LlamaConfig", {"head_dim": 8, "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": False}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": False}),
+    "mistral": (
+        "MistralConfig",
+        {"head_dim": 8, "sliding_window": None, "tie_word_embeddings": False},
+    ),
+    "gemma2": ("Gemma2Config", {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "cohere": ("CohereConfig", {}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "granite": ("GraniteConfig", {}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
+    "olmo2": ("Olmo2Config", {}),
+    "phi": ("PhiConfig", {}),
+    "phi3": ("Phi3Config", {}),
+    "smollm3": ("SmolLM3Config", {}),
+    "stablelm": ("StableLmConfig", {}),
+    "starcoder2": ("Starcoder2Config", {}),
+}
 
-    sizes = {
-        "vocab_size": 128,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
-    }
-    match family:
-        case "llama":
-            return LlamaConfig(**sizes, head_dim=8, tie_word_embeddings=True)
-        case "qwen2":
-            return Qwen2Config(**sizes, tie_word_embeddings=False)
-        case "qwen3":
-            return Qwen3Config(**sizes, head_dim=16, tie_word_embeddings=False)
-        case "mistral":
-            return MistralConfig(
-                **sizes, head_dim=8, sliding_window=None, tie_word_embeddings=False
-            )
-        case "gemma2":
-            return Gemma2Config(**sizes, head_dim=8, query_pre_attn_scalar=8)
-    raise ValueError(family)
+
+def tiny_config(family: str):
+    """Two blocks of odd sizes, with 3 query heads a KV head."""
+    import transformers
+
+    name, differing = CONFIGS[family]
+    return getattr(transformers, name)(**SIZES | differing)
 
 
 def make_model(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

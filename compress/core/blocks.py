@@ -187,8 +187,10 @@ class BlockModel:
                 if name in self.tied_names:
                     continue
                 raise InputError(
-                    f"'{self.source.folder}' has no tensor {stored}; the checkpoint does not fit "
-                    "its config.json"
+                    f"'{self.source.folder}' has no tensor {stored}, which "
+                    f"{type(self.skeleton).__name__} needs: the checkpoint is "
+                    "incomplete, or of a class whose tensors transformers renames on loading "
+                    "(mixtures of experts), which is not supported"
                 )
             if self.reader.shapes[stored] != tuple(parameter.shape):
                 raise InputError(

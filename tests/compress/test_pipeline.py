@@ -97,6 +97,29 @@ def test_checkpoint_loads_in_transformers_with_our_logits(
     assert len(ids) >= 3
 
 
+OTHERS = [
+    "cohere", "gemma3", "granite", "olmo2", "phi", "phi3", "smollm3", "stablelm", "starcoder2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_classes_that_nothing_here_knows_by_name(family, model_folder, text_file, tmp_path):
+    """Fused projections, parallel blocks, norms after the blocks, layer norms with biases."""
+    folder, out = model_folder(family), tmp_path / "out"
+    report = quantize(folder, out, text_file, group_size=16)
+    linears = [layer for layer in report["layers"] if layer["method"]]
+    assert all(layer["note"].startswith(("scaled into", "not scaled")) for layer in linears)
+    assert sum(layer["note"].startswith("scaled into") for layer in linears) >= 4
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(out)(TOKENS).logits
+    torch.testing.assert_close(logits, dense_logits(folder, out, 4), rtol=1e-4, atol=1e-4)
+
+
+def test_mixtures_of_experts_are_refused(model_folder, text_file, tmp_path):
+    with pytest.raises(InputError, match="mixtures of experts"):
+        quantize(model_folder("mixtral"), tmp_path / "out", text_file, group_size=16)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group_size", [16, "channel"])
 def test_asymmetric_grids_load_too(bits, group_size, model_folder, text_file, tmp_path):
