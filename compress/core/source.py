@@ -120,8 +120,8 @@ def _from_hub(ref: str, revision: str | None) -> Path:
         ) from None
     except Exception as error:  # no network, a proxy, a full disk: the hub raises many types
         raise InputError(
-            f"model '{ref}' is no local folder, and the hub gave nothing: {reason_of(error)}; check "
-            f"the name and the network, or give a local folder{nearest(ref, ALIASES)}"
+            f"model '{ref}' is no local folder, and the hub gave nothing: {reason_of(error)}; "
+            f"check the name and the network, or give a local folder{nearest(ref, ALIASES)}"
         ) from None
 
 
