@@ -38,7 +38,13 @@ from compress.core.stage import Block
 from compress.core.statistics import InputStatistics, bfloat16_products
 from compress.quant.config import WeightOnlyConfig
 from compress.quant.folds import Fold, find_fold
-from compress.quant.weight import QuantizedWeight, covering_grid, minmax_grid, round_to_grid
+from compress.quant.weight import (
+    QuantizedWeight,
+    covering_grid,
+    minmax_grid,
+    never_zero,
+    round_to_grid,
+)
 from compress.quant.weight_only import (
     QuantizedLinear,
     WeightOnlyStage,
@@ -151,7 +157,7 @@ class AwqStage(WeightOnlyStage):
         scale, zero_point = minmax_grid(weight, bits, group_size, self.config.symmetric)
         if self.config.clip and moment is not None:
             scale = self._search_clip(weight, moment, scale, zero_point, group_size)
-        stored = scale.to(dtype)
+        stored = never_zero(scale.to(dtype))
         rounded = round_to_grid(weight, stored.float(), zero_point, bits, group_size)
         return QuantizedWeight(rounded.codes, stored, zero_point, bits, group_size)
 

@@ -73,10 +73,10 @@ def minmax_grid(
     # number in float32 and rounds once, which compressed-tensors does not.
     span = torch.tensor(float(qmax - qmin), dtype=weight.dtype, device=weight.device)
     if symmetric:
-        return _never_zero(torch.maximum(low.abs(), high.abs()) / (span / 2)), None
+        return never_zero(torch.maximum(low.abs(), high.abs()) / (span / 2)), None
     scale = (high - low) / span
     zero_point = (qmin - low / scale).nan_to_num(nan=qmin).clamp(qmin, qmax).round().to(torch.int8)
-    return _never_zero(scale), zero_point
+    return never_zero(scale), zero_point
 
 
 def covering_grid(
@@ -91,11 +91,11 @@ def covering_grid(
         return minmax_grid(weight, bits, group_size, symmetric)
     grouped = weight.view(weight.shape[0], -1, group_size)
     largest = grouped.gather(-1, grouped.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
-    return _never_zero(largest / code_range(bits)[0]), None
+    return never_zero(largest / code_range(bits)[0]), None
 
 
-def _never_zero(scale: Tensor) -> Tensor:
-    """Replace the zero scale of an all-zero group, which would divide by zero."""
+def never_zero(scale: Tensor) -> Tensor:
+    """Replace scales of zero (all-zero groups, or too small for the dtype): they are divided by."""
     return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
 
 

@@ -140,3 +140,14 @@ def test_symmetric_search_uses_both_signs_and_beats_every_unsigned_scale():
         dense = (weight / scale).round().clamp(-8, 7) * scale
         best = torch.minimum(best, ((dense - weight) @ x.T).square().sum(1))
     assert error.sum() < 0.95 * best.sum()
+
+
+def test_scales_too_small_for_float16_stay_usable():
+    """A group of tiny weights would get scale 0 in float16, and codes of 0 / 0."""
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    weight[:, :16] *= 1e-9
+    rounded = AwqStage(AwqConfig(group_size=16)).round(weight, torch.eye(32), torch.float16)
+    assert (rounded.scale != 0).all()
+    dense = rounded.dequantize().float()
+    assert torch.equal(dense[:, :16], torch.zeros(4, 16))
+    assert (dense[:, 16:] - weight[:, 16:]).abs().max() < 0.5
