@@ -13,7 +13,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -32,7 +32,8 @@ from compress.core.source import resolve_model
 from compress.core.stage import Block, LayerReport, Stage
 from compress.core.statistics import InputStatistics, collecting
 from compress.loading import default_device, native_bfloat16
-from compress.quant.config import fitting_group_size
+from compress.quant.config import settle_grids
+from compress.quant.formats import FORMATS
 from compress.recipe import Recipe, method_of
 
 TOKENS_PER_BATCH = 4096  # large enough to keep matrix products busy, small enough for caches
@@ -55,8 +56,7 @@ def run_recipe(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
     """
     started = time.monotonic()
     with OutputFolder(recipe.out, overwrite) as folder:
-        model, settings, recipe = _preflight(recipe)
-        stage: Stage = recipe.stages[0].stage()
+        model, settings, stage = _preflight(recipe)
         writer = ShardWriter(folder)
         tokens, inputs = _calibrate(model, stage, recipe, settings)
         calibrated = time.monotonic()
@@ -85,7 +85,7 @@ def run_recipe(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
     return {**report, **times, "out": str(recipe.out)}
 
 
-def _preflight(recipe: Recipe) -> tuple[BlockModel, Settings, Recipe]:
+def _preflight(recipe: Recipe) -> tuple[BlockModel, Settings, Stage]:
     """Everything that can be refused in the first second, and what `auto` stands for."""
     source = resolve_model(recipe.model)
     device = default_device()
@@ -94,24 +94,25 @@ def _preflight(recipe: Recipe) -> tuple[BlockModel, Settings, Recipe]:
         compute = "bfloat16" if native_bfloat16(device) else "float32"
     model = BlockModel(source, device, getattr(torch, compute))
     dtype = model.stored_dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    stage = recipe.stages[0]
-    widths = {
-        linear.in_features
+    config = recipe.stages[0]
+    linears = {
+        f"{model.block_name(index)}.{name}": linear
         for index in range(model.num_blocks)
-        for linear in linears_of(model.meta_block(index)).values()
+        for name, linear in linears_of(model.meta_block(index)).items()
     }
-    group_size = fitting_group_size(stage.group_size, widths)
-    if group_size != stage.group_size:
-        say(
-            f"Group size {stage.group_size} does not divide all widths "
-            f"({', '.join(map(str, sorted(widths)))}): using {group_size}"
-        )
-    if stage.stage().needs_statistics:
+    grids, remarks = settle_grids(config, {n: m.in_features for n, m in linears.items()})
+    for remark in remarks:
+        say(remark)
+    for name, grid in grids.items():
+        shape = (linears[name].out_features, linears[name].in_features)
+        if reason := FORMATS[config.format].refusal(grid, shape):
+            raise InputError(f"format {config.format} cannot hold {name}: {reason}")
+    stage: Stage = config.stage(grids)
+    if stage.needs_statistics:
         calibration.check_source(recipe.calibration)
     for name in model.unknown_names():
         say(f"Not carried over: {name} is in the checkpoint, but the model class does not use it")
-    recipe = replace(recipe, stages=(replace(stage, group_size=group_size),))
-    return model, Settings(device, dtype, model.compute_dtype), recipe
+    return model, Settings(device, dtype, model.compute_dtype), stage
 
 
 def _calibrate(

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from compress.core.stage import Block
 from compress.core.statistics import InputStatistics, bfloat16_products
-from compress.quant.config import WeightOnlyConfig
+from compress.quant.config import Grid, WeightOnlyConfig
 from compress.quant.folds import Fold, find_fold
 from compress.quant.weight import (
     QuantizedWeight,
@@ -71,8 +71,8 @@ class AwqConfig(WeightOnlyConfig):
     clip_points: int = Field(default=20, ge=1)
     clip_least: float = Field(default=0.5, gt=0, le=1)
 
-    def stage(self) -> "AwqStage":
-        return AwqStage(self)
+    def stage(self, grids: Mapping[str, Grid]) -> "AwqStage":
+        return AwqStage(self, grids)
 
 
 class AwqStage(WeightOnlyStage):
@@ -81,8 +81,8 @@ class AwqStage(WeightOnlyStage):
     method: ClassVar[str] = "awq"
     needs_statistics: ClassVar[bool] = True
 
-    def __init__(self, config: AwqConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: AwqConfig, grids: Mapping[str, Grid]) -> None:
+        super().__init__(config, grids)
         self.config: AwqConfig = config
         self._folds: dict[tuple, Fold | None] = {}
 
@@ -97,8 +97,10 @@ class AwqStage(WeightOnlyStage):
             chosen = [name for name in stats.linears if name in linears]
             fold = self._fold_of(block, stats.linears) if chosen else None
             if fold is not None:
-                weight = torch.cat([linears[name].weight for name in chosen])
-                scale, exponent = self.search_scale(weight, stats, moment, fold)
+                weights = [
+                    (linears[name].weight, self.grids[block.full_name(name)]) for name in chosen
+                ]
+                scale, exponent = self.search_scale(weights, stats, moment, fold)
                 spread = fold.apply(block.module, scale, block.dtype)
                 moment = moment / torch.outer(spread, spread)
                 notes.append(f"scaled into {fold.producer}, a = {exponent:.2f}")
@@ -106,63 +108,80 @@ class AwqStage(WeightOnlyStage):
                 notes.append("not scaled: nothing absorbs the scale of its input")
             moments.append(moment)
         results = {}
+        dtype = self.format.scale_dtype(block.dtype)
         for stats, moment, note in zip(block.inputs, moments, notes, strict=True):
             for name in stats.linears:
                 if name in linears:
-                    weight = linears[name].weight.data
-                    rounded = self.round(weight, moment, block.dtype)
+                    weight, grid = linears[name].weight.data, self.grids[block.full_name(name)]
+                    rounded = self.round(weight, moment, grid, dtype)
                     error = relative_output_error(weight, rounded.dequantize().float(), moment)
                     results[name] = QuantizedLinear(rounded, error, note)
         for name in linears.keys() - results.keys():
-            weight = linears[name].weight.data
-            rounded = self.round(weight, None, block.dtype)
+            weight, grid = linears[name].weight.data, self.grids[block.full_name(name)]
+            rounded = self.round(weight, None, grid, dtype)
             results[name] = QuantizedLinear(rounded, note="never reached by the calibration data")
         return {name: results[name] for name in linears}
 
     def search_scale(
-        self, weight: Tensor, stats: InputStatistics, moment: Tensor, fold: Fold
+        self,
+        weights: Sequence[tuple[Tensor, Grid]],
+        stats: InputStatistics,
+        moment: Tensor,
+        fold: Fold,
     ) -> tuple[Tensor, float]:
         """Return the best scale of the fold's producer channels, [P], and its exponent a.
 
-        weight [out, K] are the linears that share the input, one above the other; when there are
-        many rows, evenly spaced ones stand for all.
+        weights [out, K] are the linears that share the input, with their grids; of many rows,
+        evenly spaced ones stand for all.
         """
-        if weight.shape[0] > SEARCH_ROWS:
-            weight = weight[torch.linspace(0, weight.shape[0] - 1, SEARCH_ROWS).long()]
-        bits, group_size = self.config.bits, self.config.group_size or weight.shape[1]
-        grouped = weight.abs().view(weight.shape[0], -1, group_size)
-        share = grouped / grouped.amax(dim=-1, keepdim=True).clamp(min=1e-12)
-        w_mean = fold.to_producer(share.view_as(weight).mean(dim=0)).clamp(min=LEAST_SCALE)
+        every = max(1, sum(len(weight) for weight, _ in weights) // SEARCH_ROWS)
+        weights = [(weight[::every], grid) for weight, grid in weights]
+        shares = []
+        for weight, grid in weights:
+            grouped = weight.abs().view(len(weight), -1, grid.group_size or weight.shape[1])
+            share = grouped / grouped.amax(dim=-1, keepdim=True).clamp(min=1e-12)
+            shares.append(share.view_as(weight))
+        w_mean = fold.to_producer(torch.cat(shares).mean(dim=0)).clamp(min=LEAST_SCALE)
         x_mean = fold.to_producer(stats.mean_abs).clamp(min=LEAST_SCALE)
         best_loss, best_scale, best_exponent = float("inf"), torch.ones_like(x_mean), 0.0
         for exponent in torch.linspace(0, 1, self.config.scale_points).tolist():
             scale = x_mean**exponent / w_mean ** (1 - exponent)
             scale = (scale / (scale.max() * scale.min()).sqrt()).clamp(min=LEAST_SCALE)
             spread = fold.to_consumers(scale)
-            scaled = weight * spread
-            grid = covering_grid(scaled, bits, group_size, self.config.symmetric)
-            rounded = round_to_grid(scaled, *grid, bits, group_size).dequantize()
-            with bfloat16_products():  # 8 bits of each factor are plenty to rank the candidates
-                loss = output_error(rounded / spread - weight, moment).item()
+            loss = 0.0
+            for weight, grid in weights:
+                scaled, group_size = weight * spread, grid.group_size or weight.shape[1]
+                covering = covering_grid(scaled, grid.bits, group_size, grid.symmetric)
+                rounded = round_to_grid(scaled, *covering, grid.bits, group_size).dequantize()
+                with bfloat16_products():  # 8 bits of each factor are plenty for a ranking
+                    loss += output_error(rounded / spread - weight, moment).item()
             if loss < best_loss:
                 best_loss, best_scale, best_exponent = loss, scale, exponent
         return best_scale, best_exponent
 
-    def round(self, weight: Tensor, moment: Tensor | None, dtype: torch.dtype) -> QuantizedWeight:
-        """Round a (folded) weight [out, K] on the grids that lose least, with scales in `dtype`.
+    def round(
+        self, weight: Tensor, moment: Tensor | None, grid: Grid, dtype: torch.dtype
+    ) -> QuantizedWeight:
+        """Round a (folded) weight [out, K] on the scales that lose least, kept in `dtype`.
 
         Without a second moment the grids just cover the weights.
         """
-        bits, group_size = self.config.bits, self.config.group_size or weight.shape[1]
-        scale, zero_point = minmax_grid(weight, bits, group_size, self.config.symmetric)
+        group_size = grid.group_size or weight.shape[1]
+        scale, zero_point = minmax_grid(weight, grid.bits, group_size, grid.symmetric)
         if self.config.clip and moment is not None:
-            scale = self._search_clip(weight, moment, scale, zero_point, group_size)
+            scale = self._search_clip(weight, moment, scale, zero_point, grid.bits, group_size)
         stored = never_zero(scale.to(dtype))
-        rounded = round_to_grid(weight, stored.float(), zero_point, bits, group_size)
-        return QuantizedWeight(rounded.codes, stored, zero_point, bits, group_size)
+        rounded = round_to_grid(weight, stored.float(), zero_point, grid.bits, group_size)
+        return QuantizedWeight(rounded.codes, stored, zero_point, grid.bits, group_size)
 
     def _search_clip(
-        self, weight: Tensor, moment: Tensor, scale: Tensor, zero_point: Tensor | None, group: int
+        self,
+        weight: Tensor,
+        moment: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        bits: int,
+        group: int,
     ) -> Tensor:
         """Return the best scale of each group, [out, K / group], starting from a covering one."""
         rows, columns = weight.shape
@@ -175,7 +194,7 @@ class AwqStage(WeightOnlyStage):
 
         def consider(candidate: Tensor) -> None:
             nonlocal best, best_loss
-            rounded = round_to_grid(weight, candidate, zero_point, self.config.bits, group)
+            rounded = round_to_grid(weight, candidate, zero_point, bits, group)
             change = rounded.dequantize().view(rows, -1, group).transpose(0, 1) - by_group
             loss = ((change @ diagonal) * change).sum(-1).T  # [out, G]
             better = loss < best_loss
@@ -184,10 +203,10 @@ class AwqStage(WeightOnlyStage):
 
         for factor in torch.linspace(1, self.config.clip_least, self.config.clip_points).tolist():
             consider(scale * factor)
-            if self.config.symmetric:
+            if zero_point is None:
                 consider(scale * -factor)
         for _ in range(REFITS):
-            steps = round_to_grid(weight, best, zero_point, self.config.bits, group).codes
+            steps = round_to_grid(weight, best, zero_point, bits, group).codes
             steps = steps.view(rows, -1, group).transpose(0, 1).float()  # [G, out, g]
             if zero_point is not None:
                 steps -= zero_point.T.unsqueeze(-1)

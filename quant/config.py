@@ -1,68 +1,119 @@
-"""What every weight-only method shares: its grid, and which linears it leaves alone."""
+"""What every weight-only method shares: its grid, and which linears differ or are left alone."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from compress.core.errors import InputError
+from compress.core.config import build
+from compress.core.errors import InputError, nearest
+
+LEAST_GROUP = 16  # columns; smaller groups come of halving only when they were asked for
 
 
 def _channel_is_none(value: object) -> object:
     return None if value in ("channel", -1, "-1") else value
 
 
+Bits = Literal[2, 3, 4, 8]
 GroupSize = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_channel_is_none)]
+FormatName = Literal["compressed-tensors", "gptq", "awq"]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class WeightOnlyConfig:
-    """The integer grid of a weight-only method.
+class Grid:
+    """The integer grid of one linear: bits, columns that share a scale (None: all), zero point."""
+
+    bits: Bits = 4
+    group_size: GroupSize = 128
+    symmetric: bool = True
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class WeightOnlyConfig(Grid):
+    """The settings that all weight-only methods share.
 
     bits        bits a weight
     group_size  input columns that share a scale; None (in recipes `channel`) for one scale a row
     symmetric   no zero point
-    ignore      linears to leave in float: a name, the end of a name (`down_proj`), or `re:REGEX`
+    format      how the checkpoint is packed: compressed-tensors, gptq or awq
+    ignore      linears to leave in float, by pattern: a name, the end of a name (`down_proj`), or
+                `re:REGEX`
+    overrides   pattern -> bits, group_size or symmetric of the linears that it names; of several
+                that name a linear the last counts
     """
 
-    bits: Literal[4, 8] = 4
-    group_size: GroupSize = 128
-    symmetric: bool = True
+    format: FormatName = "compressed-tensors"
     ignore: tuple[str, ...] = ()
+    overrides: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
 
-    def stage(self) -> Any:
-        """The stage (compress.core.stage.Stage) that carries this configuration out."""
+    def stage(self, grids: Mapping[str, Grid]) -> Any:
+        """The stage (compress.core.stage.Stage) that puts linears, by full name, on `grids`."""
         raise NotImplementedError
 
 
-def is_ignored(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a linear's full name is named by one of `patterns` (see WeightOnlyConfig)."""
-    for pattern in patterns:
-        if pattern.startswith("re:"):
-            if re.match(pattern[3:], name):
-                return True
-        elif name == pattern or name.endswith("." + pattern):
-            return True
-    return False
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern (see WeightOnlyConfig) names the linear with this full name."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return name == pattern or name.endswith("." + pattern)
 
 
-def fitting_group_size(group_size: int | None, widths: Iterable[int]) -> int | None:
-    """Halve `group_size` until it divides every width, so that one size serves the whole model.
+def settle_grids(
+    config: WeightOnlyConfig, widths: Mapping[str, int]
+) -> tuple[dict[str, Grid], list[str]]:
+    """Give every linear that is to be quantized its grid, with a group size that divides its width.
 
-    Kernels want powers of two (64 rather than 96 for a width of 576).  Raises InputError when no
-    halving fits.
+    widths maps the full name of each linear in the blocks to its input width.  Returns the grids
+    by name, without ignored linears, and remarks on group sizes that had to change: to the
+    largest halving that divides all widths (kernels want powers of two), where that keeps at least
+    LEAST_GROUP columns, else for each width to its largest divisor.
+
+    Raises InputError for a pattern that names no linear, or a bad override.
     """
-    if group_size is None:
-        return None
-    widths = sorted(set(widths))
-    fitting = group_size
-    while any(width % fitting for width in widths):
-        if fitting % 2:
-            raise InputError(
-                f"group size {group_size} and its halves do not divide all linear widths of this "
-                f"model ({', '.join(map(str, widths))}); choose one that does, or 'channel'"
-            )
-        fitting //= 2
-    return fitting
+    for pattern in (*config.ignore, *config.overrides):
+        if not any(matches(name, pattern) for name in widths):
+            raise InputError(_names_nothing(pattern, widths))
+    base = {name: getattr(config, name) for name in ("bits", "group_size", "symmetric")}
+    asked: dict[str, Grid] = {}
+    for name in widths:
+        if any(matches(name, pattern) for pattern in config.ignore):
+            continue
+        chosen = dict(base)
+        for pattern, change in config.overrides.items():
+            if matches(name, pattern):
+                chosen |= change
+        asked[name] = build(Grid, chosen, f"override for {name}")
+    remarks = []
+    settled: dict[tuple[int, int], int] = {}
+    for size in sorted({grid.group_size for grid in asked.values() if grid.group_size}):
+        with_size = sorted({widths[n] for n, grid in asked.items() if grid.group_size == size})
+        fitting = [_fitting(size, width, with_size) for width in with_size]
+        settled |= {(size, width): fit for width, fit in zip(with_size, fitting, strict=True)}
+        if any(fit != size for fit in fitting):
+            uses = ", ".join(f"{f} for width {w}" for f, w in zip(fitting, with_size, strict=True))
+            remarks.append(f"Group size {size} does not divide all widths: using {uses}")
+    for name, grid in asked.items():
+        if grid.group_size:
+            asked[name] = replace(grid, group_size=settled[grid.group_size, widths[name]])
+    return asked, remarks
+
+
+def _fitting(size: int, width: int, widths: Iterable[int]) -> int:
+    halved = size
+    while halved and any(other % halved for other in widths):
+        halved = halved // 2 if halved % 2 == 0 else 0
+    if halved >= min(size, LEAST_GROUP):
+        return halved
+    return next(divisor for divisor in range(min(size, width), 0, -1) if width % divisor == 0)
+
+
+def _names_nothing(pattern: str, names: Iterable[str]) -> str:
+    ends = sorted({name.rpartition(".")[2] for name in names})
+    return (
+        f"'{pattern}' names no linear layer of this model; "
+        f"their names end in {', '.join(ends)}{nearest(pattern, ends)}"
+    )

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from compress.core.stage import Block
-from compress.quant.config import WeightOnlyConfig
+from compress.quant.config import Grid, WeightOnlyConfig
 from compress.quant.weight import minmax_grid, round_to_grid
 from compress.quant.weight_only import QuantizedLinear, WeightOnlyStage
 
@@ -22,8 +22,8 @@ from compress.quant.weight_only import QuantizedLinear, WeightOnlyStage
 class RtnConfig(WeightOnlyConfig):
     """Round to nearest has no settings beyond its grid."""
 
-    def stage(self) -> "RtnStage":
-        return RtnStage(self)
+    def stage(self, grids: Mapping[str, Grid]) -> "RtnStage":
+        return RtnStage(self, grids)
 
 
 class RtnStage(WeightOnlyStage):
@@ -38,9 +38,10 @@ class RtnStage(WeightOnlyStage):
         """Quantize each linear by itself (see WeightOnlyStage.quantize_linears)."""
         results = {}
         for name, linear in linears.items():
-            weight = linear.weight.data.to(block.dtype)
-            group_size = self.config.group_size or linear.in_features
-            grid = minmax_grid(weight, self.config.bits, group_size, self.config.symmetric)
-            rounded = round_to_grid(weight, *grid, self.config.bits, group_size)
+            grid = self.grids[block.full_name(name)]
+            weight = linear.weight.data.to(self.format.scale_dtype(block.dtype))
+            group_size = grid.group_size or linear.in_features
+            scale, zero_point = minmax_grid(weight, grid.bits, group_size, grid.symmetric)
+            rounded = round_to_grid(weight, scale, zero_point, grid.bits, group_size)
             results[name] = QuantizedLinear(rounded)
         return results

@@ -1,6 +1,8 @@
 """Integer weights on a grid: the one representation that every method makes and every format packs.
 
-    W ≈ (codes - zero_point) * scale        per row and group of `group_size` input columns
+    W ≈ (codes - zero_point) * scale + offset      per row and group of `group_size` input columns
+
+Methods make grids without an offset; imported GGUF weights (Q4_1) have one.
 
 Codes are signed, in [-2^(b-1), 2^(b-1) - 1].  Arithmetic follows compressed-tensors operation by
 operation (dtype of each step included), so that codes and de-quantized weights are equal to that
@@ -19,8 +21,12 @@ class QuantizedWeight:
     """A linear's weight as integer codes.
 
     codes       int8 [out, in]
-    scale       float [out, in / group_size], the model's dtype
-    zero_point  int8 [out, in / group_size], or None when symmetric
+    scale       float [out, groups], the dtype in which it is de-quantized
+    zero_point  int8 [out, groups], or None when symmetric
+    group_size  input columns that share a scale; groups = ceil(in / group_size)
+    offset      float [out, groups], added after scaling, or None
+    group_of    int32 [in], the group of each column; None when groups are runs of consecutive
+                columns.  GPTQ checkpoints written in activation order need it
     """
 
     codes: Tensor
@@ -28,6 +34,8 @@ class QuantizedWeight:
     zero_point: Tensor | None
     bits: int
     group_size: int
+    offset: Tensor | None = None
+    group_of: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -40,11 +48,19 @@ class QuantizedWeight:
 
     def dequantize(self) -> Tensor:
         """Return the weight [out, in] in the scale's dtype."""
-        rows, columns = self.shape
-        grouped = self.codes.view(rows, -1, self.group_size).to(self.scale.dtype)
+        weight = self.codes.to(self.scale.dtype)
         if self.zero_point is not None:
-            grouped = grouped - self.zero_point.to(self.scale.dtype).unsqueeze(-1)
-        return (grouped * self.scale.unsqueeze(-1)).view(rows, columns)
+            weight -= self._by_column(self.zero_point.to(weight.dtype))
+        weight *= self._by_column(self.scale)
+        if self.offset is not None:
+            weight += self._by_column(self.offset)
+        return weight
+
+    def _by_column(self, per_group: Tensor) -> Tensor:
+        """Spread [out, groups] over the columns, [out, in]."""
+        if self.group_of is not None:
+            return per_group[:, self.group_of]
+        return per_group.repeat_interleave(self.group_size, dim=1)[:, : self.codes.shape[1]]
 
 
 def code_range(bits: int) -> tuple[int, int]:

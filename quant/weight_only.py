@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from compress.core.blocks import linears_of
 from compress.core.stage import Block, BlockOutcome, LayerReport
-from compress.quant import compressed_tensors
-from compress.quant.config import WeightOnlyConfig, is_ignored
+from compress.quant.config import Grid, WeightOnlyConfig
+from compress.quant.formats import FORMATS
 from compress.quant.weight import QuantizedWeight
 
 
@@ -27,16 +27,18 @@ class WeightOnlyStage:
     """Base of the methods that put each linear of a block on an integer grid.
 
     A method implements `quantize_linears`; this class decides which linears, replaces their
-    weights by the de-quantized ones, packs, and reports.  `config.group_size` must divide the
-    widths of all linears (`fitting_group_size` sees to that).
+    weights by the de-quantized ones, packs, and reports.  `grids` holds the grid of every linear
+    that is to be quantized, by full name (`settle_grids`).
     """
 
     method: ClassVar[str]
     needs_statistics: ClassVar[bool]
     decides_globally: ClassVar[bool] = False
 
-    def __init__(self, config: WeightOnlyConfig) -> None:
+    def __init__(self, config: WeightOnlyConfig, grids: Mapping[str, Grid]) -> None:
         self.config = config
+        self.grids = grids
+        self.format = FORMATS[config.format]
 
     def quantize_linears(
         self, block: Block, linears: Mapping[str, nn.Linear]
@@ -59,7 +61,7 @@ class WeightOnlyStage:
         outcome = BlockOutcome()
         chosen: dict[str, nn.Linear] = {}
         for name, linear in linears_of(block.module).items():
-            if is_ignored(block.full_name(name), self.config.ignore):
+            if block.full_name(name) not in self.grids:
                 shape = (linear.out_features, linear.in_features)
                 note = "left in float: named by ignore"
                 outcome.layers.append(LayerReport(block.full_name(name), None, shape, note=note))
@@ -81,16 +83,14 @@ class WeightOnlyStage:
             )
             linear.weight.data.copy_(dense)
             outcome.replaces.add(f"{name}.weight")
-            for suffix, tensor in compressed_tensors.pack_weight(result.weight).items():
+            for suffix, tensor in self.format.pack_weight(result.weight).items():
                 outcome.tensors[f"{name}.{suffix}"] = tensor
         return outcome
 
     def checkpoint_config(self, unquantized: Sequence[str]) -> dict[str, Any]:
         """The `quantization_config` entry for config.json."""
-        config = compressed_tensors.quantization_config(
-            self.config.bits, self.config.group_size, self.config.symmetric, unquantized
-        )
-        return {"quantization_config": config}
+        grids = {name: grid for name, grid in self.grids.items() if name not in set(unquantized)}
+        return {"quantization_config": self.format.quantization_config(grids, unquantized)}
 
 
 def output_error(change: Tensor, second_moment: Tensor) -> Tensor:

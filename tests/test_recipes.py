@@ -32,7 +32,7 @@ GOOD = {"model": "m", "out": "o", "stages": [{"method": "awq"}]}
         ({"stages": []}, "must list at least one method"),
         ({"stages": [{"bits": 4}]}, "has no 'method'"),
         ({"stages": [{"method": "awq"}, {"method": "rtn"}]}, "2 stages"),
-        ({"stages": [{"method": "awq", "bits": 3}]}, "bits"),
+        ({"stages": [{"method": "awq", "bits": 5}]}, "bits"),
         ({"calibration": {"sample": 3}}, "did you mean 'samples'"),
         ({"calibration": 3}, "calibration"),
         ({"dtype": "int4"}, "dtype"),

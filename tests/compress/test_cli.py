@@ -131,7 +131,7 @@ BAD_FLAGS = [
     (["--method", "awk"], "unknown method 'awk'"),
     (["--bits", "5"], "bits"),
     (["--bits", "four"], "not a valid integer"),
-    (["--group-size", "5"], "group size 5 and its halves do not divide"),
+    (["--ignore", "dwn_proj"], "did you mean 'down_proj'"),
     (["--group-size", "some"], "group_size"),
     (["--calibration", "absent.txt"], "calibration file 'absent.txt' does not exist"),
     (["--calibration", "no/such-data-set"], "no/such-data-set"),

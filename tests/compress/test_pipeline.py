@@ -17,7 +17,7 @@ from compress.core.stage import BlockOutcome, LayerReport
 from compress.evaluate import TextEvalConfig, evaluate_text
 from compress.loading import load_model
 from compress.pipeline import run_recipe
-from compress.quant.compressed_tensors import unpack_weight
+from compress.quant.formats.compressed_tensors import unpack_weight
 from compress.quant.rtn import RtnConfig, RtnStage
 from compress.recipe import CalibrationConfig, build_recipe
 
@@ -237,7 +237,7 @@ class _WorstStaysStage(RtnStage):
 def test_a_global_stage_collects_from_all_blocks_first(
     model_folder, text_file, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(RtnConfig, "stage", lambda self: _WorstStaysStage(self))
+    monkeypatch.setattr(RtnConfig, "stage", lambda *given: _WorstStaysStage(*given))
     report = quantize(model_folder(), tmp_path / "out", text_file, "rtn", group_size=16)
     left = [layer for layer in report["layers"] if layer["note"] == "chosen"]
     assert len(left) == 1
@@ -265,7 +265,7 @@ def test_blocks_see_what_compressed_blocks_before_them_give(
     propagate, model_folder, text_file, tmp_path, monkeypatch
 ):
     """Statistics of block 1, recomputed by transformers on the compressed or original model."""
-    monkeypatch.setattr(RtnConfig, "stage", lambda self: _RecordingStage(self))
+    monkeypatch.setattr(RtnConfig, "stage", lambda *given: _RecordingStage(*given))
     folder, out = model_folder("qwen3"), tmp_path / "out"
     quantize(folder, out, text_file, "rtn", group_size=16, propagate_error=propagate)
     config = CalibrationConfig(str(text_file), samples=8, seq_len=64)
@@ -344,9 +344,10 @@ def test_real_model_loads_with_our_logits(text_file, tmp_path):
     """SmolLM2-135M: width 576, 9 heads on 3, vocabulary 49152, tied, from GGUF."""
     calibration = {"samples": 2, "seq_len": 128}
     report = quantize("smollm2", tmp_path / "out", text_file, calibration=calibration)
-    assert report["recipe"]["stages"][0]["group_size"] == 64  # 128 does not divide 576
-    assert sum(layer["method"] == "awq" for layer in report["layers"]) == 210
-    assert all("scaled into" in layer["note"] for layer in report["layers"] if layer["method"])
+    quantized = [layer for layer in report["layers"] if layer["method"]]
+    assert len(quantized) == 210
+    assert all(layer["group_size"] == 64 for layer in quantized)  # 128 does not divide 576
+    assert all("scaled into" in layer["note"] for layer in quantized)
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(TOKENS).logits
     ours = dense_logits(resolve_model("smollm2").folder, tmp_path / "out", 4)

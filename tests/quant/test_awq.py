@@ -11,8 +11,8 @@ from compress.core.stage import Block
 from compress.core.statistics import collecting
 from compress.pipeline import probe_of
 from compress.quant.awq import AwqConfig, AwqStage
-from compress.quant.compressed_tensors import unpack_weight
-from compress.quant.config import fitting_group_size, is_ignored
+from compress.quant.config import Grid, settle_grids
+from compress.quant.formats.compressed_tensors import unpack_weight
 from compress.quant.rtn import RtnConfig
 
 
@@ -30,9 +30,16 @@ def one_block(folder, tokens=None) -> tuple[Block, torch.Tensor]:
     return block, probe(module)
 
 
+def stage_for(config, block):
+    """The stage of a method's settings for one block."""
+    linears = linears_of(block.module).items()
+    widths = {block.full_name(name): linear.in_features for name, linear in linears}
+    return config.stage(settle_grids(config, widths)[0])
+
+
 def error_after(config, folder) -> float:
     block, before = one_block(folder)
-    config.stage().apply(block, None)
+    stage_for(config, block).apply(block, None)
     assert block.probe is not None
     return ((block.probe(block.module) - before).square().sum() / before.square().sum()).item()
 
@@ -51,7 +58,7 @@ def test_each_step_lowers_the_blocks_error(model_folder, symmetric):
 def test_reported_error_is_the_error_of_what_is_packed(model_folder):
     """The report's number, recomputed from the packed tensors and the inputs themselves."""
     block, _ = one_block(model_folder("qwen2"))
-    outcome = AwqStage(AwqConfig(group_size=16)).apply(block, None)
+    outcome = stage_for(AwqConfig(group_size=16), block).apply(block, None)
     name = "mlp.down_proj"
     packed = {
         key.removeprefix(f"{name}."): tensor
@@ -70,7 +77,7 @@ def test_ignored_linears_stay_exact_up_to_the_fold(model_folder):
     """An ignored linear is still scaled with its siblings, so the function stays the same."""
     block, before = one_block(model_folder())
     everything = AwqConfig(group_size=16, ignore=("re:.*",))
-    outcome = everything.stage().apply(block, None)
+    outcome = stage_for(everything, block).apply(block, None)
     assert not outcome.tensors
     assert all("named by ignore" in layer.note for layer in outcome.layers)
     only_q = AwqConfig(
@@ -78,7 +85,7 @@ def test_ignored_linears_stay_exact_up_to_the_fold(model_folder):
         ignore=("k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         bits=8,
     )
-    only_q.stage().apply(block, None)
+    stage_for(only_q, block).apply(block, None)
     assert block.probe is not None
     after = block.probe(block.module)
     # what is left is 8-bit rounding of q alone
@@ -88,7 +95,7 @@ def test_ignored_linears_stay_exact_up_to_the_fold(model_folder):
 def test_linear_that_calibration_never_reached_is_quantized_and_said(model_folder):
     block, _ = one_block(model_folder())
     block.module.add_module("spare", torch.nn.Linear(48, 16))
-    outcome = AwqStage(AwqConfig(group_size=16)).apply(block, None)
+    outcome = stage_for(AwqConfig(group_size=16), block).apply(block, None)
     spare = next(layer for layer in outcome.layers if layer.name.endswith("spare"))
     assert spare.method == "awq"
     assert "never reached" in spare.note
@@ -109,29 +116,13 @@ def test_bad_settings_are_named(values, message):
         build(AwqConfig, values, "method awq")
 
 
-def test_group_size_is_halved_until_it_fits():
-    assert fitting_group_size(128, [576, 1536]) == 64
-    assert fitting_group_size(None, [7]) is None
-    with pytest.raises(InputError, match="group size 100 and its halves"):
-        fitting_group_size(100, [64, 172])
-
-
-def test_ignore_patterns():
-    name = "model.layers.1.mlp.down_proj"
-    assert is_ignored(name, ["down_proj"])
-    assert is_ignored(name, ["mlp.down_proj"])
-    assert is_ignored(name, ["re:.*layers\\.1\\..*"])
-    assert is_ignored(name, [name])
-    assert not is_ignored(name, ["own_proj", "up_proj", "re:down"])
-
-
 def test_symmetric_search_uses_both_signs_and_beats_every_unsigned_scale():
     """Against brute force: 400 positive scales a group, the error measured on the inputs."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(32, 16, generator=generator)
     weight[:, 3] = weight[:, 3].abs() + 3  # the largest weight of each row is positive
     x = torch.randn(200, 16, generator=generator) * torch.linspace(0.2, 3, 16)
-    ours = AwqStage(AwqConfig(group_size=16)).round(weight, x.T @ x / 200, torch.float32)
+    ours = AwqStage(AwqConfig(), {}).round(weight, x.T @ x / 200, Grid(4, 16), torch.float32)
     assert (ours.scale < 0).float().mean() > 0.7
     error = ((ours.dequantize() - weight) @ x.T).square().sum(1)
     best = torch.full((32,), float("inf"))
@@ -146,7 +137,7 @@ def test_scales_too_small_for_float16_stay_usable():
     """A group of tiny weights would get scale 0 in float16, and codes of 0 / 0."""
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     weight[:, :16] *= 1e-9
-    rounded = AwqStage(AwqConfig(group_size=16)).round(weight, torch.eye(32), torch.float16)
+    rounded = AwqStage(AwqConfig(), {}).round(weight, torch.eye(32), Grid(4, 16), torch.float16)
     assert (rounded.scale != 0).all()
     dense = rounded.dequantize().float()
     assert torch.equal(dense[:, :16], torch.zeros(4, 16))

@@ -9,7 +9,8 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.quant.compressed_tensors import (
+from compress.quant.config import Grid
+from compress.quant.formats.compressed_tensors import (
     pack_int32,
     pack_weight,
     quantization_config,
@@ -92,7 +93,7 @@ def test_group_size_must_divide_the_width():
 
 @pytest.mark.parametrize("group_size", [64, None])
 def test_config_is_valid_for_the_library(group_size):
-    config = quantization_config(4, group_size, False, ["lm_head"])
+    config = quantization_config({"a": Grid(4, group_size, False)}, ["lm_head"])
     parsed = QuantizationConfig.model_validate(config)
     weights = parsed.config_groups["group_0"].weights
     assert (weights.num_bits, weights.group_size, weights.symmetric) == (4, group_size, False)

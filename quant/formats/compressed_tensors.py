@@ -19,9 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.quant.config import Grid
 from compress.quant.weight import QuantizedWeight
 
 FORMAT = "pack-quantized"
+
+
+def refusal(grid: Grid, shape: tuple[int, int]) -> str | None:
+    """Why a linear [out, in] on this grid cannot be packed: never the case here."""
+    return None
+
+
+def scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scales in a checkpoint that stores floats in `dtype`: the same."""
+    return dtype
 
 
 def pack_weight(weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -78,33 +89,42 @@ def unpack_int32(packed: Tensor, bits: int, n: int) -> Tensor:
     return (unsigned - (1 << (bits - 1))).to(torch.int8)
 
 
-def quantization_config(
-    bits: int, group_size: int | None, symmetric: bool, ignore: Sequence[str]
-) -> dict[str, Any]:
-    """The `quantization_config` of config.json; `group_size` None means one scale a row.
+def quantization_config(grids: Mapping[str, Grid], unquantized: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json for linears on these grids, by full name.
 
-    `ignore` must name every linear of the model that is not quantized.
+    `unquantized` must name every other linear of the model.  With one grid the single group targets
+    the class `Linear`; with several each group lists its linears, so that none is named twice.
     """
-    weights = {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": symmetric,
-        "strategy": "group" if group_size else "channel",
-        "group_size": group_size,
-        "dynamic": False,
-    }
-    group = {
-        "targets": ["Linear"],
-        "weights": weights,
-        "input_activations": None,
-        "output_activations": None,
-        "format": FORMAT,
+    members: dict[Grid, list[str]] = {}
+    for name, grid in grids.items():
+        members.setdefault(grid, []).append(name)
+    groups = {
+        f"group_{number}": _config_group(grid, names if len(members) > 1 else ["Linear"])
+        for number, (grid, names) in enumerate(members.items())
     }
     return {
         "quant_method": "compressed-tensors",
         "format": FORMAT,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": list(ignore),
+        "config_groups": groups,
+        "ignore": list(unquantized),
         "kv_cache_scheme": None,
+    }
+
+
+def _config_group(grid: Grid, targets: Sequence[str]) -> dict[str, Any]:
+    weights = {
+        "num_bits": grid.bits,
+        "type": "int",
+        "symmetric": grid.symmetric,
+        "strategy": "group" if grid.group_size else "channel",
+        "group_size": grid.group_size,
+        "dynamic": False,
+    }
+    return {
+        "targets": list(targets),
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+        "format": FORMAT,
     }

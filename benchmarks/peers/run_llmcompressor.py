@@ -1,12 +1,14 @@
-"""AWQ by llm-compressor, as a baseline: run it with an interpreter that has llmcompressor.
+"""AWQ and GPTQ by llm-compressor, as baselines: run with an interpreter that has llmcompressor.
 
     pip install llmcompressor==0.14.0.1        # in a virtual environment of its own
-    python benchmarks/peers/llmcompressor_awq.py MODEL_DIR TOKENS.safetensors OUT_DIR
+    python benchmarks/peers/run_llmcompressor.py awq|gptq BITS GROUP_SIZE \\
+        MODEL_DIR TOKENS.safetensors OUT_DIR
 
 TOKENS holds `input_ids`, int64 [samples, seq_len]; both tools get the same tokens.  The last
 line on standard output is one JSON object with the wall and CPU seconds of `oneshot` alone,
 i.e. without imports and model loading.  llm-compressor pins memory for its grid search, which
-fails on a machine without an accelerator; only that call is disabled here.
+fails on a machine without an accelerator; only that call is disabled here.  All else is its default
+(GPTQ: dampening 0.001, static activation order).
 """
 
 import json
@@ -17,6 +19,7 @@ import time
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
@@ -29,7 +32,9 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def main(model_dir: str, tokens_path: str, out_dir: str, bits: int, group_size: int) -> None:
+def main(
+    method: str, bits: int, group_size: int, model_dir: str, tokens_path: str, out_dir: str
+) -> None:
     if not torch.accelerator.is_available():
         IntermediatesCache.pin_memory = lambda self, *args, **kwargs: None
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
@@ -48,10 +53,11 @@ def main(model_dir: str, tokens_path: str, out_dir: str, bits: int, group_size: 
             "group_size": group_size,
         },
     }
-    recipe = [
-        AWQModifier(),
-        QuantizationModifier(ignore=["lm_head"], config_groups={"group_0": group}),
-    ]
+    scheme = {"ignore": ["lm_head"], "config_groups": {"group_0": group}}
+    recipe = {
+        "awq": [AWQModifier(), QuantizationModifier(**scheme)],
+        "gptq": [GPTQModifier(**scheme)],
+    }[method]
     wall, cpu = time.perf_counter(), cpu_seconds()
     oneshot(
         model=model,
@@ -68,4 +74,4 @@ def main(model_dir: str, tokens_path: str, out_dir: str, bits: int, group_size: 
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], bits=4, group_size=64)
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:7])
