@@ -5,6 +5,7 @@ tokenizer       the original's files, byte for byte
 compress.json   recipe, versions, calibration fingerprint, error of each layer, sizes
 run.json        times and host: what may differ between two equal runs
 README.md       a model card
+report.html     all of this for people; `compress eval` adds what it measures
 """
 
 import json
@@ -17,6 +18,7 @@ import torch
 
 from compress.core.blocks import BlockModel
 from compress.core.source import read_config
+from compress.report import mean_bits, spread, write_report
 
 # Files of a model folder that are neither weights nor written anew.
 CARRIED = (
@@ -40,7 +42,7 @@ def write_side_files(
     report: dict[str, Any],
     run_facts: dict[str, Any],
 ) -> None:
-    """Write everything but the weights into an output folder (see the module's docstring)."""
+    """Write everything but the weights, which are there already, into an output folder."""
     config = read_config(model.source.folder) | config_entries
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
@@ -52,6 +54,7 @@ def write_side_files(
     _write_json(folder / "compress.json", report)
     _write_json(folder / "run.json", run_facts)
     (folder / "README.md").write_text(model_card(model.source.ref, report), encoding="utf-8")
+    write_report(folder)
 
 
 def model_card(ref: str, report: dict[str, Any]) -> str:
@@ -60,7 +63,14 @@ def model_card(ref: str, report: dict[str, Any]) -> str:
     stage = recipe["stages"][0]
     quantized = [layer for layer in layers if layer["method"]]
     left = Counter(layer["note"] for layer in layers if not layer["method"])
-    group = stage["group_size"] or "one scale a row"
+    widths = [f"{bits}-bit" for bits in sorted({layer["bits"] for layer in quantized})]
+    bits = spread(f"{layer['bits']} bits" for layer in quantized)
+    if len(widths) > 1:
+        bits += f", {mean_bits(quantized):.2f} a weight on average (scales not counted)"
+    groups = spread(
+        f"group size {layer['group_size']}" if layer["group_size"] else "one scale a row"
+        for layer in quantized
+    )
     grid = "symmetric" if stage["symmetric"] else "asymmetric"
     is_hub_id = ref.count("/") == 1 and not ref.startswith((".", "/", "~"))
     lines = [
@@ -68,14 +78,14 @@ def model_card(ref: str, report: dict[str, Any]) -> str:
         "library_name: transformers",
         *([f"base_model: {ref}"] if is_hub_id else []),
         "pipeline_tag: text-generation",
-        f"tags: [compressed-tensors, {stage['method']}, {stage['bits']}-bit]",
+        f"tags: [{', '.join(['compressed-tensors', stage['method'], *widths])}]",
         "---",
         "",
-        f"# {Path(ref).name}, {stage['method']} {stage['bits']}-bit",
+        f"# {Path(ref).name}, {stage['method']} {' and '.join(widths)}".rstrip(),
         "",
         f"Made from `{ref}` with compress {report['versions']['compress-llm']}: "
-        f"`{stage['method']}`, {stage['bits']} bits, {grid}, group size {group}, in the "
-        "compressed-tensors `pack-quantized` format.",
+        f"`{stage['method']}`, {bits or 'no linear quantized'}; {grid}; {groups or 'no groups'}; "
+        "in the compressed-tensors `pack-quantized` format.",
         "",
         "```python",
         *_loading_lines(recipe["out"], stage["symmetric"]),
@@ -97,7 +107,7 @@ def model_card(ref: str, report: dict[str, Any]) -> str:
             f"`{Path(data['source']).name}` (seed {data['seed']}).",
             "",
         ]
-    lines += ["The error of each layer is in `compress.json`.", ""]
+    lines += ["`report.html` shows the error of each layer, and what was left in float.", ""]
     return "\n".join(lines)
 
 

@@ -27,6 +27,7 @@ windows the intervals cover less often than they say.  They speak of this text, 
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,8 +77,9 @@ def evaluate_text(
     """Score the model in `model_folder` on a text; with `against`, compare it to that original.
 
     Returns plain numbers, ready for JSON: `perplexity`, `nll` (nats a token), `tokens` (scored),
-    `windows`, `seq_len`, `dtype`; with `against` also `perplexity_original`, `perplexity_ratio`,
-    `kl_mean`, `kl_p99` (nats) and `top1_agreement` (0 to 1).  Each `x_interval` is [low, high].
+    `windows`, `seq_len`, `dtype`, `text_sha256`; with `against` also `perplexity_original`,
+    `perplexity_ratio`, `kl_mean`, `kl_p99` (nats) and `top1_agreement` (0 to 1).  Each
+    `x_interval` is [low, high].
 
     Raises InputError when the text is missing, empty, not UTF-8 or too short, when a model cannot
     be loaded or gives NaN, and when the two models do not share vocabulary and tokenization.
@@ -86,7 +88,8 @@ def evaluate_text(
 
     folders = [model_folder] if against is None else [model_folder, against]
     vocabulary = _check_models(folders, config)
-    windows = _read_windows(folders, config)  # [W, N], before the slow loading of weights
+    text = _read_text(config.text)
+    windows = _cut_windows(folders, text, config)  # [W, N], before the slow loading of weights
     if vocabulary is not None and windows.max() >= vocabulary:
         raise InputError(
             f"the tokenizer of '{model_folder}' gives token {windows.max()}, but the model has "
@@ -105,7 +108,8 @@ def evaluate_text(
                     f"{len(rows)}); try another dtype, or the weights are broken"
                 )
     scores = np.stack(rows, axis=1)  # [1 or 4, W, T]
-    settings = {name: getattr(config, name) for name in ("windows", "seq_len", "dtype")}
+    settings: dict[str, Any] = {n: getattr(config, n) for n in ("windows", "seq_len", "dtype")}
+    settings["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     return summarize(scores, config) | {"tokens": int(scores[0].size)} | settings
 
 
@@ -129,18 +133,22 @@ def _check_models(folders: list[Path], config: TextEvalConfig) -> int | None:
     return sizes[0]
 
 
-def _read_windows(folders: list[Path], config: TextEvalConfig) -> np.ndarray:
-    """Return the first windows of the text as token ids, int64 [W, N]."""
+def _read_text(path: Path) -> str:
     try:
-        text = config.text.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8")
     except OSError as error:
         raise InputError(f"cannot read text: {error}; give a text file") from None
     except UnicodeDecodeError as error:
         raise InputError(
-            f"text '{config.text}' is not UTF-8 (byte {error.start}); convert it to UTF-8"
+            f"text '{path}' is not UTF-8 (byte {error.start}); convert it to UTF-8"
         ) from None
     if not text.strip():
-        raise InputError(f"text '{config.text}' is empty; give a file with text in it")
+        raise InputError(f"text '{path}' is empty; give a file with text in it")
+    return text
+
+
+def _cut_windows(folders: list[Path], text: str, config: TextEvalConfig) -> np.ndarray:
+    """Return the first windows of the text as token ids, int64 [W, N]."""
     tokens = _tokenize(folders[0], text)
     for folder in folders[1:]:
         if not np.array_equal(tokens, _tokenize(folder, text)):

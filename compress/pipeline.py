@@ -31,6 +31,7 @@ from compress.core.shards import ShardWriter
 from compress.core.source import resolve_model
 from compress.core.stage import Block, LayerReport, Stage
 from compress.core.statistics import InputStatistics, collecting
+from compress.inspection import inspect_folder
 from compress.loading import default_device, native_bfloat16
 from compress.quant.config import settle_grids
 from compress.quant.formats import FORMATS
@@ -261,12 +262,21 @@ def _report(
         "dtype": str(settings.dtype).removeprefix("torch."),
         "sizes": {
             "original_bytes": model.reader.total_bytes,
+            "original_bytes_by_part": _original_parts(model, layers),
             "bytes": total_bytes,
             "quantized_weights": quantized,
             "parameters": model.num_parameters,
         },
         "layers": [asdict(layer) for layer in layers],
     }
+
+
+def _original_parts(model: BlockModel, layers: Sequence[LayerReport]) -> dict[str, int]:
+    """Bytes of the original, with the linears that are now quantized as a part of their own."""
+    parts = inspect_folder(model.source.folder)["bytes_by_part"]
+    names = (model.stored_name(f"{layer.name}.weight") for layer in layers if layer.method)
+    linears = sum(model.reader.tensor_bytes(name) for name in names)
+    return parts | {"quantized linears": linears, "other": parts["other"] - linears}
 
 
 def _run_facts(times: dict[str, float]) -> dict[str, Any]:

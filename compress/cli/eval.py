@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from compress.cli.output import print_json
+from compress.core.errors import InputError, reason_of
+from compress.core.progress import say
 from compress.evaluate import TextEvalConfig, evaluate_text
 from compress.loading import DTYPES
 from compress.tasks import DEFAULT_BATCH_SIZE, evaluate_tasks
@@ -75,6 +77,8 @@ def eval_command(
     MODEL and ORIGINAL are each a folder, a .gguf file, a Hugging Face id or an alias (smollm2).
     Give --text, --tasks or both.  Intervals are 95 % bootstrap intervals over windows.
 
+    In an output folder of compress, what was measured is kept in quality.json and report.html.
+
     \b
     Examples:
       compress eval smollm2 --text wiki.txt
@@ -91,7 +95,7 @@ def eval_command(
         config = TextEvalConfig(text, seq_len=seq_len, windows=windows, dtype=dtype, seed=seed)
     from compress.core.source import resolve_model
 
-    result: dict[str, Any] = {"model": model}
+    result: dict[str, Any] = {"model": model, "dtype": dtype, "seed": seed}
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result alone
         folder = resolve_model(model).folder
         if config is not None:
@@ -105,11 +109,29 @@ def eval_command(
             )
     if as_json:
         print_json(result)
+    else:
+        if "perplexity" in result:
+            print_eval_table(result)
+        if "tasks" in result:
+            print_tasks_table(result)
+    keep_in_folder(folder, result)
+
+
+def keep_in_folder(folder: Path, result: dict[str, Any]) -> None:
+    """Add a result to the report of an output folder; a hub cache is not ours to write into."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from compress.report import record_quality
+
+    in_hub_cache = folder.resolve().is_relative_to(Path(HF_HUB_CACHE).expanduser().resolve())
+    if in_hub_cache or not (folder / "compress.json").is_file():
         return
-    if "perplexity" in result:
-        print_eval_table(result)
-    if "tasks" in result:
-        print_tasks_table(result)
+    try:
+        record_quality(folder, result)
+    except (OSError, InputError) as error:
+        say(f"The report of {folder} was not updated: {reason_of(error)}")
+    else:
+        say(f"Updated {folder / 'quality.json'} and {folder / 'report.html'}")
 
 
 def print_eval_table(result: dict[str, Any]) -> None:

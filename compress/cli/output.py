@@ -46,6 +46,7 @@ def print_report(report: dict[str, Any], as_json: bool) -> None:
     ratio = sizes["original_bytes"] / sizes["bytes"]
     rows = {
         "output": report["out"],
+        "report": f"{report['out']}/report.html",
         "size": f"{_megabytes(sizes['bytes'])}, was {_megabytes(sizes['original_bytes'])} "
         f"({ratio:.2f}x smaller)",
         "quantized": f"{sizes['quantized_weights']:,} of {sizes['parameters']:,} parameters",

@@ -1,0 +1,334 @@
+"""`report.html`: what was done to a model and what it cost, on one page that needs nothing else.
+
+The page is a pure function of files in the output folder: compress.json, run.json and quality.json
+where they are, and the headers of the shards.  Each number on it stands in one of these, or is a
+sum or a quotient of such numbers; `<data value=...>` holds it in full beside the rounded text.
+
+quality.json holds what `compress eval` measured on the folder, the latest of each kind (KEYS):
+
+    {"texts": [{"text": "wiki.txt", "text_sha256": ..., "against": ..., "perplexity": ..., ...}],
+     "tasks": [{"task": "piqa", "limit": null, "dtype": ..., "metrics": {"acc": ..., ...}}]}
+"""
+
+import json
+import math
+import os
+import re
+import shlex
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined, UndefinedError
+
+from compress.core.errors import InputError
+from compress.inspection import inspect_folder
+
+Layer = dict[str, Any]  # a LayerReport, as compress.json holds it
+
+# A measurement replaces an earlier one that agrees with it in these.
+KEYS = {
+    "texts": ("text", "against", "windows", "seq_len", "dtype"),
+    "tasks": ("task", "limit", "dtype"),
+}
+# metric -> label and format; "%" formats are of a hundredth
+TEXT_METRICS = {
+    "perplexity_original": ("perplexity of the original", "%.2f"),
+    "perplexity": ("perplexity, compressed", "%.2f"),
+    "perplexity_ratio": ("perplexity ratio, compressed to original", "%.4f"),
+    "kl_mean": ("KL from the original, mean (nats a token)", "%#.4g"),
+    "kl_p99": ("KL from the original, 99th percentile", "%#.4g"),
+    "top1_agreement": ("same most likely token", "%.2f %%"),
+}
+FEW_WINDOWS = 20  # below this the intervals cover less often than they say
+STEPS = 7  # colours of the error chart
+WORST = 10
+CHART_WIDTH = 760
+ROW = 24  # height of a row of the error chart
+
+
+def write_report(folder: Path) -> None:
+    """Write report.html into a finished output folder, from the files in it.
+
+    Raises InputError when compress.json, run.json or quality.json is not as this version writes it.
+    """
+    report = _read_json(folder / "compress.json")
+    inspection = inspect_folder(folder)
+    try:
+        html = _render(report, inspection, _read_json(folder / "run.json"), _quality(folder))
+    except (KeyError, TypeError, AttributeError, UndefinedError) as error:
+        raise InputError(
+            f"the JSON files in '{folder}' are not as this version writes them ({error!r}); "
+            "make the folder again"
+        ) from error
+    _replace(folder / "report.html", html)
+
+
+def record_quality(folder: Path, result: dict[str, Any]) -> None:
+    """Put what `compress eval` measured (its JSON object) into quality.json, and renew the report.
+
+    Raises OSError when the folder cannot be written, InputError as `write_report` does.
+    """
+    quality = _quality(folder)
+    found: dict[str, list[dict[str, Any]]] = {"texts": [], "tasks": []}
+    if "perplexity" in result:
+        told = {k: v for k, v in result.items() if k not in ("model", "tasks", "limit")}
+        names = {"text": Path(result["text"]).name, "against": _public(result["against"])}
+        found["texts"].append(told | names)
+    shared = {name: result.get(name) for name in ("limit", "dtype", "seed")}
+    for task, metrics in result.get("tasks", {}).items():
+        found["tasks"].append({"task": task, **shared, "metrics": metrics})
+    for kind, new in found.items():
+        by_key = {tuple(m[key] for key in KEYS[kind]): m for m in [*quality[kind], *new]}
+        quality[kind] = list(by_key.values())
+    _replace(folder / "quality.json", json.dumps(quality, indent=2) + "\n")
+    write_report(folder)
+
+
+def spread(values: Iterable[str]) -> str:
+    """`4 bits` where all are equal, else `4 bits (180 linears), 8 bits (30)`, most linears first."""
+    counted = Counter(values).most_common()
+    if len(counted) < 2:
+        return "".join(value for value, _ in counted)
+    first, *rest = counted
+    return ", ".join([f"{first[0]} ({first[1]} linears)", *(f"{v} ({n})" for v, n in rest)])
+
+
+def mean_bits(layers: Sequence[Layer]) -> float:
+    """Bits of a code, on average over the weights of quantized layers."""
+    return sum(layer["bits"] * _weights(layer) for layer in layers) / sum(map(_weights, layers))
+
+
+def _public(ref: str | None) -> str | None:
+    """A model reference without the path to it; a hub id stays whole."""
+    if ref is None or not Path(ref).expanduser().exists():
+        return ref
+    return Path(ref).expanduser().resolve().name
+
+
+def _quality(folder: Path) -> dict[str, Any]:
+    return {"texts": [], "tasks": []} | (_read_json(folder / "quality.json") or {})
+
+
+def _read_json(path: Path) -> Any:
+    """The object in a JSON file, None where there is no file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise InputError(f"cannot read {path}: {error}; remove it") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a {type(value).__name__}, not an object; remove it")
+    return value
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that at any moment either the old or the new one stands there, whole."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(text.encode("utf-8", "replace"))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _render(
+    report: dict[str, Any], inspection: dict[str, Any], run: Any, quality: dict[str, Any]
+) -> str:
+    recipe, sizes = report["recipe"], report["sizes"]
+    quantized = [layer for layer in report["layers"] if layer["method"]]
+    has_output = any(layer["output_error"] is not None for layer in quantized)
+    error = "output_error" if has_output else "weight_error"
+    measured = [layer for layer in quantized if _is_number(layer[error])]
+    parts = inspection["bytes_by_part"]
+    original_parts = sizes.get("original_bytes_by_part") or {
+        "not recorded by part": sizes["original_bytes"]
+    }
+    weights = sizes["quantized_weights"]
+    arguments = ("eval", recipe["out"], "--against", recipe["model"], "--text", "FILE")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = files("compress").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        report=report,
+        recipe=recipe,
+        recipe_yaml=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+        model_name=Path(recipe["model"]).name,
+        bits=spread(f"{layer['bits']} bits" for layer in quantized),
+        stored_bits=8 * parts.get("quantized linears", 0) / weights if weights else None,
+        eval_command=shlex.join(["compress", *arguments]),
+        compared=[m for m in quality["texts"] if "perplexity_ratio" in m],
+        quality=quality,
+        text_metrics=TEXT_METRICS,
+        few_windows=FEW_WINDOWS,
+        task_rows=_task_rows(quality["tasks"]),
+        error=error,
+        quantized=quantized,
+        unmeasured=len(quantized) - len(measured),
+        grids=_grid_rows(quantized),
+        kinds=_kind_rows(measured, error),
+        worst=sorted(measured, key=lambda layer: -layer[error])[:WORST],
+        chart=_error_chart(report["layers"], error),
+        parts=_part_rows(original_parts, parts),
+        bars=_part_bars({"original": original_parts, "compressed": parts}),
+        left=_left_rows(report["layers"]),
+        run=run,
+    )
+
+
+def _task_rows(tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each metric of each task, with the standard error of that metric."""
+    rows = []
+    for task in tasks:
+        for name, value in task["metrics"].items():
+            if name == "samples" or "_stderr" in name or value is None:
+                continue
+            metric, comma, filter_name = name.partition(",")
+            stderr = task["metrics"].get(f"{metric}_stderr{comma}{filter_name}")
+            samples = task["metrics"].get("samples")
+            rows.append(task | {"metric": name, "value": value, "stderr": stderr, "n": samples})
+    return rows
+
+
+def _grid_rows(quantized: Sequence[Layer]) -> list[dict[str, Any]]:
+    """How many linears, and weights in them, lie on each kind of grid."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for layer in quantized:
+        names = ("method", "bits", "group_size")
+        key = tuple(layer[name] for name in names)
+        row = rows.setdefault(key, {name: layer[name] for name in names} | {"n": 0, "weights": 0})
+        row["n"] += 1
+        row["weights"] += _weights(layer)
+    return sorted(rows.values(), key=lambda row: -row["weights"])
+
+
+def _kind_rows(measured: Sequence[Layer], error: str) -> list[dict[str, Any]]:
+    by_kind: dict[str, list[Layer]] = defaultdict(list)
+    for layer in measured:
+        by_kind[_place(layer["name"])[1]].append(layer)
+    return [
+        {
+            "kind": kind,
+            "n": len(layers),
+            "median": statistics.median(layer[error] for layer in layers),
+            "worst": max(layers, key=lambda layer: layer[error]),
+        }
+        for kind, layers in by_kind.items()
+    ]
+
+
+def _left_rows(layers: Sequence[Layer]) -> list[dict[str, Any]]:
+    """Layers that no method changed, by the reason."""
+    by_note: dict[str, list[Layer]] = defaultdict(list)
+    for layer in layers:
+        if not layer["method"]:
+            by_note[layer["note"].removeprefix("left in float: ")].append(layer)
+    return [
+        {
+            "reason": note,
+            "weights": sum(map(_weights, layers)),
+            "names": [layer["name"] for layer in layers],
+        }
+        for note, layers in by_note.items()
+    ]
+
+
+def _is_number(error: float | None) -> bool:
+    return error is not None and math.isfinite(error)
+
+
+def _weights(layer: Layer) -> int:
+    return math.prod(layer["shape"])
+
+
+def _place(name: str) -> tuple[int | None, str]:
+    """Block and kind of a layer: `model.layers.3.mlp.up_proj` -> 3, `mlp.up_proj`."""
+    found = re.fullmatch(r"(?:.*?\.)?(\d+)\.(.+)", name)
+    return (int(found[1]), found[2]) if found else (None, name)
+
+
+def _error_chart(layers: Sequence[Layer], error: str) -> dict[str, Any] | None:
+    """Geometry of the chart: a row a kind of linear, a column a block, colour steps in log(error).
+
+    The steps are equal from the 5th percentile up; the lowest reaches down to the least error,
+    so that a few tiny ones do not use up the colours.  None when no error is positive.
+    """
+    errors = [layer[error] for layer in layers if layer["method"] and _is_number(layer[error])]
+    positive = sorted(value for value in errors if value > 0)
+    placed = [(*_place(layer["name"]), layer) for layer in layers]
+    placed = [(block, kind, layer) for block, kind, layer in placed if block is not None]
+    if not positive or not placed:
+        return None
+    low, high = math.log10(positive[len(positive) // 20]), math.log10(positive[-1])
+    kinds = list(dict.fromkeys(kind for _, kind, _ in placed))
+    last = max(block for block, _, _ in placed)
+    left = 12 + 7 * max(len(kind) for kind in kinds)
+    width = min(ROW, (CHART_WIDTH - left) / (last + 1))
+    cells = []
+    for block, kind, layer in placed:
+        value = layer[error]
+        if not layer["method"]:
+            style, said = "float", "left in float"
+        elif not _is_number(value):
+            style, said = "unmeasured", "not measured" if value is None else str(value)
+        else:
+            share = (math.log10(value) - low) / (high - low) if value > 0 and high > low else 0
+            style = f"step{min(STEPS - 1, max(0, int(share * STEPS)))}"
+            said = f"{value:.2e}"
+        x, y = round(left + block * width, 2), kinds.index(kind) * ROW
+        cells.append({"x": x, "y": y, "style": style, "title": f"{layer['name']}: {said}"})
+    every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 1000) if n * width >= ROW)
+    return {
+        "left": left,
+        "width": CHART_WIDTH,
+        "height": len(kinds) * ROW,
+        "cell": round(width, 2),
+        "row": ROW,
+        "kinds": kinds,
+        "cells": cells,
+        "ticks": [(b, round(left + (b + 0.5) * width, 2)) for b in range(0, last + 1, every)],
+        "edges": [
+            min(errors),
+            *(10 ** (low + (high - low) * n / STEPS) for n in range(1, STEPS + 1)),
+        ],
+        "styles": {cell["style"] for cell in cells},
+    }
+
+
+def _part_rows(original: dict[str, int], compressed: dict[str, int]) -> list[dict[str, Any]]:
+    names = dict.fromkeys([*original, *compressed])
+    return [
+        {"part": name, "original": original.get(name, 0), "compressed": compressed.get(name, 0)}
+        for name in names
+    ]
+
+
+def _part_bars(models: dict[str, dict[str, int]]) -> list[dict[str, Any]]:
+    """Stacked bars on one scale, largest part first in both."""
+    left, right = 90, 90
+    scale = (CHART_WIDTH - left - right) / max(sum(parts.values()) for parts in models.values())
+    order = Counter[str]()
+    for parts in models.values():
+        order.update(parts)
+    bars = []
+    for label, parts in models.items():
+        x, segments = float(left), []
+        for part, _ in order.most_common():
+            if size := parts.get(part, 0):
+                width = size * scale
+                fits = width > 8 * len(part)
+                segments.append(
+                    {"part": part, "bytes": size, "x": round(x, 2), "width": round(width, 2)}
+                    | {"label": part if fits else ""}
+                )
+                x += width
+        bars.append(
+            {"label": label, "segments": segments, "end": round(x, 2), "bytes": sum(parts.values())}
+        )
+    return bars
