@@ -17,7 +17,8 @@ import re
 import shlex
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,10 @@ KEYS = {
     "texts": ("text", "against", "windows", "seq_len", "dtype"),
     "tasks": ("task", "limit", "dtype"),
 }
-# metric -> label and format; "%" formats are of a hundredth
+# metric -> label and format; top1_agreement is shown in percent
 TEXT_METRICS = {
-    "perplexity_original": ("perplexity of the original", "%.2f"),
-    "perplexity": ("perplexity, compressed", "%.2f"),
+    "perplexity_original": ("perplexity of the original", "%#.5g"),
+    "perplexity": ("perplexity, compressed", "%#.5g"),
     "perplexity_ratio": ("perplexity ratio, compressed to original", "%.4f"),
     "kl_mean": ("KL from the original, mean (nats a token)", "%#.4g"),
     "kl_p99": ("KL from the original, 99th percentile", "%#.4g"),
@@ -58,13 +59,8 @@ def write_report(folder: Path) -> None:
     """
     report = _read_json(folder / "compress.json")
     inspection = inspect_folder(folder)
-    try:
+    with _as_written_here(folder):
         html = _render(report, inspection, _read_json(folder / "run.json"), _quality(folder))
-    except (KeyError, TypeError, AttributeError, UndefinedError) as error:
-        raise InputError(
-            f"the JSON files in '{folder}' are not as this version writes them ({error!r}); "
-            "make the folder again"
-        ) from error
     _replace(folder / "report.html", html)
 
 
@@ -82,15 +78,16 @@ def record_quality(folder: Path, result: dict[str, Any]) -> None:
     shared = {name: result.get(name) for name in ("limit", "dtype", "seed")}
     for task, metrics in result.get("tasks", {}).items():
         found["tasks"].append({"task": task, **shared, "metrics": metrics})
-    for kind, new in found.items():
-        by_key = {tuple(m[key] for key in KEYS[kind]): m for m in [*quality[kind], *new]}
-        quality[kind] = list(by_key.values())
+    with _as_written_here(folder):
+        for kind, new in found.items():
+            by_key = {tuple(m[key] for key in KEYS[kind]): m for m in [*quality[kind], *new]}
+            quality[kind] = list(by_key.values())
     _replace(folder / "quality.json", json.dumps(quality, indent=2) + "\n")
     write_report(folder)
 
 
 def spread(values: Iterable[str]) -> str:
-    """`4 bits` where all are equal, else `4 bits (180 linears), 8 bits (30)`, most linears first."""
+    """`4 bits` where all are equal, else `4 bits (180 linears), 8 bits (30)`, commonest first."""
     counted = Counter(values).most_common()
     if len(counted) < 2:
         return "".join(value for value, _ in counted)
@@ -108,6 +105,18 @@ def _public(ref: str | None) -> str | None:
     if ref is None or not Path(ref).expanduser().exists():
         return ref
     return Path(ref).expanduser().resolve().name
+
+
+@contextmanager
+def _as_written_here(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong on files of another version, or edited ones, into an InputError."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, UndefinedError) as error:
+        raise InputError(
+            f"the JSON files in '{folder}' are not as this version writes them ({error!r}); "
+            "make the folder again, or remove quality.json if you edited it"
+        ) from error
 
 
 def _quality(folder: Path) -> dict[str, Any]:
@@ -149,6 +158,7 @@ def _render(
     original_parts = sizes.get("original_bytes_by_part") or {
         "not recorded by part": sizes["original_bytes"]
     }
+    part_rows = _part_rows(original_parts, parts)
     weights = sizes["quantized_weights"]
     arguments = ("eval", recipe["out"], "--against", recipe["model"], "--text", "FILE")
     environment = Environment(
@@ -175,8 +185,8 @@ def _render(
         kinds=_kind_rows(measured, error),
         worst=sorted(measured, key=lambda layer: -layer[error])[:WORST],
         chart=_error_chart(report["layers"], error),
-        parts=_part_rows(original_parts, parts),
-        bars=_part_bars({"original": original_parts, "compressed": parts}),
+        parts=part_rows,
+        bars=_part_bars(part_rows),
         left=_left_rows(report["layers"]),
         run=run,
     )
@@ -266,7 +276,8 @@ def _error_chart(layers: Sequence[Layer], error: str) -> dict[str, Any] | None:
     if not positive or not placed:
         return None
     low, high = math.log10(positive[len(positive) // 20]), math.log10(positive[-1])
-    kinds = list(dict.fromkeys(kind for _, kind, _ in placed))
+    in_order = sorted(placed, key=lambda item: item[2]["method"] is None)  # stable
+    kinds = list(dict.fromkeys(kind for _, kind, _ in in_order))
     last = max(block for block, _, _ in placed)
     left = 12 + 7 * max(len(kind) for kind in kinds)
     width = min(ROW, (CHART_WIDTH - left) / (last + 1))
@@ -302,33 +313,30 @@ def _error_chart(layers: Sequence[Layer], error: str) -> dict[str, Any] | None:
 
 
 def _part_rows(original: dict[str, int], compressed: dict[str, int]) -> list[dict[str, Any]]:
-    names = dict.fromkeys([*original, *compressed])
-    return [
+    rows = [
         {"part": name, "original": original.get(name, 0), "compressed": compressed.get(name, 0)}
-        for name in names
+        for name in dict.fromkeys([*original, *compressed])
     ]
+    return sorted(rows, key=lambda row: -row["original"] - row["compressed"])
 
 
-def _part_bars(models: dict[str, dict[str, int]]) -> list[dict[str, Any]]:
-    """Stacked bars on one scale, largest part first in both."""
-    left, right = 90, 90
-    scale = (CHART_WIDTH - left - right) / max(sum(parts.values()) for parts in models.values())
-    order = Counter[str]()
-    for parts in models.values():
-        order.update(parts)
+def _part_bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Two stacked bars on one scale, with the parts in the order of the rows."""
+    left = right = 90
+    labels = ("original", "compressed")
+    totals = {label: sum(row[label] for row in rows) for label in labels}
+    scale = (CHART_WIDTH - left - right) / max(totals.values())
     bars = []
-    for label, parts in models.items():
+    for label in labels:
         x, segments = float(left), []
-        for part, _ in order.most_common():
-            if size := parts.get(part, 0):
-                width = size * scale
-                fits = width > 8 * len(part)
-                segments.append(
-                    {"part": part, "bytes": size, "x": round(x, 2), "width": round(width, 2)}
-                    | {"label": part if fits else ""}
-                )
-                x += width
+        for row in rows:
+            width = row[label] * scale
+            if width:
+                place = {"x": round(x, 2), "width": round(width, 2)}
+                fits = width > 8 * len(row["part"])
+                segments.append({"part": row["part"], "bytes": row[label], "fits": fits} | place)
+            x += width
         bars.append(
-            {"label": label, "segments": segments, "end": round(x, 2), "bytes": sum(parts.values())}
+            {"label": label, "segments": segments, "end": round(x, 2), "bytes": totals[label]}
         )
     return bars
