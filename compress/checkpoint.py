@@ -107,7 +107,7 @@ def model_card(ref: str, report: dict[str, Any]) -> str:
             f"`{Path(data['source']).name}` (seed {data['seed']}).",
             "",
         ]
-    lines += ["`report.html` shows the error of each layer, and what was left in float.", ""]
+    lines += ["`report.html` shows the error of each layer, `compress.json` holds it.", ""]
     return "\n".join(lines)
 
 
