@@ -103,10 +103,9 @@ def _preflight(recipe: Recipe) -> tuple[BlockModel, Settings, Stage]:
     grids, remarks = settle_grids(config, {n: m.in_features for n, m in linears.items()})
     for remark in remarks:
         say(remark)
-    for name, grid in grids.items():
-        shape = (linears[name].out_features, linears[name].in_features)
-        if reason := FORMATS[config.format].refusal(grid, shape):
-            raise InputError(f"format {config.format} cannot hold {name}: {reason}")
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    if reason := FORMATS[config.format].refusal(grids, shapes):
+        raise InputError(f"format {config.format} cannot hold {reason}")
     stage: Stage = config.stage(grids)
     if stage.needs_statistics:
         calibration.check_source(recipe.calibration)

@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 
 from compress.quant.config import Grid
 from compress.quant.formats.compressed_tensors import (
-    pack_int32,
     pack_weight,
     quantization_config,
-    unpack_int32,
     unpack_weight,
 )
+from compress.quant.formats.packing import pack_int32, unpack_int32
 from compress.quant.weight import code_range, minmax_grid, round_to_grid
 
 
@@ -72,7 +71,8 @@ def test_rounding_equals_the_library_bit_for_bit(dtype, symmetric, bits, group_s
     dense = PackedQuantizationCompressor.decompress(theirs, scheme)["weight"]
     assert torch.equal(ours.dequantize(), dense)
     assert ours.dequantize().dtype == dtype
-    again = unpack_weight(packed, bits)
+    config = quantization_config({"a": Grid(bits, group_size, symmetric)}, [])
+    again = unpack_weight(packed, config, "a")
     assert torch.equal(again.codes, ours.codes)
     assert again.group_size == group
     assert torch.equal(again.dequantize(), dense)
