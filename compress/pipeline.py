@@ -9,8 +9,6 @@
 The output folder gets its final name only when complete.
 """
 
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import compress
 from compress import calibration, checkpoint
 from compress.core.blocks import BlockInputs, BlockModel, call_block, linears_of
 from compress.core.errors import InputError
@@ -79,8 +76,9 @@ def run_recipe(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
         quantized = {layer.name for layer in layers if layer.method}
         in_float = [name for name in linears_of(model.skeleton) if name not in quantized]
         entries = stage.checkpoint_config(in_float)
+        card = checkpoint.model_card(model.source.ref, report)
         checkpoint.write_side_files(
-            folder, model, settings.dtype, entries, report, _run_facts(times)
+            folder, model.source, settings.dtype, entries, report, times, card
         )
     return {**report, **times, "out": str(recipe.out)}
 
@@ -251,10 +249,7 @@ def _report(
     quantized = sum(layer.shape[0] * layer.shape[1] for layer in layers if layer.method)
     return {
         "recipe": described,
-        "versions": {
-            name: _version(name)
-            for name in ("compress-llm", "torch", "transformers", "compressed-tensors")
-        },
+        "versions": checkpoint.versions(),
         "calibration_sha256": calibration.fingerprint(tokens) if tokens is not None else None,
         "compute_dtype": str(settings.compute_dtype).removeprefix("torch."),
         "dtype": str(settings.dtype).removeprefix("torch."),
@@ -266,24 +261,3 @@ def _report(
         },
         "layers": [asdict(layer) for layer in layers],
     }
-
-
-def _run_facts(times: dict[str, float]) -> dict[str, Any]:
-    return {
-        **times,
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-    }
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return compress.__version__ if package == "compress-llm" else "absent"

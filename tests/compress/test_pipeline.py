@@ -326,7 +326,7 @@ def test_buffers_inside_blocks_are_carried(model_folder, text_file, tmp_path, mo
     tensors = load_file(folder / "model.safetensors")
     extra = {f"model.layers.{i}.mlp.bias_table": torch.arange(3) + i for i in range(2)}
     save_file(tensors | extra, folder / "model.safetensors", {"format": "pt"})
-    build = blocks._build_skeleton
+    build = blocks.build_skeleton
 
     def with_buffer(*arguments):
         skeleton = build(*arguments)
@@ -334,7 +334,7 @@ def test_buffers_inside_blocks_are_carried(model_folder, text_file, tmp_path, mo
             layer.mlp.register_buffer("bias_table", torch.zeros(3, dtype=torch.int64))
         return skeleton
 
-    monkeypatch.setattr(blocks, "_build_skeleton", with_buffer)
+    monkeypatch.setattr(blocks, "build_skeleton", with_buffer)
     quantize(folder, tmp_path / "out", text_file, group_size=16)
     reader = ShardReader(tmp_path / "out")
     for name, tensor in extra.items():

@@ -1,4 +1,4 @@
-"""What gptqmodel makes of our GPTQ and AWQ tensors.  It needs a build of its own, and is optional."""
+"""What gptqmodel makes of our GPTQ and AWQ tensors, where it is installed."""
 
 import pytest
 import torch
@@ -53,9 +53,7 @@ def test_awq(symmetric, group_size):
     from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
 
     weight = random_weight(4, group_size, symmetric)
-    module = AwqTorchLinear(
-        4, group_size, symmetric, False, 128, 64, register_buffers=True
-    )
+    module = AwqTorchLinear(4, group_size, symmetric, False, 128, 64, register_buffers=True)
     loaded(module, awq.pack_weight(weight))
     module.post_init()
     identity = torch.eye(128, dtype=torch.float16)
