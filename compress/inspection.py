@@ -18,9 +18,7 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     """
     config = read_config(folder)
     reader = ShardReader(folder)
-    scheme = config.get("quantization_config") or {}
-    readable = scheme.get("quant_method") in FORMATS
-    packed = PackedFolder(ModelSource(str(folder), folder)) if readable else None
+    packed = _packed(folder, config)
     plain = set(reader.names if packed is None else packed.others)
     parts = {"embeddings": 0, "head": 0, "quantized linears": 0, "other": 0}
     for name in reader.names:
@@ -45,26 +43,35 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
         "tensors": len(reader.names),
         "quantization": None,
     }
+    scheme = config.get("quantization_config")
     if scheme:
+        layout = scheme.get("format") or scheme.get("checkpoint_format") or scheme.get("version")
+        groups = scheme.get("config_groups", {})
         result["quantization"] = {
             "quant_method": scheme.get("quant_method"),
-            "format": scheme.get("format")
-            or scheme.get("checkpoint_format", scheme.get("version")),
-            **(_packed_facts(packed, parts["quantized linears"]) if packed else NOTHING_READ),
+            "format": layout,
+            "groups": {name: group.get("weights") for name, group in groups.items()},
+            "ignore": scheme.get("ignore", []),
+            "quantized_linears": 0,
+            "quantized_weights": 0,
+            "bits_per_weight": None,
         }
+    if packed:
+        result["quantization"] |= _packed_facts(packed, parts["quantized linears"])
     return result
 
 
-NOTHING_READ: dict[str, Any] = {
-    "groups": {},
-    "ignore": [],
-    "quantized_linears": None,
-    "quantized_weights": None,
-    "bits_per_weight": None,
-}
+def _packed(folder: Path, config: dict[str, Any]) -> PackedFolder | None:
+    """The folder's packed linears, if it is quantized in a layout that is read here."""
+    scheme = config.get("quantization_config") or {}
+    method = FORMATS.get(scheme.get("quant_method"))
+    if method is None or method.foreign(scheme):
+        return None
+    return PackedFolder(ModelSource(str(folder), folder))
 
 
 def _packed_facts(packed: PackedFolder, size: int) -> dict[str, Any]:
+    """Grids and counts of the packed linears, whose tensors have `size` bytes in all."""
     weights = sum(math.prod(packed.shape(name)) for name in packed.linears)
     grids = list(dict.fromkeys(packed.grid(name) for name in packed.linears))
     return {

@@ -89,15 +89,21 @@ class PackedFolder:
         }
         try:
             weight = self.format.unpack_weight(tensors, self.scheme, name)
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, IndexError, RuntimeError) as error:
             raise InputError(self._broken(name, f"{type(error).__name__} {error}")) from None
         rows, columns = weight.shape
-        groups = -(-columns // weight.group_size)
-        if weight.group_of is not None:
-            groups = int(weight.group_of.max()) + 1
-        if weight.scale.shape != (rows, groups):
+        expected = (rows, -(-columns // weight.group_size))
+        if weight.scale.shape != expected:
             found = list(weight.scale.shape)
-            raise InputError(self._broken(name, f"scales are {found}, not {[rows, groups]}"))
+            raise InputError(self._broken(name, f"scales are {found}, not {list(expected)}"))
+        if weight.zero_point is not None and weight.zero_point.shape != expected:
+            found = list(weight.zero_point.shape)
+            raise InputError(self._broken(name, f"zero points are {found}, not {list(expected)}"))
+        if (
+            weight.group_of is not None
+            and not 0 <= weight.group_of.min() <= weight.group_of.max() < expected[1]
+        ):
+            raise InputError(self._broken(name, f"g_idx leaves 0 to {expected[1] - 1}"))
         return weight
 
     def load(self, name: str) -> Tensor:

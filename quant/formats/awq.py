@@ -55,7 +55,7 @@ def refusal(
         if name in reordered:
             return (
                 f"{name}: its columns are grouped in activation order (g_idx), which AWQ has no "
-                "place for; use gptq or compressed-tensors"
+                "place for; use gptq"
             )
     return None
 

@@ -8,8 +8,8 @@ Each quantized linear is stored as
     weight_shape       int64 [2], (out, in)
     weight_zero_point  only if asymmetric: the same packing along dim 0,
                        int32 [ceil(out * b / 32), in / group_size]
-    weight_g_idx       only if columns are not grouped in order (`actorder: group`): int32 [in],
-                       the group of each column
+    weight_g_idx       read, not written: int32 [in], the group of each column (`actorder: group`,
+                       which compressed-tensors 0.20 has removed)
 
 and config.json describes them under `quantization_config`.  Definition: the compressed-tensors
 library, https://github.com/vllm-project/compressed-tensors.  vLLM, SGLang and transformers load it.
@@ -47,6 +47,11 @@ def refusal(
     for name, grid in grids.items():
         if shapes[name][1] % (grid.group_size or 1):
             return f"{name}: group size {grid.group_size} does not divide {shapes[name][1]} inputs"
+        if name in reordered:
+            return (
+                f"{name}: its columns are grouped in activation order (g_idx), which "
+                "compressed-tensors 0.20 has removed; use gptq"
+            )
     return None
 
 
@@ -58,6 +63,7 @@ def scale_dtype(dtype: torch.dtype) -> torch.dtype:
 def pack_weight(weight: QuantizedWeight) -> dict[str, Tensor]:
     """Return the tensors that stand for a linear's `weight`, by suffix."""
     assert weight.offset is None
+    assert weight.group_of is None
     packed = {
         "weight_packed": pack_int32(weight.codes, weight.bits),
         "weight_scale": weight.scale,
@@ -66,8 +72,6 @@ def pack_weight(weight: QuantizedWeight) -> dict[str, Tensor]:
     if weight.zero_point is not None:
         transposed = pack_int32(weight.zero_point.T.contiguous(), weight.bits)
         packed["weight_zero_point"] = transposed.T.contiguous()
-    if weight.group_of is not None:
-        packed["weight_g_idx"] = weight.group_of.to(torch.int32)
     return packed
 
 
@@ -132,12 +136,12 @@ def quantization_config(
     `unquantized` must name every other linear of the model.  With one grid the single group targets
     the class `Linear`; with several each group lists its linears, so that none is named twice.
     """
-    members: dict[tuple[Grid, bool], list[str]] = {}
+    members: dict[Grid, list[str]] = {}
     for name, grid in grids.items():
-        members.setdefault((grid, name in reordered), []).append(name)
+        members.setdefault(grid, []).append(name)
     groups = {
-        f"group_{number}": _config_group(*scheme, names if len(members) > 1 else ["Linear"])
-        for number, (scheme, names) in enumerate(members.items())
+        f"group_{number}": _config_group(grid, names if len(members) > 1 else ["Linear"])
+        for number, (grid, names) in enumerate(members.items())
     }
     return {
         "quant_method": "compressed-tensors",
@@ -149,7 +153,7 @@ def quantization_config(
     }
 
 
-def _config_group(grid: Grid, reordered: bool, targets: Sequence[str]) -> dict[str, Any]:
+def _config_group(grid: Grid, targets: Sequence[str]) -> dict[str, Any]:
     weights = {
         "num_bits": grid.bits,
         "type": "int",
@@ -157,7 +161,6 @@ def _config_group(grid: Grid, reordered: bool, targets: Sequence[str]) -> dict[s
         "strategy": "group" if grid.group_size else "channel",
         "group_size": grid.group_size,
         "dynamic": False,
-        **({"actorder": "group"} if reordered else {}),
     }
     return {
         "targets": list(targets),
