@@ -112,7 +112,8 @@ def vllm_kernel(contents: Contents) -> Iterator[Objection]:
 
     Marlin (kernels/linear/mixed_precision/marlin.py, utils/marlin_utils.py): 4 and 8 bits
     symmetric, 4 bits asymmetric, MARLIN_GROUPS, and outputs in 64s and inputs in 128s, before vLLM
-    padded them.  Exllama (exllama.py): symmetric, float16, groups.  Machete needs Hopper, Conch a package.
+    padded them.  Exllama (exllama.py): symmetric, float16, groups.  Machete needs Hopper, Conch a
+    package.
     """
     for name, grid in contents.grids.items():
         outputs, inputs = _fused_shape(contents, name)
@@ -136,15 +137,18 @@ def vllm_kernel(contents: Contents) -> Iterator[Objection]:
 
 
 def vllm_gptq_grids(contents: Contents) -> Iterator[Objection]:
-    """vLLM: auto_gptq.py, TYPE_MAP.  The gptq.py before it also took the others, in float16."""
-    for bits, symmetric in sorted({(g.bits, g.symmetric) for g in contents.grids.values()}):
-        if bits not in (4, 8) or not symmetric:
-            kind = "symmetric" if symmetric else "asymmetric"
-            yield Objection(
-                "refused",
-                f"{bits} bits {kind}; GPTQ takes 4 and 8 bits, symmetric "
-                "(versions before auto_gptq.py also 2 and 3, and asymmetric, in float16)",
-            )
+    """vLLM: auto_gptq.py, TYPE_MAP, which lists other widths in some versions.
+
+    The gptq.py before it took 2, 3, 4 and 8 bits, and asymmetric, in float16.  utils/gptq_utils.py
+    (override_config) applies `dynamic`; whether it sets the type of the weights, versions differ.
+    """
+    grids = set(contents.grids.values())
+    if not all(grid.symmetric for grid in grids):
+        yield Objection("refused", "asymmetric GPTQ, since auto_gptq.py took the place of gptq.py")
+    for bits in sorted({grid.bits for grid in grids} - {4, 8}):
+        yield Objection("not known", f"GPTQ at {bits} bits; every version takes 4 and 8")
+    if len(grids) > 1:
+        yield Objection("not known", "GPTQ with grids that differ between linears (dynamic)")
 
 
 def awq_groups(contents: Contents) -> Iterator[Objection]:
