@@ -34,6 +34,11 @@ CARRIED = (
     "chat_template*",
     "generation_config.json",
 )
+FORMAT_NAMES = {
+    "compressed-tensors": "compressed-tensors `pack-quantized`",
+    "gptq": "GPTQ",
+    "awq": "AWQ (AutoAWQ `gemm`)",
+}
 
 
 def write_side_files(
@@ -144,13 +149,6 @@ def export_card(ref: str, report: dict[str, Any]) -> str:
         change = report["scales"]["largest_relative_change"]
         lines += [f"{rounded:,} scales changed in float16, by {change:.1e} at most.", ""]
     return "\n".join(lines)
-
-
-FORMAT_NAMES = {
-    "compressed-tensors": "compressed-tensors `pack-quantized`",
-    "gptq": "GPTQ",
-    "awq": "AWQ (AutoAWQ `gemm`)",
-}
 
 
 def _front_matter(ref: str, tags: Sequence[str]) -> list[str]:

@@ -202,6 +202,7 @@ def _report(
 ) -> dict[str, Any]:
     """What compress.json says: nothing in it depends on the clock or the host."""
     original = gguf_file(source.source.ref)
+    tied = set(getattr(source.skeleton, "all_tied_weights_keys", None) or ())
     return {
         "model": source.source.ref,
         "from": source.format_name,
@@ -213,7 +214,11 @@ def _report(
             "original_bytes": original.stat().st_size if original else source.reader.total_bytes,
             "bytes": total_bytes,
             "quantized_weights": sum(rows * columns for rows, columns in survey.shapes.values()),
-            "parameters": sum(p.numel() for p in source.skeleton.parameters()),
+            "parameters": sum(
+                parameter.numel()
+                for name, parameter in source.skeleton.named_parameters()
+                if name not in tied
+            ),
         },
         "layers": [
             {

@@ -166,7 +166,7 @@ def quantization_config(
         "quant_method": "gptq",
         **_settings(base),
         "desc_act": bool(reordered),
-        "lm_head": False,
+        "lm_head": any(name.rpartition(".")[2] == "lm_head" for name in grids),
         "checkpoint_format": "gptq" if base.symmetric else "gptq_v2",
         "dynamic": {
             f"{sign}:^{re.escape(name)}$": changes for name, (sign, changes) in rules.items()

@@ -212,6 +212,23 @@ def test_activation_order_is_kept(model_folder, tmp_path):
             export(start, tmp_path / "other", other)
 
 
+def test_awq_linears_that_look_symmetric(model_folder, tmp_path):
+    """Zero points of 8 everywhere in one linear do not make a checkpoint of two kinds."""
+    start = tmp_path / "start"
+    quantize(model_folder("llama", torch.float16), start, format="awq", symmetric=False)
+    tensors = tensors_of(start)
+    tensors["model.layers.1.mlp.up_proj.qzeros"].fill_(0x88888888 - (1 << 32))
+    save_file(tensors, start / "model.safetensors", {"format": "pt"})
+    for name in ("gptq", "compressed-tensors"):
+        other = export(start, tmp_path / name, name)
+        assert not any(
+            layer["symmetric"]
+            for layer in json.loads((other / "compress.json").read_text())["layers"]
+        )
+        assert torch.equal(logits(other), logits(start))
+        assert_same_tensors(export(other, tmp_path / f"{name}-back", "awq"), start)
+
+
 def run(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
@@ -269,6 +286,9 @@ def test_command_line(model_folder, tmp_path):
     done = run("export", start, "--format", "awq", "--out", out, "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
+    made = json.loads((start / "compress.json").read_text())["sizes"]
+    for key in ("parameters", "quantized_weights"):
+        assert report["sizes"][key] == made[key]
     assert (report["from"], report["format"]) == ("compressed-tensors", "awq")
     assert len(report["layers"]) == 14
     assert run("export", start, "--format", "awq", "--out", out).exit_code == 2  # exists
