@@ -64,7 +64,7 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
 def _packed(folder: Path, config: dict[str, Any]) -> PackedFolder | None:
     """The folder's packed linears, if it is quantized in a layout that is read here."""
     scheme = config.get("quantization_config") or {}
-    method = FORMATS.get(scheme.get("quant_method"))
+    method = FORMATS.get(str(scheme.get("quant_method")))
     if method is None or method.foreign(scheme):
         return None
     return PackedFolder(ModelSource(str(folder), folder))

@@ -57,7 +57,7 @@ class PackedFolder:
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(self.source.folder, trust_remote_code=False)
+            config: Any = AutoConfig.from_pretrained(self.source.folder, trust_remote_code=False)
         except Exception as error:  # a broken config.json can fail anywhere inside transformers
             raise InputError(
                 f"transformers cannot read config.json of '{self.source.ref}': {reason_of(error)}"

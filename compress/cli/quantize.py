@@ -12,7 +12,7 @@ from compress.cli.output import print_report
 @click.argument("model")
 @click.option("--method", required=True, help="awq or rtn.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Output folder.")
-@click.option("--bits", type=int, help="Bits a weight: 4 or 8.  [default: 4]")
+@click.option("--bits", type=int, help="Bits a weight: 2, 3, 4 or 8.  [default: 4]")
 @click.option("--group-size", help="Columns that share a scale, or 'channel'.  [default: 128]")
 @click.option(
     "--symmetric/--asymmetric",

@@ -31,7 +31,8 @@ class Format(Protocol):
     foreign              what makes a checkpoint with this config another layout, or None
     """
 
-    SUFFIXES: tuple[str, ...]
+    @property
+    def SUFFIXES(self) -> tuple[str, ...]: ...  # noqa: N802
 
     def refusal(
         self,
