@@ -78,9 +78,18 @@ def pack_weight(weight: QuantizedWeight) -> dict[str, Tensor]:
 def unpack_weight(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str
 ) -> QuantizedWeight:
-    """The inverse of `pack_weight`; `config` is the `quantization_config`."""
+    """The inverse of `pack_weight`; `config` is the `quantization_config`.
+
+    Raises InputError for 3 bits as they were packed before 2026, 32 // 3 = 10 codes a word.
+    """
     bits = grid_of(config, name).bits
     rows, columns = tensors["weight_shape"].tolist()
+    words, found = -(-columns * bits // 32), tensors["weight_packed"].shape[1]
+    if words != found:
+        raise InputError(
+            f"{name} has {found} words a row, not {words}: its {bits} bits are packed as by a "
+            "compressed-tensors of before 2026; write the checkpoint again"
+        )
     scale = tensors["weight_scale"]
     zero_point = None
     if "weight_zero_point" in tensors:

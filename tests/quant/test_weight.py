@@ -9,6 +9,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compress.core.errors import InputError
 from compress.quant.config import Grid
 from compress.quant.formats.compressed_tensors import (
     pack_weight,
@@ -76,6 +77,14 @@ def test_rounding_equals_the_library_bit_for_bit(dtype, symmetric, bits, group_s
     assert torch.equal(again.codes, ours.codes)
     assert again.group_size == group
     assert torch.equal(again.dequantize(), dense)
+
+
+def test_the_older_packing_of_3_bits_is_refused():
+    config = quantization_config({"a": Grid(3, None)}, [])
+    packed = {"weight_packed": torch.zeros(2, 10, dtype=torch.int32)}  # 96 codes, 10 a word
+    packed |= {"weight_shape": torch.tensor([2, 96]), "weight_scale": torch.ones(2, 1)}
+    with pytest.raises(InputError, match="a has 10 words a row, not 9.*before 2026"):
+        unpack_weight(packed, config, "a")
 
 
 def test_group_of_zeros_stays_zero():
