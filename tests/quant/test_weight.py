@@ -83,7 +83,7 @@ def test_the_older_packing_of_3_bits_is_refused():
     config = quantization_config({"a": Grid(3, None)}, [])
     packed = {"weight_packed": torch.zeros(2, 10, dtype=torch.int32)}  # 96 codes, 10 a word
     packed |= {"weight_shape": torch.tensor([2, 96]), "weight_scale": torch.ones(2, 1)}
-    with pytest.raises(InputError, match="a has 10 words a row, not 9.*before 2026"):
+    with pytest.raises(InputError, match=r"a has 10 words a row, not 9.*before 2026"):
         unpack_weight(packed, config, "a")
 
 
