@@ -9,16 +9,20 @@ report.html     all of this for people; `compress eval` adds what it measures
 """
 
 import json
+import os
+import platform
 import shutil
 from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compress.core.blocks import BlockModel
-from compress.core.source import read_config
-from compress.report import mean_bits, spread, write_report
+import compress
+from compress.core.source import ModelSource, read_config
+from compress.report import mean_bits, spread
 
 # Files of a model folder that are neither weights nor written anew.
 CARRIED = (
@@ -32,29 +36,66 @@ CARRIED = (
     "chat_template*",
     "generation_config.json",
 )
+FORMAT_NAMES = {
+    "compressed-tensors": "compressed-tensors `pack-quantized`",
+    "gptq": "GPTQ",
+    "awq": "AWQ (AutoAWQ `gemm`)",
+}
 
 
 def write_side_files(
     folder: Path,
-    model: BlockModel,
+    source: ModelSource,
     dtype: torch.dtype,
     config_entries: dict[str, Any],
     report: dict[str, Any],
-    run_facts: dict[str, Any],
+    times: dict[str, float],
+    card: str,
 ) -> None:
     """Write everything but the weights, which are there already, into an output folder."""
-    config = read_config(model.source.folder) | config_entries
+    config = read_config(source.folder) | config_entries
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     _write_json(folder / "config.json", config)
     for pattern in CARRIED:
-        for path in sorted(model.source.folder.glob(pattern)):
+        for path in sorted(source.folder.glob(pattern)):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
     _write_json(folder / "compress.json", report)
-    _write_json(folder / "run.json", run_facts)
-    (folder / "README.md").write_text(model_card(model.source.ref, report), encoding="utf-8")
-    write_report(folder)
+    _write_json(folder / "run.json", {**times, **_host_facts()})
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def report_of(folder: Path) -> dict[str, Any] | None:
+    """The compress.json of a checkpoint that this toolkit made, or None."""
+    path = folder / "compress.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def versions() -> dict[str, str]:
+    """The versions of what a checkpoint depends on, for compress.json."""
+    return {
+        name: _version(name)
+        for name in ("compress-llm", "torch", "transformers", "compressed-tensors")
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return compress.__version__ if package == "compress-llm" else "absent"
+
+
+def _host_facts() -> dict[str, Any]:
+    return {
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+    }
 
 
 def model_card(ref: str, report: dict[str, Any]) -> str:
@@ -72,31 +113,16 @@ def model_card(ref: str, report: dict[str, Any]) -> str:
         for layer in quantized
     )
     grid = "symmetric" if stage["symmetric"] else "asymmetric"
-    is_hub_id = ref.count("/") == 1 and not ref.startswith((".", "/", "~"))
     lines = [
-        "---",
-        "library_name: transformers",
-        *([f"base_model: {ref}"] if is_hub_id else []),
-        "pipeline_tag: text-generation",
-        f"tags: [{', '.join(['compressed-tensors', stage['method'], *widths])}]",
-        "---",
-        "",
+        *_front_matter(ref, [stage["format"], stage["method"], *widths]),
         f"# {Path(ref).name}, {stage['method']} {' and '.join(widths)}".rstrip(),
         "",
         f"Made from `{ref}` with compress {report['versions']['compress-llm']}: "
         f"`{stage['method']}`, {bits or 'no linear quantized'}; {grid}; {groups or 'no groups'}; "
-        "in the compressed-tensors `pack-quantized` format.",
+        f"in the {FORMAT_NAMES[stage['format']]} format.",
         "",
-        "```python",
-        *_loading_lines(recipe["out"], stage["symmetric"]),
-        "```",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| size | {sizes['bytes'] / 1e6:.1f} MB "
-        f"(original {sizes['original_bytes'] / 1e6:.1f} MB) |",
-        f"| quantized linears | {len(quantized)}, {sizes['quantized_weights']:,} weights of "
-        f"{sizes['parameters']:,} parameters |",
+        *_loading_lines(recipe["out"], stage["format"], stage["symmetric"]),
+        *_size_table(sizes, len(quantized)),
         *(f"| {count} x | {note} |" for note, count in sorted(left.items())),
         "",
     ]
@@ -111,18 +137,70 @@ def model_card(ref: str, report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _loading_lines(out: str, symmetric: bool) -> list[str]:
-    if symmetric:
-        return [
-            "from transformers import AutoModelForCausalLM  # pip install compressed-tensors",
-            f'model = AutoModelForCausalLM.from_pretrained("{out}")',
-        ]
-    return [
-        "# compressed-tensors 0.18 to 0.20 needs `dequantize` to load zero points",
-        "from transformers import AutoModelForCausalLM, CompressedTensorsConfig",
-        "config = CompressedTensorsConfig(dequantize=True)",
-        f'model = AutoModelForCausalLM.from_pretrained("{out}", quantization_config=config)',
+def export_card(ref: str, report: dict[str, Any]) -> str:
+    """The model card of a checkpoint that was re-packed."""
+    name, layers = report["format"], report["layers"]
+    bits = sorted({layer["bits"] for layer in layers})
+    rounded = report["scales"]["rounded"]
+    same = "the same codes and scales" if not rounded else "the same codes"
+    lines = [
+        *_front_matter(ref, [name, *(f"{count}-bit" for count in bits)]),
+        f"# {Path(ref).name}, {name}",
+        "",
+        f"Re-packed from `{ref}` ({report['from']}) with compress "
+        f"{report['versions']['compress-llm']} in the {FORMAT_NAMES[name]} format: {same}.",
+        "",
+        *_loading_lines(report["out"], name, all(layer["symmetric"] for layer in layers)),
+        *_size_table(report["sizes"], len(layers)),
+        "",
     ]
+    if rounded:
+        change = report["scales"]["largest_relative_change"]
+        lines += [f"{rounded:,} scales changed in float16, by {change:.1e} at most.", ""]
+    return "\n".join(lines)
+
+
+def _front_matter(ref: str, tags: Sequence[str]) -> list[str]:
+    is_hub_id = ref.count("/") == 1 and not ref.startswith((".", "/", "~"))
+    return [
+        "---",
+        "library_name: transformers",
+        *([f"base_model: {ref}"] if is_hub_id else []),
+        "pipeline_tag: text-generation",
+        f"tags: [{', '.join(tags)}]",
+        "---",
+        "",
+    ]
+
+
+def _size_table(sizes: dict[str, Any], linears: int) -> list[str]:
+    return [
+        "| | |",
+        "|---|---|",
+        f"| size | {sizes['bytes'] / 1e6:.1f} MB "
+        f"(original {sizes['original_bytes'] / 1e6:.1f} MB) |",
+        f"| quantized linears | {linears}, {sizes['quantized_weights']:,} weights of "
+        f"{sizes['parameters']:,} parameters |",
+    ]
+
+
+def _loading_lines(out: str, format_name: str, symmetric: bool) -> list[str]:
+    load = f'model = AutoModelForCausalLM.from_pretrained("{out}")'
+    needs = {"gptq": "gptqmodel optimum", "awq": "gptqmodel"}.get(format_name)
+    if needs:
+        code = [f"from transformers import AutoModelForCausalLM  # pip install {needs}", load]
+    elif symmetric:
+        code = ["from transformers import AutoModelForCausalLM  # pip install compressed-tensors"]
+        code.append(load)
+    else:
+        code = [
+            "# compressed-tensors 0.18 to 0.20 needs `dequantize` to load zero points",
+            "from transformers import AutoModelForCausalLM, CompressedTensorsConfig",
+            "config = CompressedTensorsConfig(dequantize=True)",
+            f'model = AutoModelForCausalLM.from_pretrained("{out}", quantization_config=config)',
+        ]
+    check = f"`compress inspect {out} --target vllm` (or sglang) says whether that loader takes it."
+    return ["```python", *code, "```", "", check, ""]
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -1,18 +1,13 @@
 """What a checkpoint holds: read from its config.json and the headers of its shards alone."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 from compress.core.shards import ShardReader
-from compress.core.source import read_config
-
-QUANTIZED_SUFFIXES = (
-    "weight_packed",
-    "weight_scale",
-    "weight_shape",
-    "weight_zero_point",
-    "weight_g_idx",
-)
+from compress.core.source import ModelSource, read_config
+from compress.packed import PackedFolder
+from compress.quant.formats import FORMATS
 
 
 def inspect_folder(folder: Path) -> dict[str, Any]:
@@ -23,18 +18,14 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     """
     config = read_config(folder)
     reader = ShardReader(folder)
+    packed = _packed(folder, config)
+    plain = set(reader.names if packed is None else packed.others)
     parts = {"embeddings": 0, "head": 0, "quantized linears": 0, "other": 0}
-    quantized_weights = 0
-    quantized: list[str] = []
     for name in reader.names:
         size = reader.tensor_bytes(name)
-        owner, _, leaf = name.rpartition(".")
-        if leaf in QUANTIZED_SUFFIXES:
+        owner = name.rpartition(".")[0]
+        if name not in plain:
             parts["quantized linears"] += size
-            if leaf == "weight_shape":
-                rows, columns = reader.load(name).tolist()
-                quantized_weights += rows * columns
-                quantized.append(owner)
         elif "embed" in owner or owner.endswith("wte"):
             parts["embeddings"] += size
         elif owner.endswith("lm_head"):
@@ -54,18 +45,46 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     }
     scheme = config.get("quantization_config")
     if scheme:
+        layout = scheme.get("format") or scheme.get("checkpoint_format") or scheme.get("version")
+        groups = scheme.get("config_groups", {})
         result["quantization"] = {
             "quant_method": scheme.get("quant_method"),
-            "format": scheme.get("format"),
-            "groups": {
-                name: group.get("weights")
-                for name, group in scheme.get("config_groups", {}).items()
-            },
+            "format": layout,
+            "groups": {name: group.get("weights") for name, group in groups.items()},
             "ignore": scheme.get("ignore", []),
-            "quantized_linears": len(quantized),
-            "quantized_weights": quantized_weights,
-            "bits_per_weight": round(8 * parts["quantized linears"] / quantized_weights, 3)
-            if quantized_weights
-            else None,
+            "quantized_linears": 0,
+            "quantized_weights": 0,
+            "bits_per_weight": None,
         }
+    if packed:
+        result["quantization"] |= _packed_facts(packed, parts["quantized linears"])
     return result
+
+
+def _packed(folder: Path, config: dict[str, Any]) -> PackedFolder | None:
+    """The folder's packed linears, if it is quantized in a layout that is read here."""
+    scheme = config.get("quantization_config") or {}
+    method = FORMATS.get(str(scheme.get("quant_method")))
+    if method is None or method.foreign(scheme):
+        return None
+    return PackedFolder(ModelSource(str(folder), folder))
+
+
+def _packed_facts(packed: PackedFolder, size: int) -> dict[str, Any]:
+    """Grids and counts of the packed linears, whose tensors have `size` bytes in all."""
+    weights = sum(math.prod(packed.shape(name)) for name in packed.linears)
+    grids = list(dict.fromkeys(packed.grid(name) for name in packed.linears))
+    return {
+        "groups": {
+            f"group_{number}": {
+                "num_bits": grid.bits,
+                "group_size": grid.group_size,
+                "symmetric": grid.symmetric,
+            }
+            for number, grid in enumerate(grids)
+        },
+        "ignore": packed.float_linears(),
+        "quantized_linears": len(packed.linears),
+        "quantized_weights": weights,
+        "bits_per_weight": round(8 * size / weights, 3) if weights else None,
+    }

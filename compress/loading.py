@@ -47,7 +47,8 @@ def load_model(
     Weights of a compressed-tensors checkpoint are de-quantized here, once, in `dtype`; layers
     whose scheme quantizes activations too still do so in their forward pass.  Not used is the
     library's switch `dequantize=True`: transformers 5.23 then rounds weights to the scales' dtype,
-    drops activation quantization, and reads every layer by one scheme.
+    drops activation quantization, and reads every layer by one scheme.  GPTQ and AWQ checkpoints
+    are unpacked here, so that neither gptqmodel nor a GPU is needed.
 
     Raises InputError when the folder holds no loadable model, lacks weights that the model needs
     (transformers would fill them at random), or needs a library that is absent.
@@ -59,20 +60,25 @@ def load_model(
     from compress.core.shards import ShardReader  # imports torch
 
     check_dtype(dtype)
-    read_config(folder)
+    scheme = read_config(folder).get("quantization_config") or {}
     device = device or default_device()
+    settings: dict[str, Any] = {
+        "dtype": getattr(torch, dtype),
+        "device_map": {"": str(device)},
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are refused below
+    }
     try:
         with without_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(folder),
-                dtype=getattr(torch, dtype),
-                device_map={"": str(device)},
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below
-            )
-        model, report = loaded
+            if scheme.get("quant_method") in ("gptq", "awq"):
+                model, report = _load_unpacked(folder, settings)
+            else:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    str(folder), local_files_only=True, trust_remote_code=False, **settings
+                )
+                model, report = loaded
+    except InputError:
+        raise
     except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"transformers cannot load '{folder}': {reason_of(error)}") from error
     mismatched = {entry[0] for entry in report["mismatched_keys"]}
@@ -87,6 +93,29 @@ def load_model(
     with without_bars():
         _decompress(model, ShardReader(folder), zero_points)
     return model.eval()
+
+
+def _load_unpacked(folder: Path, settings: dict[str, Any]) -> Any:
+    """Hand transformers the plain model that a GPTQ or AWQ checkpoint stands for."""
+    from dataclasses import replace
+
+    from transformers import GenerationConfig
+
+    from compress.core.source import ModelSource
+    from compress.packed import PackedFolder  # imports torch
+
+    packed = PackedFolder(ModelSource(str(folder), folder))
+    dtype = settings["dtype"]
+    state = {name: packed.load(name) for name in packed.others}
+    for name in packed.linears:
+        weight = packed.weight(name)
+        state[f"{name}.weight"] = replace(weight, scale=weight.scale.to(dtype)).dequantize()
+    cls: Any = type(packed.skeleton)
+    config = packed.plain_config()
+    model, report = cls.from_pretrained(None, config=config, state_dict=state, **settings)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, report
 
 
 def _decompress(model: PreTrainedModel, shards: ShardReader, zero_points: set[str]) -> None:

@@ -9,8 +9,6 @@
 The output folder gets its final name only when complete.
 """
 
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import compress
 from compress import calibration, checkpoint
 from compress.core.blocks import BlockInputs, BlockModel, call_block, linears_of
 from compress.core.errors import InputError
@@ -36,6 +33,7 @@ from compress.loading import default_device, native_bfloat16
 from compress.quant.config import settle_grids
 from compress.quant.formats import FORMATS
 from compress.recipe import Recipe, method_of
+from compress.report import write_report
 
 TOKENS_PER_BATCH = 4096  # large enough to keep matrix products busy, small enough for caches
 
@@ -67,7 +65,9 @@ def run_recipe(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
             plan = stage.decide(summaries)
         writer.write("outer", _outer_tensors(model, settings.dtype))
         visit = partial(_apply_and_write, stage, plan, model, writer)
-        reports = _walk(model, inputs, settings, visit, recipe.propagate_error)
+        reports = _walk(
+            model, inputs, settings, visit, recipe.propagate_error, stage.needs_reference
+        )
         layers = [*chain.from_iterable(reports), *_left_in_float(model)]
         writer.finish()
         finished = time.monotonic()
@@ -80,9 +80,11 @@ def run_recipe(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
         quantized = {layer.name for layer in layers if layer.method}
         in_float = [name for name in linears_of(model.skeleton) if name not in quantized]
         entries = stage.checkpoint_config(in_float)
+        card = checkpoint.model_card(model.source.ref, report)
         checkpoint.write_side_files(
-            folder, model, settings.dtype, entries, report, _run_facts(times)
+            folder, model.source, settings.dtype, entries, report, times, card
         )
+        write_report(folder)
     return {**report, **times, "out": str(recipe.out)}
 
 
@@ -104,11 +106,15 @@ def _preflight(recipe: Recipe) -> tuple[BlockModel, Settings, Stage]:
     grids, remarks = settle_grids(config, {n: m.in_features for n, m in linears.items()})
     for remark in remarks:
         say(remark)
-    for name, grid in grids.items():
-        shape = (linears[name].out_features, linears[name].in_features)
-        if reason := FORMATS[config.format].refusal(grid, shape):
-            raise InputError(f"format {config.format} cannot hold {name}: {reason}")
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    if reason := FORMATS[config.format].refusal(grids, shapes):
+        raise InputError(f"format {config.format} cannot hold {reason}")
     stage: Stage = config.stage(grids)
+    if stage.needs_reference and not recipe.propagate_error:
+        raise InputError(
+            "cross_moment compares original with compressed activations, and propagate_error: false "
+            "has only the former; switch one of the two off"
+        )
     if stage.needs_statistics:
         calibration.check_source(recipe.calibration)
     for name in model.unknown_names():
@@ -150,12 +156,15 @@ def _walk(
     settings: Settings,
     visit: Callable[[Block], Any],
     propagate: bool,
+    with_originals: bool = False,
 ) -> list[Any]:
     """Visit every block in order, with statistics if there are inputs; return what visits return.
 
     `propagate` runs a block again after the visit, so that the next one sees what it now gives.
+    `with_originals` also runs every block as it was on what the blocks before it gave as they were.
     """
     hidden = inputs.hidden if inputs else []
+    originals = hidden
     results = []
     for index in track(range(model.num_blocks), "Compressing blocks"):
         module = model.load_block(index)
@@ -165,8 +174,16 @@ def _walk(
         outputs: list[Tensor] = []
         if inputs:
             runner = model.compute_copy(module)
-            with collecting(runner) as statistics:
-                outputs = model.run_block(runner, hidden, kwargs)
+            with collecting(runner, with_originals, outputs=not propagate) as statistics:
+                if with_originals:
+                    pairs = [
+                        states for pair in zip(originals, hidden, strict=True) for states in pair
+                    ]
+                    twice = [given for given in kwargs for _ in range(2)]
+                    outputs = model.run_block(runner, pairs, twice)
+                    originals, outputs = outputs[::2], outputs[1::2]
+                else:
+                    outputs = model.run_block(runner, hidden, kwargs)
             probe = probe_of(hidden[0], kwargs[0], settings.device)
         block = Block(index, model.block_name(index), module, statistics, probe, settings.dtype)
         results.append(visit(block))
@@ -253,10 +270,7 @@ def _report(
     quantized = sum(layer.shape[0] * layer.shape[1] for layer in layers if layer.method)
     return {
         "recipe": described,
-        "versions": {
-            name: _version(name)
-            for name in ("compress-llm", "torch", "transformers", "compressed-tensors")
-        },
+        "versions": checkpoint.versions(),
         "calibration_sha256": calibration.fingerprint(tokens) if tokens is not None else None,
         "compute_dtype": str(settings.compute_dtype).removeprefix("torch."),
         "dtype": str(settings.dtype).removeprefix("torch."),
@@ -277,24 +291,3 @@ def _original_parts(model: BlockModel, layers: Sequence[LayerReport]) -> dict[st
     names = (model.stored_name(f"{layer.name}.weight") for layer in layers if layer.method)
     linears = sum(model.reader.tensor_bytes(name) for name in names)
     return parts | {"quantized linears": linears, "other": parts["other"] - linears}
-
-
-def _run_facts(times: dict[str, float]) -> dict[str, Any]:
-    return {
-        **times,
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-    }
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return compress.__version__ if package == "compress-llm" else "absent"

@@ -17,27 +17,27 @@ group downwards, by the group's diagonal block of H, exact on all tokens,
 
     loss = d H_gg dᵀ    for each row's rounding error d in the group
 
-and refitted by least squares to the codes it led to.  On a symmetric grid both signs of the scale
-are tried: codes reach one step further on the negative side (-8 .. 7 at 4 bits), and a negative
-scale points that step at the group's largest weight whatever its sign, as llama.cpp's Q4_0 does.
-De-quantization multiplies by the scale, so the format and its kernels need not know.
+with either sign on a symmetric grid, and refitted by least squares to the codes it led to
+(scales.py).
 
 Which channels can be scaled is found by experiment (folds.py); linears without a fold still get
 the second step.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor, nn
 
 from compress.core.stage import Block
 from compress.core.statistics import InputStatistics, bfloat16_products
 from compress.quant.config import Grid, WeightOnlyConfig
 from compress.quant.folds import Fold, find_fold
+from compress.quant.scales import ScaleSearch
 from compress.quant.weight import (
     QuantizedWeight,
     covering_grid,
@@ -46,6 +46,7 @@ from compress.quant.weight import (
     round_to_grid,
 )
 from compress.quant.weight_only import (
+    UNREACHED,
     QuantizedLinear,
     WeightOnlyStage,
     output_error,
@@ -54,10 +55,9 @@ from compress.quant.weight_only import (
 
 LEAST_SCALE = 1e-4  # a channel that is never active would otherwise get scale 0
 SEARCH_ROWS = 512  # rows of the weight that the search for s looks at; all rows give the same s
-REFITS = 2  # least-squares refits of each group's scale; a third changes nothing
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class AwqConfig(WeightOnlyConfig):
     """Settings of AWQ beside the grid.
 
@@ -75,54 +75,46 @@ class AwqConfig(WeightOnlyConfig):
         return AwqStage(self, grids)
 
 
-class AwqStage(WeightOnlyStage):
-    """Scale, fold, clip and round the linears of a block."""
+@dataclass(frozen=True)
+class ScaledInput:
+    """An input after scaling: its second moment [K, K], its scale [K] or None, and a remark."""
 
-    method: ClassVar[str] = "awq"
-    needs_statistics: ClassVar[bool] = True
+    moment: Tensor
+    spread: Tensor | None
+    note: str
 
-    def __init__(self, config: AwqConfig, grids: Mapping[str, Grid]) -> None:
-        super().__init__(config, grids)
-        self.config: AwqConfig = config
+
+class ChannelScaling:
+    """AWQ's first step, for any rounding that follows: find scales and fold them into the block."""
+
+    def __init__(self, points: int, grids: Mapping[str, Grid]) -> None:
+        self.points = points
+        self.grids = grids
         self._folds: dict[tuple, Fold | None] = {}
 
-    def quantize_linears(
-        self, block: Block, linears: Mapping[str, nn.Linear]
-    ) -> dict[str, QuantizedLinear]:
-        """Quantize the linears input by input (see WeightOnlyStage.quantize_linears)."""
-        moments: list[Tensor] = []
-        notes: list[str] = []
+    def apply(self, block: Block, linears: Mapping[str, nn.Linear]) -> list[ScaledInput]:
+        """Scale every input of the block that something can absorb the scale of, in place.
+
+        Returns one entry for each of block.inputs.  Linears outside `linears` that share an input
+        are scaled with it, but have no say in the scale.
+        """
+        scaled = []
         for stats in block.inputs:
             moment = stats.second_moment
             chosen = [name for name in stats.linears if name in linears]
             fold = self._fold_of(block, stats.linears) if chosen else None
-            if fold is not None:
-                weights = [
-                    (linears[name].weight, self.grids[block.full_name(name)]) for name in chosen
-                ]
-                scale, exponent = self.search_scale(weights, stats, moment, fold)
-                spread = fold.apply(block.module, scale, block.dtype)
-                moment = moment / torch.outer(spread, spread)
-                notes.append(f"scaled into {fold.producer}, a = {exponent:.2f}")
-            else:
-                notes.append("not scaled: nothing absorbs the scale of its input")
-            moments.append(moment)
-        results = {}
-        dtype = self.format.scale_dtype(block.dtype)
-        for stats, moment, note in zip(block.inputs, moments, notes, strict=True):
-            for name in stats.linears:
-                if name in linears:
-                    weight, grid = linears[name].weight.data, self.grids[block.full_name(name)]
-                    rounded = self.round(weight, moment, grid, dtype)
-                    error = relative_output_error(weight, rounded.dequantize().float(), moment)
-                    results[name] = QuantizedLinear(rounded, error, note)
-        for name in linears.keys() - results.keys():
-            weight, grid = linears[name].weight.data, self.grids[block.full_name(name)]
-            rounded = self.round(weight, None, grid, dtype)
-            results[name] = QuantizedLinear(rounded, note="never reached by the calibration data")
-        return {name: results[name] for name in linears}
+            if fold is None:
+                note = "not scaled: nothing absorbs the scale of its input"
+                scaled.append(ScaledInput(moment, None, note))
+                continue
+            weights = [(linears[name].weight, self.grids[block.full_name(name)]) for name in chosen]
+            scale, exponent = self.search(weights, stats, moment, fold)
+            spread = fold.apply(block.module, scale, block.dtype)
+            note = f"scaled into {fold.producer}, a = {exponent:.2f}"
+            scaled.append(ScaledInput(moment / torch.outer(spread, spread), spread, note))
+        return scaled
 
-    def search_scale(
+    def search(
         self,
         weights: Sequence[tuple[Tensor, Grid]],
         stats: InputStatistics,
@@ -144,7 +136,7 @@ class AwqStage(WeightOnlyStage):
         w_mean = fold.to_producer(torch.cat(shares).mean(dim=0)).clamp(min=LEAST_SCALE)
         x_mean = fold.to_producer(stats.mean_abs).clamp(min=LEAST_SCALE)
         best_loss, best_scale, best_exponent = float("inf"), torch.ones_like(x_mean), 0.0
-        for exponent in torch.linspace(0, 1, self.config.scale_points).tolist():
+        for exponent in torch.linspace(0, 1, self.points).tolist():
             scale = x_mean**exponent / w_mean ** (1 - exponent)
             scale = (scale / (scale.max() * scale.min()).sqrt()).clamp(min=LEAST_SCALE)
             spread = fold.to_consumers(scale)
@@ -159,6 +151,48 @@ class AwqStage(WeightOnlyStage):
                 best_loss, best_scale, best_exponent = loss, scale, exponent
         return best_scale, best_exponent
 
+    def _fold_of(self, block: Block, consumers: Sequence[str]) -> Fold | None:
+        """The fold for an input, tried out once for each distinct structure of block."""
+        shapes = tuple((n, tuple(p.shape)) for n, p in block.module.named_parameters())
+        key = (type(block.module), shapes, tuple(consumers))
+        if key not in self._folds:
+            assert block.probe is not None
+            self._folds[key] = find_fold(block.module, tuple(consumers), block.probe)
+        return self._folds[key]
+
+
+class AwqStage(WeightOnlyStage):
+    """Scale, fold, clip and round the linears of a block."""
+
+    method: ClassVar[str] = "awq"
+    needs_statistics: ClassVar[bool] = True
+
+    def __init__(self, config: AwqConfig, grids: Mapping[str, Grid]) -> None:
+        super().__init__(config, grids)
+        self.config: AwqConfig = config
+        self.scaling = ChannelScaling(config.scale_points, grids)
+
+    def quantize_linears(
+        self, block: Block, linears: Mapping[str, nn.Linear]
+    ) -> dict[str, QuantizedLinear]:
+        """Quantize the linears input by input (see WeightOnlyStage.quantize_linears)."""
+        results = {}
+        dtype = self.format.scale_dtype(block.dtype)
+        scaled = self.scaling.apply(block, linears)
+        for stats, given in zip(block.inputs, scaled, strict=True):
+            for name in stats.linears:
+                if name in linears:
+                    weight, grid = linears[name].weight.data, self.grids[block.full_name(name)]
+                    rounded = self.round(weight, given.moment, grid, dtype)
+                    dense = rounded.dequantize().float()
+                    error = relative_output_error(weight, dense, given.moment)
+                    results[name] = QuantizedLinear(rounded, error, given.note)
+        for name in linears.keys() - results.keys():
+            weight, grid = linears[name].weight.data, self.grids[block.full_name(name)]
+            rounded = self.round(weight, None, grid, dtype)
+            results[name] = QuantizedLinear(rounded, note=UNREACHED)
+        return {name: results[name] for name in linears}
+
     def round(
         self, weight: Tensor, moment: Tensor | None, grid: Grid, dtype: torch.dtype
     ) -> QuantizedWeight:
@@ -169,59 +203,12 @@ class AwqStage(WeightOnlyStage):
         group_size = grid.group_size or weight.shape[1]
         scale, zero_point = minmax_grid(weight, grid.bits, group_size, grid.symmetric)
         if self.config.clip and moment is not None:
-            scale = self._search_clip(weight, moment, scale, zero_point, grid.bits, group_size)
+            search = ScaleSearch(self.config.clip_points, self.config.clip_least)
+            starts = range(0, weight.shape[1], group_size)
+            metric = [moment[i : i + group_size, i : i + group_size] for i in starts]
+            zero = None if zero_point is None else zero_point.T.float()
+            by_group = weight.T.reshape(len(starts), group_size, -1).contiguous()
+            scale = search.best(by_group, torch.stack(metric), scale.T, zero, grid.bits).T
         stored = never_zero(scale.to(dtype))
         rounded = round_to_grid(weight, stored.float(), zero_point, grid.bits, group_size)
         return QuantizedWeight(rounded.codes, stored, zero_point, grid.bits, group_size)
-
-    def _search_clip(
-        self,
-        weight: Tensor,
-        moment: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        bits: int,
-        group: int,
-    ) -> Tensor:
-        """Return the best scale of each group, [out, K / group], starting from a covering one."""
-        rows, columns = weight.shape
-        diagonal = torch.stack(
-            [moment[i : i + group, i : i + group] for i in range(0, columns, group)]
-        )  # [G, g, g]
-        by_group = weight.view(rows, -1, group).transpose(0, 1)  # [G, out, g]
-        best = scale
-        best_loss = torch.full_like(scale, float("inf"))
-
-        def consider(candidate: Tensor) -> None:
-            nonlocal best, best_loss
-            rounded = round_to_grid(weight, candidate, zero_point, bits, group)
-            change = rounded.dequantize().view(rows, -1, group).transpose(0, 1) - by_group
-            loss = ((change @ diagonal) * change).sum(-1).T  # [out, G]
-            better = loss < best_loss
-            best_loss = torch.where(better, loss, best_loss)
-            best = torch.where(better, candidate, best)
-
-        for factor in torch.linspace(1, self.config.clip_least, self.config.clip_points).tolist():
-            consider(scale * factor)
-            if zero_point is None:
-                consider(scale * -factor)
-        for _ in range(REFITS):
-            steps = round_to_grid(weight, best, zero_point, bits, group).codes
-            steps = steps.view(rows, -1, group).transpose(0, 1).float()  # [G, out, g]
-            if zero_point is not None:
-                steps -= zero_point.T.unsqueeze(-1)
-            weighted = steps @ diagonal
-            # argmin over s of (w - s c) H_gg (w - s c)ᵀ for codes c
-            fitted = ((weighted * by_group).sum(-1) / (weighted * steps).sum(-1)).T
-            usable = torch.isfinite(fitted) & (fitted.abs() > torch.finfo(torch.float16).tiny)
-            consider(torch.where(usable, fitted, best))
-        return best
-
-    def _fold_of(self, block: Block, consumers: Sequence[str]) -> Fold | None:
-        """The fold for an input, tried out once for each distinct structure of block."""
-        shapes = tuple((n, tuple(p.shape)) for n, p in block.module.named_parameters())
-        key = (type(block.module), shapes, tuple(consumers))
-        if key not in self._folds:
-            assert block.probe is not None
-            self._folds[key] = find_fold(block.module, tuple(consumers), block.probe)
-        return self._folds[key]

@@ -13,6 +13,8 @@ from compress.quant.config import Grid, WeightOnlyConfig
 from compress.quant.formats import FORMATS
 from compress.quant.weight import QuantizedWeight
 
+UNREACHED = "never reached by the calibration data"
+
 
 @dataclass(frozen=True)
 class QuantizedLinear:
@@ -33,6 +35,7 @@ class WeightOnlyStage:
 
     method: ClassVar[str]
     needs_statistics: ClassVar[bool]
+    needs_reference: bool = False
     decides_globally: ClassVar[bool] = False
 
     def __init__(self, config: WeightOnlyConfig, grids: Mapping[str, Grid]) -> None:

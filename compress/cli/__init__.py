@@ -12,6 +12,7 @@ from compress.core.errors import InputError
 COMMANDS = {
     "quantize": ("compress.cli.quantize", "quantize_command"),
     "run": ("compress.cli.run", "run_command"),
+    "export": ("compress.cli.export", "export_command"),
     "eval": ("compress.cli.eval", "eval_command"),
     "generate": ("compress.cli.generate", "generate_command"),
     "inspect": ("compress.cli.inspect", "inspect_command"),

@@ -124,7 +124,7 @@ def keep_in_folder(folder: Path, result: dict[str, Any]) -> None:
     from compress.report import record_quality
 
     in_hub_cache = folder.resolve().is_relative_to(Path(HF_HUB_CACHE).expanduser().resolve())
-    if in_hub_cache or not (folder / "compress.json").is_file():
+    if in_hub_cache or not (folder / "report.html").is_file():
         return
     try:
         record_quality(folder, result)

@@ -7,19 +7,41 @@ from compress.cli.output import print_json, print_pairs
 
 @click.command("inspect")
 @click.argument("model")
+@click.option("--target", help="Say whether this loader takes MODEL: vllm, sglang or transformers.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
-def inspect_command(model: str, as_json: bool) -> None:
+@click.pass_context
+def inspect_command(ctx: click.Context, model: str, target: str | None, as_json: bool) -> None:
     """Say what MODEL holds: architecture, bytes by part, quantization.  Reads no weights.
+
+    With --target, the exit code is 1 when that loader does not take the checkpoint, or when it is
+    not known whether it does.
 
     \b
     Examples:
       compress inspect smollm2-w4
       compress inspect smollm2 --json
+      compress inspect smollm2-w4 --target vllm
     """
     from compress.core.source import resolve_model
     from compress.inspection import inspect_folder
 
-    result = inspect_folder(resolve_model(model).folder)
+    source = resolve_model(model)
+    if target is not None:
+        from compress.packed import PackedFolder
+        from compress.targets import check_target
+
+        verdict = check_target(PackedFolder(source), target)
+        if as_json:
+            print_json(verdict)
+        else:
+            loads = {True: "yes", False: "no", None: "not known"}[verdict["loads"]]
+            answer = {f"{target} takes it": loads}
+            answer |= {f"reason {n}": why for n, why in enumerate(verdict["reasons"], start=1)}
+            if verdict["needs"]:
+                answer["needs"] = ", ".join(verdict["needs"])
+            print_pairs(str(source.folder), answer)
+        ctx.exit(0 if verdict["loads"] else 1)
+    result = inspect_folder(source.folder)
     if as_json:
         print_json(result)
         return

@@ -12,13 +12,14 @@ from compress.cli.output import print_report
 @click.argument("model")
 @click.option("--method", required=True, help="awq or rtn.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Output folder.")
-@click.option("--bits", type=int, help="Bits a weight: 4 or 8.  [default: 4]")
+@click.option("--bits", type=int, help="Bits a weight: 2, 3, 4 or 8.  [default: 4]")
 @click.option("--group-size", help="Columns that share a scale, or 'channel'.  [default: 128]")
 @click.option(
     "--symmetric/--asymmetric",
     default=None,
     help="Without or with zero points.  [default: symmetric]",
 )
+@click.option("--format", help="compressed-tensors, gptq or awq.  [default: compressed-tensors]")
 @click.option(
     "--clip/--no-clip", default=None, help="AWQ: search each group's range.  [default: clip]"
 )
@@ -50,6 +51,7 @@ def quantize_command(
     bits: int | None,
     group_size: str | None,
     symmetric: bool | None,
+    format: str | None,
     clip: bool | None,
     ignore: tuple[str, ...],
     calibration: str | None,
@@ -61,7 +63,7 @@ def quantize_command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Quantize MODEL's weights and write a compressed-tensors checkpoint.
+    """Quantize MODEL's weights and write a checkpoint.
 
     MODEL is a Hugging Face id, a folder, a .gguf file, or the alias smollm2.
 
@@ -75,7 +77,7 @@ def quantize_command(
     from compress.pipeline import run_recipe
     from compress.recipe import build_recipe
 
-    stage = _given(bits=bits, group_size=group_size, symmetric=symmetric, clip=clip)
+    stage = _given(bits=bits, group_size=group_size, symmetric=symmetric, format=format, clip=clip)
     if ignore:
         stage["ignore"] = ignore
     recipe = build_recipe(

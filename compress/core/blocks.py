@@ -45,7 +45,7 @@ class BlockModel:
         self.compute_dtype = compute_dtype
         self.reader = ShardReader(source.folder)
         self.config = _load_config(source)
-        self.skeleton = _build_skeleton(self.config, source)
+        self.skeleton = build_skeleton(self.config, source)
         self.blocks_name, self._blocks = _find_blocks(self.skeleton, source)
         self.tied_names = set(getattr(self.skeleton, "all_tied_weights_keys", None) or ())
         self.num_parameters = sum(
@@ -232,7 +232,8 @@ def _load_config(source: ModelSource) -> Any:
         ) from None
 
 
-def _build_skeleton(config: Any, source: ModelSource) -> Any:
+def build_skeleton(config: Any, source: ModelSource) -> Any:
+    """The model of a transformers config, its parameters on the meta device; InputError if none."""
     from transformers import AutoModelForCausalLM
 
     try:

@@ -57,6 +57,12 @@ def resolve_model(ref: str, revision: str | None = None) -> ModelSource:
     return ModelSource(ref, _checked_folder(_from_hub(ref, revision)))
 
 
+def gguf_file(ref: str) -> Path | None:
+    """The .gguf file that `ref` names, itself or as an alias; None when it is something else."""
+    path = _packaged_file(ref) if ref in ALIASES else Path(ref).expanduser()
+    return path if path.suffix == ".gguf" and path.is_file() else None
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the folder's config.json as a dictionary, or raise InputError."""
     path = folder / "config.json"

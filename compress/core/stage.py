@@ -77,6 +77,7 @@ class Stage(Protocol):
     """What the pipeline asks of a method (see the module's docstring)."""
 
     needs_statistics: ClassVar[bool]
+    needs_reference: bool  # cross moments with the inputs of the original model
     decides_globally: ClassVar[bool]
 
     def collect(self, block: Block) -> Any: ...

@@ -3,6 +3,8 @@
 For an input x of width K seen over N tokens:
 
     second_moment H = 1/N sum x xᵀ     [K, K]
+    cross_moment  C = 1/N sum x₀ xᵀ    [K, K], where x₀ is the original model's input for the same
+                                       token, if both were run
     mean_abs        = 1/N sum |x|      [K]
     max_abs         = max |x|          [K]
 
@@ -16,7 +18,7 @@ no forward pass is repeated.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +41,7 @@ class InputStatistics:
     device: torch.device
     tokens: int = 0
     _outer: Tensor = field(init=False)
+    _cross: Tensor | None = field(init=False, default=None)
     _sum_abs: Tensor = field(init=False)
     max_abs: Tensor = field(init=False)
 
@@ -47,14 +50,24 @@ class InputStatistics:
         self._sum_abs = torch.zeros(self.width, device=self.device)
         self.max_abs = torch.zeros(self.width, device=self.device)
 
-    def add(self, x: Tensor) -> None:
-        """Take in a batch of inputs, [..., K], any float dtype."""
+    def add(self, x: Tensor, original: Tensor | None = None) -> None:
+        """Take in a batch of inputs, and the original model's for the same tokens, [..., K]."""
         flat = x.detach().reshape(-1, self.width)
+        if original is not None:
+            if self._cross is None:
+                self._cross = torch.zeros_like(self._outer)
+            with _products_for(flat):
+                self._cross += original.reshape(-1, self.width).float().T @ flat.float()
         magnitude = flat.abs()
         self._sum_abs += magnitude.sum(dim=0, dtype=torch.float32)
         torch.maximum(self.max_abs, magnitude.amax(dim=0).float(), out=self.max_abs)
         self.tokens += flat.shape[0]
         _add_outer_product(self._outer, flat)
+
+    @property
+    def cross_moment(self) -> Tensor | None:
+        """C = E[x₀ xᵀ], float32 [K, K]; None when originals were not given."""
+        return None if self._cross is None else self._cross / max(self.tokens, 1)
 
     @property
     def mean_abs(self) -> Tensor:
@@ -78,12 +91,16 @@ def _add_outer_product(total: Tensor, x: Tensor) -> None:
     bfloat16 units with float32 accumulation: same products, several times the speed.  Other inputs
     are multiplied in float32.
     """
-    exact_in_bf16 = x.dtype == torch.bfloat16
-    x = x.float()
-    with bfloat16_products() if exact_in_bf16 else nullcontext():
+    with _products_for(x):
+        x = x.float()
         for start in range(0, x.shape[1], TILE):
             stop = min(start + TILE, x.shape[1])
             total[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
+
+
+def _products_for(x: Tensor) -> AbstractContextManager[None]:
+    """How products of inputs are formed (see `_add_outer_product`)."""
+    return bfloat16_products() if x.dtype == torch.bfloat16 else nullcontext()
 
 
 @contextmanager
@@ -98,8 +115,14 @@ def bfloat16_products() -> Iterator[None]:
 
 
 @contextmanager
-def collecting(block: nn.Module) -> Iterator[list[InputStatistics]]:
+def collecting(
+    block: nn.Module, with_originals: bool = False, outputs: bool = True
+) -> Iterator[list[InputStatistics]]:
     """Collect statistics of every linear's input while the block runs inside this context.
+
+    `with_originals`: calls come in pairs, the first of each on the original model's hidden states,
+    the second on those that statistics are of.  `outputs=False`: what the block returns is not
+    used, so the linears that come last are not multiplied by (from the second call on).
 
     Yields a list that fills during the first run: one InputStatistics per distinct input tensor,
     in the order of the forward pass.  Linears count as sharing an input when they are handed the
@@ -109,7 +132,9 @@ def collecting(block: nn.Module) -> Iterator[list[InputStatistics]]:
     leader_of: dict[str, InputStatistics] = {}
     seen: dict[tuple[int, torch.Size, tuple[int, ...]], list[str]] = {}
     alive: list[Tensor] = []  # keeps inputs alive during a call, so that no memory is reused
+    originals: dict[str, Tensor] = {}  # the inputs in the first call of a pair
     first_call = True
+    original_call = with_originals
 
     def before_linear(name: str):
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -123,22 +148,33 @@ def collecting(block: nn.Module) -> Iterator[list[InputStatistics]]:
                 seen[key] = [name]
                 leader_of[name] = InputStatistics((name,), x.shape[-1], x.device)
                 groups.append(leader_of[name])
-            if name in leader_of:
-                leader_of[name].add(x)
+            if name not in leader_of:
+                return
+            if original_call:
+                originals[name] = x
+            else:
+                leader_of[name].add(x, originals.pop(name, None))
 
         return hook
 
     def after_block(_module: nn.Module, _args: tuple, _output: object) -> None:
-        nonlocal first_call
+        nonlocal first_call, original_call
+        original_call = with_originals and not original_call
         if first_call:
             for group, names in zip(groups, seen.values(), strict=True):
                 group.linears = tuple(names)
             first_call = False
             alive.clear()
+            if not outputs and not with_originals:
+                for name in groups[-1].linears if groups else ():
+                    skip(linears[name])
 
+    def skip(linear: nn.Linear) -> None:
+        linear.forward = lambda x: x.new_zeros(*x.shape[:-1], linear.out_features)
+
+    linears = linears_of(block)
     handles = [
-        linear.register_forward_pre_hook(before_linear(name))
-        for name, linear in linears_of(block).items()
+        linear.register_forward_pre_hook(before_linear(name)) for name, linear in linears.items()
     ]
     handles.append(block.register_forward_hook(after_block))
     try:
@@ -146,3 +182,5 @@ def collecting(block: nn.Module) -> Iterator[list[InputStatistics]]:
     finally:
         for handle in handles:
             handle.remove()
+        for linear in linears.values():
+            linear.__dict__.pop("forward", None)

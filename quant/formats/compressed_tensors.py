@@ -8,25 +8,50 @@ Each quantized linear is stored as
     weight_shape       int64 [2], (out, in)
     weight_zero_point  only if asymmetric: the same packing along dim 0,
                        int32 [ceil(out * b / 32), in / group_size]
+    weight_g_idx       read, not written: int32 [in], the group of each column (`actorder: group`,
+                       which compressed-tensors 0.20 has removed)
 
 and config.json describes them under `quantization_config`.  Definition: the compressed-tensors
 library, https://github.com/vllm-project/compressed-tensors.  vLLM, SGLang and transformers load it.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compress.core.config import build
+from compress.core.errors import InputError
 from compress.quant.config import Grid
+from compress.quant.formats.packing import pack_int32, unpack_int32
 from compress.quant.weight import QuantizedWeight
 
 FORMAT = "pack-quantized"
+SUFFIXES = (
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_g_idx",
+)
 
 
-def refusal(grid: Grid, shape: tuple[int, int]) -> str | None:
-    """Why a linear [out, in] on this grid cannot be packed: never the case here."""
+def refusal(
+    grids: Mapping[str, Grid],
+    shapes: Mapping[str, tuple[int, int]],
+    reordered: Collection[str] = (),
+) -> str | None:
+    """Why these linears cannot be packed on these grids, or None (see Format)."""
+    for name, grid in grids.items():
+        if shapes[name][1] % (grid.group_size or 1):
+            return f"{name}: group size {grid.group_size} does not divide {shapes[name][1]} inputs"
+        if name in reordered:
+            return (
+                f"{name}: its columns are grouped in activation order (g_idx), which "
+                "compressed-tensors 0.20 has removed; use gptq"
+            )
     return None
 
 
@@ -37,6 +62,8 @@ def scale_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def pack_weight(weight: QuantizedWeight) -> dict[str, Tensor]:
     """Return the tensors that stand for a linear's `weight`, by suffix."""
+    assert weight.offset is None
+    assert weight.group_of is None
     packed = {
         "weight_packed": pack_int32(weight.codes, weight.bits),
         "weight_scale": weight.scale,
@@ -48,49 +75,72 @@ def pack_weight(weight: QuantizedWeight) -> dict[str, Tensor]:
     return packed
 
 
-def unpack_weight(tensors: Mapping[str, Tensor], bits: int) -> QuantizedWeight:
-    """The inverse of `pack_weight`."""
+def unpack_weight(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str
+) -> QuantizedWeight:
+    """The inverse of `pack_weight`; `config` is the `quantization_config`.
+
+    Raises InputError for 3 bits as they were packed before 2026, 32 // 3 = 10 codes a word.
+    """
+    bits = grid_of(config, name).bits
     rows, columns = tensors["weight_shape"].tolist()
+    words, found = -(-columns * bits // 32), tensors["weight_packed"].shape[1]
+    if words != found:
+        raise InputError(
+            f"{name} has {found} words a row, not {words}: its {bits} bits are packed as by a "
+            "compressed-tensors of before 2026; write the checkpoint again"
+        )
     scale = tensors["weight_scale"]
     zero_point = None
     if "weight_zero_point" in tensors:
         zero_point = unpack_int32(tensors["weight_zero_point"].T.contiguous(), bits, rows)
         zero_point = zero_point.T.contiguous()
-    codes = unpack_int32(tensors["weight_packed"], bits, columns)
-    return QuantizedWeight(codes, scale, zero_point, bits, columns // scale.shape[1])
+    return QuantizedWeight(
+        unpack_int32(tensors["weight_packed"], bits, columns),
+        scale,
+        zero_point,
+        bits,
+        columns // scale.shape[1],
+        group_of=tensors.get("weight_g_idx"),
+    )
 
 
-def pack_int32(codes: Tensor, bits: int) -> Tensor:
-    """Pack signed codes, int8 [rows, n], densely along the last dimension.
+def grid_of(config: Mapping[str, Any], name: str) -> Grid:
+    """The grid that a `quantization_config` states for the linear with this name.
 
-    Returns int32 [rows, ceil(n * bits / 32)].  Any width from 1 to 8 bits; codes of 3, 5, 6 and
-    7 bits cross word boundaries.
+    A group's targets are full names, `re:REGEX` or names of module classes; a name counts before a
+    regex and a regex before a class, as in compressed-tensors.  Raises InputError for a linear that
+    no group names, or on a grid that is not of this module's kind.
     """
-    rows, n = codes.shape
-    words = -(-n * bits // 32)
-    start = torch.arange(n, device=codes.device) * bits
-    word, shift = start // 32, start % 32
-    unsigned = codes.to(torch.int64) + (1 << (bits - 1))
-    shifted = unsigned << shift  # up to 40 bits: what passes bit 32 belongs to the next word
-    packed = torch.zeros(rows, words + 1, dtype=torch.int64, device=codes.device)
-    packed.index_add_(1, word, shifted & 0xFFFFFFFF)
-    packed.index_add_(1, word + 1, shifted >> 32)
-    packed = packed[:, :words]
-    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
+    found: tuple[int, Mapping[str, Any]] = (0, {})
+    for group in config.get("config_groups", {}).values():
+        for target in group["targets"]:
+            if target == name:
+                rank = 3
+            elif target.startswith("re:"):
+                rank = 2 if re.match(target[3:], name) else 0
+            else:
+                rank = int(target == "Linear")
+            if rank > found[0]:
+                found = (rank, group["weights"] or {})
+    if not found[0]:
+        raise InputError(f"config_groups in config.json names no scheme for {name}")
+    weights = found[1]
+    return build(
+        Grid,
+        {
+            "bits": weights.get("num_bits"),
+            "group_size": weights.get("group_size"),
+            "symmetric": weights.get("symmetric", True),
+        },
+        f"config_groups for {name}",
+    )
 
 
-def unpack_int32(packed: Tensor, bits: int, n: int) -> Tensor:
-    """The inverse of `pack_int32`: int32 [rows, words] -> signed codes int8 [rows, n]."""
-    words = torch.nn.functional.pad(packed.to(torch.int64) & 0xFFFFFFFF, (0, 1))
-    start = torch.arange(n, device=packed.device) * bits
-    word, shift = start // 32, start % 32
-    pairs = words[:, word] | (words[:, word + 1] << 32)
-    unsigned = (pairs >> shift) & ((1 << bits) - 1)
-    return (unsigned - (1 << (bits - 1))).to(torch.int8)
-
-
-def quantization_config(grids: Mapping[str, Grid], unquantized: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json for linears on these grids, by full name.
+def quantization_config(
+    grids: Mapping[str, Grid], unquantized: Sequence[str], reordered: Collection[str] = ()
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json for linears on these grids (see Format).
 
     `unquantized` must name every other linear of the model.  With one grid the single group targets
     the class `Linear`; with several each group lists its linears, so that none is named twice.
@@ -128,3 +178,14 @@ def _config_group(grid: Grid, targets: Sequence[str]) -> dict[str, Any]:
         "output_activations": None,
         "format": FORMAT,
     }
+
+
+def foreign(config: Mapping[str, Any]) -> str | None:
+    """What makes a checkpoint of this quant_method another layout than the one above, or None."""
+    groups = config.get("config_groups", {}).values()
+    others = {config.get("format"), *(group.get("format") for group in groups)} - {FORMAT, None}
+    if others:
+        return f"format {others.pop()}"
+    if any(group.get("input_activations") for group in groups):
+        return "quantized activations"
+    return None

@@ -124,13 +124,19 @@ def test_help_states_the_dataclasses_defaults():
             value = defaults[option.name]
             assert stated[1] == words.get((option.name, value), str(value)), option.name
             checked += 1
-    assert checked == 10
+    assert checked == 11
 
 
 BAD_FLAGS = [
     (["--method", "awk"], "unknown method 'awk'"),
     (["--bits", "5"], "bits"),
     (["--bits", "four"], "not a valid integer"),
+    (["--format", "ggml"], "format = 'ggml'"),
+    (
+        ["--format", "awq", "--bits", "8"],
+        "format awq cannot hold model.layers.0.self_attn.q_proj: ",
+    ),
+    (["--format", "gptq", "--bits", "3"], "48 outputs of 3 bits do not fill words of 32 bits"),
     (["--ignore", "dwn_proj"], "did you mean 'down_proj'"),
     (["--group-size", "some"], "group_size"),
     (["--calibration", "absent.txt"], "calibration file 'absent.txt' does not exist"),

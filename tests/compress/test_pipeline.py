@@ -47,7 +47,7 @@ def quantization_of(folder) -> dict:
     return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
-def dense_logits(original, out, bits) -> torch.Tensor:
+def dense_logits(original, out) -> torch.Tensor:
     """Logits of the original class with our own de-quantized weights put in by hand."""
     model = AutoModelForCausalLM.from_pretrained(original)
     reader = ShardReader(out)
@@ -60,7 +60,9 @@ def dense_logits(original, out, bits) -> torch.Tensor:
                 for n in reader.names
                 if n.startswith(owner + ".")
             }
-            state[f"{owner}.weight"] = unpack_weight(parts, bits).dequantize()
+            state[f"{owner}.weight"] = unpack_weight(
+                parts, quantization_of(out), owner
+            ).dequantize()
         elif not leaf.startswith("weight_"):
             state[name] = reader.load(name)
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -82,7 +84,7 @@ def test_checkpoint_loads_in_transformers_with_our_logits(
         logits = model(TOKENS).logits
         before = AutoModelForCausalLM.from_pretrained(folder)(TOKENS).logits
     # the same weights in the same class: nothing but the order of float32 sums can differ
-    torch.testing.assert_close(logits, dense_logits(folder, out, 4), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, dense_logits(folder, out), rtol=1e-5, atol=1e-5)
     assert not torch.equal(logits, before)
     names = [layer["name"] for layer in report["layers"] if layer["method"]]
     assert len(names) == 14  # 7 linears in each of 2 blocks
@@ -112,7 +114,7 @@ def test_classes_that_nothing_here_knows_by_name(family, model_folder, text_file
     assert sum(layer["note"].startswith("scaled into") for layer in linears) >= 4
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(out)(TOKENS).logits
-    torch.testing.assert_close(logits, dense_logits(folder, out, 4), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, dense_logits(folder, out), rtol=1e-4, atol=1e-4)
 
 
 def test_mixtures_of_experts_are_refused(model_folder, text_file, tmp_path):
@@ -125,7 +127,7 @@ def test_mixtures_of_experts_are_refused(model_folder, text_file, tmp_path):
 def test_asymmetric_grids_load_too(bits, group_size, model_folder, text_file, tmp_path):
     out = tmp_path / "out"
     quantize(model_folder(), out, text_file, bits=bits, group_size=group_size, symmetric=False)
-    ours = dense_logits(model_folder(), out, bits)
+    ours = dense_logits(model_folder(), out)
     with torch.no_grad():
         through_loader = load_model(out)(TOKENS).logits
         # transformers 5.23 with compressed-tensors 0.20 needs this flag for packed zero points
@@ -176,7 +178,7 @@ def test_shards_when_the_model_is_large(model_folder, text_file, tmp_path, monke
     assert names == [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(out)(TOKENS).logits
-    torch.testing.assert_close(logits, dense_logits(model_folder(), out, 4), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, dense_logits(model_folder(), out), rtol=1e-5, atol=1e-5)
 
 
 def _small_shards(folder):
@@ -324,7 +326,7 @@ def test_buffers_inside_blocks_are_carried(model_folder, text_file, tmp_path, mo
     tensors = load_file(folder / "model.safetensors")
     extra = {f"model.layers.{i}.mlp.bias_table": torch.arange(3) + i for i in range(2)}
     save_file(tensors | extra, folder / "model.safetensors", {"format": "pt"})
-    build = blocks._build_skeleton
+    build = blocks.build_skeleton
 
     def with_buffer(*arguments):
         skeleton = build(*arguments)
@@ -332,7 +334,7 @@ def test_buffers_inside_blocks_are_carried(model_folder, text_file, tmp_path, mo
             layer.mlp.register_buffer("bias_table", torch.zeros(3, dtype=torch.int64))
         return skeleton
 
-    monkeypatch.setattr(blocks, "_build_skeleton", with_buffer)
+    monkeypatch.setattr(blocks, "build_skeleton", with_buffer)
     quantize(folder, tmp_path / "out", text_file, group_size=16)
     reader = ShardReader(tmp_path / "out")
     for name, tensor in extra.items():
@@ -350,6 +352,6 @@ def test_real_model_loads_with_our_logits(text_file, tmp_path):
     assert all("scaled into" in layer["note"] for layer in quantized)
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(TOKENS).logits
-    ours = dense_logits(resolve_model("smollm2").folder, tmp_path / "out", 4)
+    ours = dense_logits(resolve_model("smollm2").folder, tmp_path / "out")
     # the same weights in the same class; logits of order 10, float32 sums over 30 layers
     torch.testing.assert_close(logits, ours, rtol=1e-4, atol=1e-4)

@@ -58,14 +58,16 @@ def test_each_step_lowers_the_blocks_error(model_folder, symmetric):
 def test_reported_error_is_the_error_of_what_is_packed(model_folder):
     """The report's number, recomputed from the packed tensors and the inputs themselves."""
     block, _ = one_block(model_folder("qwen2"))
-    outcome = stage_for(AwqConfig(group_size=16), block).apply(block, None)
+    stage = stage_for(AwqConfig(group_size=16), block)
+    outcome = stage.apply(block, None)
+    config = stage.checkpoint_config([])["quantization_config"]
     name = "mlp.down_proj"
     packed = {
         key.removeprefix(f"{name}."): tensor
         for key, tensor in outcome.tensors.items()
         if key.startswith(f"{name}.")
     }
-    dense = unpack_weight(packed, 4).dequantize()
+    dense = unpack_weight(packed, config, block.full_name(name)).dequantize()
     assert torch.equal(dense, linears_of(block.module)[name].weight)
     report = next(layer for layer in outcome.layers if layer.name.endswith(name))
     assert report.output_error is not None

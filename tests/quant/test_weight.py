@@ -9,14 +9,14 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compress.core.errors import InputError
 from compress.quant.config import Grid
 from compress.quant.formats.compressed_tensors import (
-    pack_int32,
     pack_weight,
     quantization_config,
-    unpack_int32,
     unpack_weight,
 )
+from compress.quant.formats.packing import pack_int32, unpack_int32
 from compress.quant.weight import code_range, minmax_grid, round_to_grid
 
 
@@ -72,10 +72,19 @@ def test_rounding_equals_the_library_bit_for_bit(dtype, symmetric, bits, group_s
     dense = PackedQuantizationCompressor.decompress(theirs, scheme)["weight"]
     assert torch.equal(ours.dequantize(), dense)
     assert ours.dequantize().dtype == dtype
-    again = unpack_weight(packed, bits)
+    config = quantization_config({"a": Grid(bits, group_size, symmetric)}, [])
+    again = unpack_weight(packed, config, "a")
     assert torch.equal(again.codes, ours.codes)
     assert again.group_size == group
     assert torch.equal(again.dequantize(), dense)
+
+
+def test_the_older_packing_of_3_bits_is_refused():
+    config = quantization_config({"a": Grid(3, None)}, [])
+    packed = {"weight_packed": torch.zeros(2, 10, dtype=torch.int32)}  # 96 codes, 10 a word
+    packed |= {"weight_shape": torch.tensor([2, 96]), "weight_scale": torch.ones(2, 1)}
+    with pytest.raises(InputError, match=r"a has 10 words a row, not 9.*before 2026"):
+        unpack_weight(packed, config, "a")
 
 
 def test_group_of_zeros_stays_zero():
