@@ -112,8 +112,8 @@ def _preflight(recipe: Recipe) -> tuple[BlockModel, Settings, Stage]:
     stage: Stage = config.stage(grids)
     if stage.needs_reference and not recipe.propagate_error:
         raise InputError(
-            "cross_moment compares original with compressed activations, and propagate_error: false "
-            "has only the former; switch one of the two off"
+            "cross_moment compares original with compressed activations, which propagate_error: "
+            "false does not compute; switch one of the two off"
         )
     if stage.needs_statistics:
         calibration.check_source(recipe.calibration)
