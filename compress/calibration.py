@@ -1,8 +1,9 @@
 """Calibration tokens: from a text file, a Hugging Face data set, or sampled from the model itself.
 
 Text is tokenized, joined, cut into windows of `seq_len` tokens, and `samples` of them are taken at
-random (seeded).  With `self`, pieces are sampled from the model at temperature 1 and joined, which
-needs no data at all (LLM-QAT, arXiv 2305.17888, section 3.1).
+random (seeded).  A safetensors file holds token ids as they are to be used.  With `self`, pieces
+are sampled from the model at temperature 1 and joined, which needs no data at all (LLM-QAT,
+arXiv 2305.17888, section 3.1).
 """
 
 import hashlib
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.core.errors import InputError, reason_of
@@ -21,7 +24,7 @@ from compress.loading import load_model, load_tokenizer, native_bfloat16
 from compress.recipe import CalibrationConfig
 
 MAX_TEXT_BYTES = 64 << 20  # more than any calibration set needs; the rest of a file is not read
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+SUFFIXES = (".txt", ".jsonl", ".parquet", ".safetensors")
 SELF_BATCH = 128  # sequences sampled side by side
 SELF_LENGTH = 256  # tokens of a sampled sequence
 
@@ -36,6 +39,8 @@ def calibration_tokens(
     """
     if config.source == "self":
         tokens = _sample_from_model(config, source, device)
+    elif Path(config.source).suffix == ".safetensors":
+        tokens = _read_tokens(config)
     else:
         tokens = _windows(config, source)
     top = int(tokens.max())
@@ -61,6 +66,25 @@ def check_source(config: CalibrationConfig) -> None:
         raise InputError(
             f"calibration file '{path}' ends in '{path.suffix}'; allowed: {', '.join(SUFFIXES)}"
         )
+
+
+def _read_tokens(config: CalibrationConfig) -> Tensor:
+    """The first samples of a safetensors file's `input_ids`, integers [N, S]."""
+    check_source(config)
+    try:
+        tokens = load_file(config.source)["input_ids"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise InputError(
+            f"calibration file '{config.source}' has no readable tensor 'input_ids' "
+            f"({reason_of(error)}); write token ids [samples, tokens] under that name"
+        ) from None
+    found = tuple(tokens.shape)
+    if len(found) != 2 or found[0] < config.samples or found[1] < config.seq_len:
+        raise InputError(
+            f"calibration file '{config.source}' holds token ids {list(found)}, fewer than "
+            f"{config.samples} samples of {config.seq_len}; ask for less with --samples, --seq-len"
+        )
+    return tokens[: config.samples, : config.seq_len].to(torch.int64)
 
 
 def _windows(config: CalibrationConfig, source: ModelSource) -> Tensor:

@@ -89,7 +89,7 @@ def evaluate_text(
     folders = [model_folder] if against is None else [model_folder, against]
     vocabulary = _check_models(folders, config)
     text = _read_text(config.text)
-    windows = _cut_windows(folders, text, config)  # [W, N], before the slow loading of weights
+    windows = cut_windows(folders, text, config)  # [W, N], before the slow loading of weights
     if vocabulary is not None and windows.max() >= vocabulary:
         raise InputError(
             f"the tokenizer of '{model_folder}' gives token {windows.max()}, but the model has "
@@ -100,7 +100,7 @@ def evaluate_text(
     rows = []
     with torch.inference_mode():
         for window in track(windows, "Evaluating", total=config.windows):
-            rows.append(_score_window(model, original, torch.from_numpy(window)))
+            rows.append(score_window(model, original, torch.from_numpy(window)))
             if not np.isfinite(rows[-1]).all():
                 broken = folders[int(np.isfinite(rows[-1][0]).all())]
                 raise InputError(
@@ -147,7 +147,7 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _cut_windows(folders: list[Path], text: str, config: TextEvalConfig) -> np.ndarray:
+def cut_windows(folders: list[Path], text: str, config: TextEvalConfig) -> np.ndarray:
     """Return the first windows of the text as token ids, int64 [W, N]."""
     tokens = _tokenize(folders[0], text)
     for folder in folders[1:]:
@@ -171,7 +171,7 @@ def _tokenize(folder: Path, text: str) -> np.ndarray:
     return np.asarray(encoded["input_ids"], dtype=np.int64)
 
 
-def _score_window(
+def score_window(
     model: PreTrainedModel, original: PreTrainedModel | None, window: Tensor
 ) -> np.ndarray:
     """Score one window, int64 [N]: fp64 [1, T] with nll, or [4, T] when there is an original:
@@ -199,7 +199,7 @@ def _score_window(
 
 
 def summarize(scores: np.ndarray, config: TextEvalConfig) -> dict[str, Any]:
-    """Turn scores a token, fp64 [1 or 4, W, T] as `_score_window` orders them, into the metrics."""
+    """Turn scores a token, fp64 [1 or 4, W, T] as `score_window` orders them, into the metrics."""
     means = scores.mean(axis=2)  # [1 or 4, W]
     resampled = _resampled_means(means, config)  # [1 or 4, R]
     nll = float(means[0].mean())

@@ -29,8 +29,9 @@ DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 class CalibrationConfig:
     """The sample data that statistics are collected on.
 
-    source   `self` (sampled from the model), a .txt, .jsonl or .parquet file, or a Hugging Face
-             data set as ID, ID:CONFIG or ID:CONFIG:SPLIT
+    source   `self` (sampled from the model), a .txt, .jsonl or .parquet file, token ids as
+             `input_ids` in a .safetensors file, or a Hugging Face data set as ID, ID:CONFIG or
+             ID:CONFIG:SPLIT
     samples  number of sequences
     seq_len  tokens in each
     seed     which windows of the text are taken; for `self`, what is sampled

@@ -66,7 +66,7 @@ class GptqConfig(WeightOnlyConfig):
     """
 
     damping: float = Field(default=0.01, gt=0, le=1)
-    shrinkage: float = Field(default=0.2, ge=0, le=1)
+    shrinkage: float = Field(default=0.3, ge=0, le=1)
     act_order: bool = True
     sweeps: int = Field(default=2, ge=0)
     cross_moment: bool = False
@@ -192,8 +192,8 @@ class Factor:
             order = (inside + group * order[: len(by_group)].unsqueeze(1))[groups].flatten()
         shrunk = (1 - config.shrinkage) * moment[order][:, order]
         shrunk.diagonal().copy_(diagonal[order])
-        # A channel that is always zero has no say in the order of the others.
-        mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        mean = diagonal.mean()
+        mean = torch.where(mean > 0, mean, 1.0)  # an input that is always zero
         for attempt in range(DAMPING_TRIES):
             damping = config.damping * DAMPING_STEP**attempt
             damped = shrunk.clone()
@@ -201,7 +201,7 @@ class Factor:
             lower, failed = torch.linalg.cholesky_ex(damped)
             if not failed:
                 upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
+            if not failed and upper.isfinite().all():
                 raised = f"damping raised to {damping:g}" if attempt else ""
                 return Factor(order, damped, upper, damping, raised)
         raise InputError(
@@ -228,6 +228,7 @@ class _Codes:
     def __init__(self, target: Tensor, grid: Grid, group: int, dtype: torch.dtype) -> None:
         columns, rows = target.shape
         self.grid, self.group, self.dtype = grid, group, dtype
+        self.range = code_range(grid.bits)
         self.steps = torch.zeros_like(target)
         self.scale = torch.ones(columns // group, rows, device=target.device)
         self.zero_point = torch.zeros_like(self.scale)
@@ -245,15 +246,13 @@ class _Codes:
     def storable(self, scale: Tensor) -> Tensor:
         return never_zero(scale.to(self.dtype)).float()
 
-    def nearest(self, column: int, weight: Tensor) -> Tensor:
-        """Steps of the nearest grid values of column `column`, weight [R]."""
-        index = column // self.group
-        qmin, qmax = code_range(self.grid.bits)
+    def nearest(self, index: int, weight: Tensor) -> Tensor:
+        """Steps of the nearest grid values of one column of group `index`, weight [R]."""
         steps = weight / self.scale[index]
         if self.grid.symmetric:
-            return steps.round_().clamp_(qmin, qmax)
+            return steps.round_().clamp_(*self.range)
         zero = self.zero_point[index]
-        return steps.add_(zero).round_().clamp_(qmin, qmax).sub_(zero)
+        return steps.add_(zero).round_().clamp_(*self.range).sub_(zero)
 
     def dense(self) -> Tensor:
         """Values [K, R]."""
@@ -271,18 +270,19 @@ def column_loop(weight: Tensor, codes: _Codes, upper: Tensor, config: GptqConfig
         for outer in range(0, columns, max(span, group))
         for start in range(outer, min(outer + max(span, group), columns), span)
     ]
+    pivots = upper.diagonal().tolist()
     for start, stop in zip(starts, [*starts[1:], columns], strict=True):
         errors = torch.empty_like(weight[start:stop])
-        for column in range(start, stop):
+        rows = zip(weight[start:stop], codes.steps[start:stop], errors, strict=True)
+        for column, (values, steps, error) in enumerate(rows, start):
+            index = column // group
             if column % group == 0:
                 end = column + group
                 metric = torch.cholesky_inverse(upper[column:end, column:end], upper=True)
-                codes.set_grid(column // group, weight[column:end], metric, search)
-            steps = codes.nearest(column, weight[column])
-            codes.steps[column] = steps
-            error = torch.addcmul(weight[column], steps, codes.scale[column // group], value=-1)
-            error /= upper[column, column]
-            errors[column - start] = error
+                codes.set_grid(index, weight[column:end], metric, search)
+            steps.copy_(codes.nearest(index, values))
+            torch.addcmul(values, steps, codes.scale[index], value=-1, out=error)
+            error /= pivots[column]
             weight[column + 1 : stop].addr_(upper[column, column + 1 : stop], error, alpha=-1)
         weight[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
 
@@ -294,18 +294,20 @@ def sweep(target: Tensor, codes: _Codes, moment: Tensor) -> None:
     """
     columns, group = len(target), codes.group
     values = codes.dense()
-    pull = moment @ (values - target)  # half the gradient, kept up to date
+    pull = moment @ (values - target)  # half the gradient, kept up to date where it is read again
+    curvatures = moment.diagonal().tolist()
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         block = moment[start:stop, start:stop]
         changes = torch.empty_like(pull[start:stop])
-        for column in range(start, stop):
-            best = torch.addcdiv(values[column], pull[column], -moment[column, column])
-            codes.steps[column] = steps = codes.nearest(column, best)
-            change = steps * codes.scale[column // group] - values[column]
-            values[column] += change
-            changes[column - start] = change
-            pull[start:stop].addr_(block[:, column - start], change)
+        rows = zip(values[start:stop], pull[start:stop], codes.steps[start:stop], strict=True)
+        for column, (value, slope, steps) in enumerate(rows, start):
+            index, change = column // group, changes[column - start]
+            best = torch.add(value, slope, alpha=-1 / curvatures[column])
+            steps.copy_(codes.nearest(index, best))
+            torch.sub(steps * codes.scale[index], value, out=change)
+            value += change
+            pull[start:stop].addr_(block[column - start], change)
         pull[:start].addmm_(moment[:start, start:stop], changes)
         pull[stop:].addmm_(moment[stop:, start:stop], changes)
     for index, start in enumerate(range(0, columns, group)):
@@ -314,7 +316,7 @@ def sweep(target: Tensor, codes: _Codes, moment: Tensor) -> None:
         curvature = (steps * (moment[start:stop, start:stop] @ steps)).sum(dim=0)
         scale = codes.scale[index] - (steps * pull[start:stop]).sum(dim=0) / curvature
         scale = torch.where(usable(scale), codes.storable(scale), codes.scale[index])
-        pull.addmm_(moment[:, start:stop], steps * (scale - codes.scale[index]))
+        pull[stop:].addmm_(moment[stop:, start:stop], steps * (scale - codes.scale[index]))
         codes.scale[index] = scale
 
 

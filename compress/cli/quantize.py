@@ -1,16 +1,19 @@
 """`compress quantize`: one method, from flags."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 
 from compress.cli.output import print_report
+from compress.core.errors import InputError
 
 
 @click.command("quantize")
 @click.argument("model")
-@click.option("--method", required=True, help="awq or rtn.")
+@click.option("--method", required=True, help="rtn, awq, gptq or awq+gptq.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Output folder.")
 @click.option("--bits", type=int, help="Bits a weight: 2, 3, 4 or 8.  [default: 4]")
 @click.option("--group-size", help="Columns that share a scale, or 'channel'.  [default: 128]")
@@ -21,16 +24,22 @@ from compress.cli.output import print_report
 )
 @click.option("--format", help="compressed-tensors, gptq or awq.  [default: compressed-tensors]")
 @click.option(
-    "--clip/--no-clip", default=None, help="AWQ: search each group's range.  [default: clip]"
-)
-@click.option(
     "--ignore",
     multiple=True,
     help="Linear to leave in float: a name, its end, or re:REGEX. Repeatable.",
 )
 @click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="[LINEAR:]KEY=VALUE",
+    help="A setting of the method (clip=false), or of some linears by name, its end or re:REGEX "
+    "(down_proj:bits=8). Several as KEY=VALUE,KEY=VALUE. Repeatable.",
+)
+@click.option(
     "--calibration",
-    help="self, a .txt/.jsonl/.parquet file, or a data set id[:config[:split]].  [default: self]",
+    help="self, a .txt, .jsonl, .parquet or .safetensors (token ids) file, or a data set "
+    "id[:config[:split]].  [default: self]",
 )
 @click.option("--samples", type=int, help="Calibration sequences.  [default: 64]")
 @click.option("--seq-len", type=int, help="Tokens a sequence.  [default: 512]")
@@ -52,8 +61,8 @@ def quantize_command(
     group_size: str | None,
     symmetric: bool | None,
     format: str | None,
-    clip: bool | None,
     ignore: tuple[str, ...],
+    changes: tuple[str, ...],
     calibration: str | None,
     samples: int | None,
     seq_len: int | None,
@@ -72,14 +81,16 @@ def quantize_command(
       compress quantize smollm2 --method awq --bits 4 --out smollm2-w4
       compress quantize Qwen/Qwen3-0.6B --method awq --group-size 128 --out qwen3-w4 \\
           --calibration HuggingFaceFW/fineweb-edu:sample-10BT
+      compress quantize smollm2 --method gptq --bits 3 --set down_proj:bits=4 --out smollm2-w3
       compress quantize ./model --method rtn --bits 8 --group-size channel --out model-w8
     """
     from compress.pipeline import run_recipe
     from compress.recipe import build_recipe
 
-    stage = _given(bits=bits, group_size=group_size, symmetric=symmetric, format=format, clip=clip)
+    stage = _given(bits=bits, group_size=group_size, symmetric=symmetric, format=format)
     if ignore:
         stage["ignore"] = ignore
+    stage |= _settings_of(changes)
     recipe = build_recipe(
         {
             "model": model,
@@ -91,6 +102,23 @@ def quantize_command(
         "quantize",
     )
     print_report(run_recipe(recipe, overwrite), as_json)
+
+
+def _settings_of(changes: Sequence[str]) -> dict[str, Any]:
+    """The method's settings, and its overrides, from `--set` arguments."""
+    settings: dict[str, Any] = {}
+    overrides: dict[str, dict[str, Any]] = {}
+    for change in changes:
+        first, equals, _ = change.partition("=")
+        pattern, colon, _ = first.rpartition(":")
+        pairs = [pair.partition("=") for pair in change[len(pattern + colon) :].split(",")]
+        if not equals or not all(key and value for key, _, value in pairs):
+            raise InputError(
+                f"--set '{change}' is not [LINEAR:]KEY=VALUE[,KEY=VALUE], e.g. down_proj:bits=8"
+            )
+        target = overrides.setdefault(pattern, {}) if colon else settings
+        target.update({key: yaml.safe_load(value) for key, _, value in pairs})
+    return settings | ({"overrides": overrides} if overrides else {})
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -8,9 +8,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from compress.calibration import calibration_tokens
 from compress.cli import COMMANDS, main
 from compress.cli.quantize import quantize_command
+from compress.core.source import resolve_model
+from compress.recipe import CalibrationConfig
 
 
 def run(*arguments):
@@ -144,7 +148,11 @@ BAD_FLAGS = [
     (["--samples", "1000"], "1000 samples of 64 need 64000"),
     (["--samples", "0"], "samples"),
     (["--dtype", "float8"], "dtype"),
-    (["--method", "rtn", "--clip"], "unknown key 'clip' for method rtn"),
+    (["--method", "rtn", "--set", "clip=true"], "unknown key 'clip' for method rtn"),
+    (["--set", "down_proj:bits=5"], "bits"),
+    (["--set", "down_proj:bit=8"], "did you mean 'bits'"),
+    (["--set", "dwn_proj:bits=8"], "did you mean 'down_proj'"),
+    (["--set", "bits"], "--set 'bits' is not"),
     (["--no-such-flag"], "No such option"),
 ]
 
@@ -237,6 +245,39 @@ def test_empty_and_binary_calibration_files(model, tmp_path):
         path = tmp_path / "text.txt"
         path.write_bytes(content)
         check_refused(quantize(model, tmp_path / "out", path), message)
+
+
+def test_calibration_from_token_ids(model, text_file, tmp_path):
+    """The tokens of a text run, handed in as ids, give the same weights."""
+    config = CalibrationConfig(str(text_file), samples=4, seq_len=64)
+    ids = calibration_tokens(config, resolve_model(str(model)), 128, torch.device("cpu"))
+    save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
+    reports = [
+        json.loads(quantize(model, tmp_path / f"{source.name}-out", source, "--json").stdout)
+        for source in (text_file, tmp_path / "ids.safetensors")
+    ]
+    assert reports[0]["calibration_sha256"] == reports[1]["calibration_sha256"]
+    save_file({"input_ids": ids[:, :63].contiguous()}, tmp_path / "few.safetensors")
+    few = quantize(model, tmp_path / "out", tmp_path / "few.safetensors")
+    check_refused(few, "holds token ids [4, 63], fewer than 4 samples of 64")
+    save_file({"ids": ids}, tmp_path / "other.safetensors")
+    other = quantize(model, tmp_path / "out", tmp_path / "other.safetensors")
+    check_refused(other, "no readable tensor 'input_ids'")
+
+
+def test_settings_of_some_linears(model, text_file, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--set", "down_proj:bits=8,group_size=40", "--set", "sweeps=1", "--method", "gptq"]
+    done = quantize(model, out, text_file, *flags)
+    assert done.exit_code == 0, done.stderr
+    recipe = json.loads((out / "compress.json").read_text())["recipe"]["stages"][0]
+    assert recipe["overrides"] == {"down_proj": {"bits": 8, "group_size": 40}}
+    assert (recipe["sweeps"], recipe["bits"]) == (1, 4)
+    layers = json.loads((out / "compress.json").read_text())["layers"]
+    found = {(la["bits"], la["group_size"]) for la in layers if la["name"].endswith("down_proj")}
+    assert found == {(8, 40)}
+    # transformers and compressed-tensors read both grids
+    AutoModelForCausalLM.from_pretrained(out)
 
 
 def test_calibration_from_jsonl_and_parquet_equals_text(model, text_file, tmp_path):

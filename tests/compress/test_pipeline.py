@@ -256,31 +256,53 @@ class _RecordingStage(RtnStage):
 
     needs_statistics = True
     seen: ClassVar[dict[int, torch.Tensor]] = {}
+    cross: ClassVar[dict[int, torch.Tensor | None]] = {}
 
     def apply(self, block, plan):
         self.seen[block.index] = block.inputs[0].second_moment
+        self.cross[block.index] = block.inputs[0].cross_moment
         return super().apply(block, plan)
 
 
-@pytest.mark.parametrize("propagate", [True, False])
-def test_blocks_see_what_compressed_blocks_before_them_give(
-    propagate, model_folder, text_file, tmp_path, monkeypatch
-):
-    """Statistics of block 1, recomputed by transformers on the compressed or original model."""
-    monkeypatch.setattr(RtnConfig, "stage", lambda *given: _RecordingStage(*given))
-    folder, out = model_folder("qwen3"), tmp_path / "out"
-    quantize(folder, out, text_file, "rtn", group_size=16, propagate_error=propagate)
-    config = CalibrationConfig(str(text_file), samples=8, seq_len=64)
-    tokens = calibration_tokens(config, resolve_model(str(folder)), 128, torch.device("cpu"))
-    model = AutoModelForCausalLM.from_pretrained(out if propagate else folder)
+def inputs_of_block_1(folder, tokens) -> torch.Tensor:
+    """What q reads in block 1, [tokens, 48], by transformers."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
     seen = []
     linear = model.model.layers[1].self_attn.q_proj
     linear.register_forward_pre_hook(lambda _m, args: seen.append(args[0].reshape(-1, 48)))
     with torch.no_grad():
         model(tokens)
-    H = seen[0].T @ seen[0] / len(seen[0])
+    return seen[0]
+
+
+@pytest.mark.parametrize("reference", [True, False])
+@pytest.mark.parametrize("propagate", [True, False])
+def test_blocks_see_what_compressed_blocks_before_them_give(
+    propagate, reference, model_folder, text_file, tmp_path, monkeypatch
+):
+    """Moments of block 1, recomputed by transformers on the compressed or original model."""
+    monkeypatch.setattr(_RecordingStage, "needs_reference", reference)
+    monkeypatch.setattr(RtnConfig, "stage", lambda *given: _RecordingStage(*given))
+    folder, out = model_folder("qwen3"), tmp_path / "out"
+    settings = {"group_size": 16, "propagate_error": propagate}
+    if reference and not propagate:
+        with pytest.raises(InputError, match="cross_moment compares"):
+            quantize(folder, out, text_file, "rtn", **settings)
+        return
+    quantize(folder, out, text_file, "rtn", **settings)
+    config = CalibrationConfig(str(text_file), samples=8, seq_len=64)
+    tokens = calibration_tokens(config, resolve_model(str(folder)), 128, torch.device("cpu"))
+    original = inputs_of_block_1(folder, tokens)
+    x = inputs_of_block_1(out, tokens) if propagate else original
     # float32 sums of 512 tokens in another order
-    torch.testing.assert_close(_RecordingStage.seen[1], H, rtol=1e-4, atol=1e-5)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(_RecordingStage.seen[1], x.T @ x / len(x), **tolerance)
+    if reference:
+        assert not torch.allclose(x, original, atol=1e-2)
+        cross = original.T @ x / len(x)
+        torch.testing.assert_close(_RecordingStage.cross[1], cross, **tolerance)
+    else:
+        assert _RecordingStage.cross[1] is None
 
 
 def test_failure_leaves_nothing_under_the_final_name(

@@ -35,7 +35,7 @@ def test_packing_round_trips_and_equals_the_library(bits, rows, n, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [16, None])
 def test_rounding_equals_the_library_bit_for_bit(dtype, symmetric, bits, group_size):
     generator = torch.Generator().manual_seed(bits)

@@ -55,3 +55,46 @@ def test_second_moment_is_exact_and_symmetric_across_tiles(dtype):
     assert torch.equal(H, H.T)
     # float32 accumulation of 300 products of order 1; bfloat16 products are exact in float32
     assert (H.double() - exact).abs().max() < 2e-6
+
+
+def test_cross_moment_pairs_each_input_with_the_originals(model_folder):
+    """Calls in pairs: statistics are of the second of each, C = E[x₀ xᵀ] of both."""
+    model = BlockModel(resolve_model(str(model_folder())), torch.device("cpu"), torch.float32)
+    tokens = torch.randint(3, 120, (4, 32), generator=torch.Generator().manual_seed(0))
+    inputs = model.capture_inputs(list(tokens.split(1)))
+    block = model.load_block(0)
+    linear = block.get_submodule("mlp.down_proj")
+    seen: list[torch.Tensor] = []
+    linear.register_forward_pre_hook(lambda _m, args: seen.append(args[0][0]))
+    originals, hidden = inputs.hidden[:2], inputs.hidden[2:]
+    pairs = [states for pair in zip(originals, hidden, strict=True) for states in pair]
+    with collecting(block, with_originals=True) as groups:
+        model.run_block(block, pairs, inputs.kwargs[0])
+    stats = groups[-1]
+    assert stats.linears == ("mlp.down_proj",)
+    assert stats.tokens == 64
+    original, x = torch.cat(seen[::2]), torch.cat(seen[1::2])
+    assert stats.cross_moment is not None
+    torch.testing.assert_close(stats.cross_moment, original.T @ x / 64)
+    torch.testing.assert_close(stats.second_moment, x.T @ x / 64)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "gemma2"])
+def test_statistics_are_the_same_without_the_last_product(family, model_folder):
+    model = BlockModel(resolve_model(str(model_folder(family))), torch.device("cpu"), torch.float32)
+    tokens = torch.randint(3, 120, (3, 32), generator=torch.Generator().manual_seed(0))
+    inputs = model.capture_inputs(list(tokens.split(1)))
+    block = model.load_block(0)
+    found = []
+    for outputs in (True, False):
+        with collecting(block, outputs=outputs) as groups:
+            results = model.run_block(block, inputs.hidden, inputs.kwargs[0])
+        found.append((groups, results))
+    (whole, outputs), (short, _) = found
+    for one, other in zip(whole, short, strict=True):
+        assert one.linears == other.linears
+        assert torch.equal(one.second_moment, other.second_moment)
+        assert torch.equal(one.mean_abs, other.mean_abs)
+    # and the block is as it was
+    again = model.run_block(block, inputs.hidden, inputs.kwargs[0])
+    assert all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True))
