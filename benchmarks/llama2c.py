@@ -5,7 +5,7 @@
 
 The file is 7 int32 (dim, ffn, layers, heads, KV heads, vocabulary, context; a negative vocabulary
 says that the head is not tied), then float32 tensors, each over all layers (llama2.c's export.py,
-legacy_export).  Rotary pairs lie next to each other there, half a head apart in transformers' Llama.
+legacy_export).  Rotary pairs lie side by side there, half a head apart in transformers.
 """
 
 import struct

@@ -16,7 +16,7 @@ from torch import nn
 from compress.core.stage import Block
 from compress.quant.awq import ChannelScaling
 from compress.quant.config import Grid
-from compress.quant.gptq import GptqConfig, GptqStage, LinearInput
+from compress.quant.gptq import GptqConfig, GptqStage, LinearInput, first_cross_moment
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -45,8 +45,8 @@ class AwqGptqStage(GptqStage):
         """The block's inputs, scaled."""
         inputs = []
         scaled = self.scaling.apply(block, linears)
-        for stats, given in zip(block.inputs, scaled, strict=True):
-            cross = stats.cross_moment
+        crosses = first_cross_moment(block)
+        for stats, given, cross in zip(block.inputs, scaled, crosses, strict=True):
             if cross is not None and given.spread is not None:
                 cross = cross / torch.outer(given.spread, given.spread)
             inputs.append(LinearInput(stats.linears, given.moment, cross, given.note))

@@ -20,7 +20,9 @@ and the total is then the sum of all e_j².  What differs from the paper:
   then each scale to its least-squares value given the codes.  Neither can raise the error.
 - Optionally the target is the original model's output on the original inputs x₀ instead of W x:
   E‖W x₀ - Ŵ x‖² is least at W C H⁻¹ with C = E[x₀ xᵀ], and that is what is rounded
-  (Li et al., "GPTAQ", arXiv 2504.02692).
+  (Li et al., "GPTAQ", arXiv 2504.02692).  This holds for the block's first input alone: the
+  moments of the later ones were collected before the linears ahead of them changed, and making
+  up there for what those have made up for already overshoots, block after block.
 
 All linears that share an input share the factor U and run through one column loop, one above the
 other.  Weights lie transposed here, [K, R], so that a column is a run of memory.
@@ -60,8 +62,8 @@ class GptqConfig(WeightOnlyConfig):
     shrinkage     share a by which H is shrunk towards its diagonal
     act_order     most active groups and columns first, else in the order that they are stored
     sweeps        sweeps of coordinate descent over codes and scales after the column loop
-    cross_moment  aim at the original model's output instead of W x; costs a third pass over
-                  the calibration data
+    cross_moment  aim at the original model's output instead of W x in the linears that read a
+                  block's first input; costs a third pass over the calibration data
     clip_points   shrink factors tried for each group's scale, evenly from 1 down to `clip_least`
     """
 
@@ -100,7 +102,10 @@ class GptqStage(WeightOnlyStage):
 
     def inputs_of(self, block: Block, linears: Mapping[str, nn.Linear]) -> list[LinearInput]:
         """The block's inputs, as they are; a method composed with GPTQ may first scale them."""
-        return [LinearInput(s.linears, s.second_moment, s.cross_moment) for s in block.inputs]
+        return [
+            LinearInput(stats.linears, stats.second_moment, cross)
+            for stats, cross in zip(block.inputs, first_cross_moment(block), strict=True)
+        ]
 
     def quantize_linears(
         self, block: Block, linears: Mapping[str, nn.Linear]
@@ -159,6 +164,11 @@ class GptqStage(WeightOnlyStage):
             grid.bits,
             group,
         )
+
+
+def first_cross_moment(block: Block) -> list[Tensor | None]:
+    """C of the block's first input, if there is one, and None for the others (see above)."""
+    return [stats.cross_moment if i == 0 else None for i, stats in enumerate(block.inputs)]
 
 
 @dataclass(frozen=True)
