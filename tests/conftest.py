@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +114,44 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(" ".join(WORDS[i] for i in picks), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def one_block(model_folder: Callable[..., Path]) -> Callable[..., Any]:
+    """A function that loads block 0 of a family with statistics: the Block, and its output."""
+    from compress.core.blocks import BlockModel
+    from compress.core.source import resolve_model
+    from compress.core.stage import Block
+    from compress.core.statistics import collecting
+    from compress.pipeline import probe_of
+
+    def load(family: str = "llama") -> tuple[Block, torch.Tensor]:
+        tokens = torch.randint(3, 120, (4, 64), generator=torch.Generator().manual_seed(0))
+        source = resolve_model(str(model_folder(family)))
+        model = BlockModel(source, torch.device("cpu"), torch.float32)
+        inputs = model.capture_inputs([tokens])
+        module = model.load_block(0)
+        with collecting(module) as groups:
+            model.run_block(module, inputs.hidden, inputs.kwargs[0])
+        probe = probe_of(inputs.hidden[0], inputs.kwargs[0][0], torch.device("cpu"))
+        block = Block(0, model.block_name(0), module, groups, probe, torch.float32)
+        return block, probe(module)
+
+    return load
+
+
+@pytest.fixture
+def apply() -> Callable[..., Any]:
+    """A function that applies a method's configuration to a block, as the pipeline does."""
+    from compress.core.blocks import linears_of
+    from compress.quant.config import settle_grids
+
+    def run(config: Any, block: Any) -> Any:
+        linears = linears_of(block.module).items()
+        widths = {block.full_name(name): linear.in_features for name, linear in linears}
+        return config.stage(settle_grids(config, widths)[0]).apply(block, None)
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,64 +3,43 @@
 import pytest
 import torch
 
-from compress.core.blocks import BlockModel, linears_of
+from compress.core.blocks import linears_of
 from compress.core.config import build
 from compress.core.errors import InputError
-from compress.core.source import resolve_model
-from compress.core.stage import Block
-from compress.core.statistics import collecting
-from compress.pipeline import probe_of
 from compress.quant.awq import AwqConfig, AwqStage
-from compress.quant.config import Grid, settle_grids
-from compress.quant.formats.compressed_tensors import unpack_weight
+from compress.quant.config import Grid
+from compress.quant.formats.compressed_tensors import quantization_config, unpack_weight
 from compress.quant.rtn import RtnConfig
 
 
-def one_block(folder, tokens=None) -> tuple[Block, torch.Tensor]:
-    """A loaded block with statistics, and its output before any change."""
-    if tokens is None:
-        tokens = torch.randint(3, 120, (4, 64), generator=torch.Generator().manual_seed(0))
-    model = BlockModel(resolve_model(str(folder)), torch.device("cpu"), torch.float32)
-    inputs = model.capture_inputs([tokens])
-    module = model.load_block(0)
-    with collecting(module) as groups:
-        model.run_block(module, inputs.hidden, inputs.kwargs[0])
-    probe = probe_of(inputs.hidden[0], inputs.kwargs[0][0], torch.device("cpu"))
-    block = Block(0, model.block_name(0), module, groups, probe, torch.float32)
-    return block, probe(module)
+@pytest.fixture
+def error_after(one_block, apply):
+    """A function that says how far a method moves the output of a block, relative."""
 
+    def measure(config) -> float:
+        block, before = one_block()
+        apply(config, block)
+        return ((block.probe(block.module) - before).square().sum() / before.square().sum()).item()
 
-def stage_for(config, block):
-    """The stage of a method's settings for one block."""
-    linears = linears_of(block.module).items()
-    widths = {block.full_name(name): linear.in_features for name, linear in linears}
-    return config.stage(settle_grids(config, widths)[0])
-
-
-def error_after(config, folder) -> float:
-    block, before = one_block(folder)
-    stage_for(config, block).apply(block, None)
-    assert block.probe is not None
-    return ((block.probe(block.module) - before).square().sum() / before.square().sum()).item()
+    return measure
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_each_step_lowers_the_blocks_error(model_folder, symmetric):
+def test_each_step_lowers_the_blocks_error(error_after, symmetric):
     """RTN > AWQ's scales alone > scales and clipping, on a block with outlier channels."""
     grid = {"bits": 4, "group_size": 16, "symmetric": symmetric}
-    rtn = error_after(RtnConfig(**grid), model_folder())
-    scaled = error_after(AwqConfig(**grid, clip=False), model_folder())
-    both = error_after(AwqConfig(**grid), model_folder())
+    rtn = error_after(RtnConfig(**grid))
+    scaled = error_after(AwqConfig(**grid, clip=False))
+    both = error_after(AwqConfig(**grid))
     assert scaled < 0.9 * rtn
     assert both < scaled
 
 
-def test_reported_error_is_the_error_of_what_is_packed(model_folder):
+def test_reported_error_is_the_error_of_what_is_packed(one_block, apply):
     """The report's number, recomputed from the packed tensors and the inputs themselves."""
-    block, _ = one_block(model_folder("qwen2"))
-    stage = stage_for(AwqConfig(group_size=16), block)
-    outcome = stage.apply(block, None)
-    config = stage.checkpoint_config([])["quantization_config"]
+    block, _ = one_block("qwen2")
+    outcome = apply(AwqConfig(group_size=16), block)
+    config = quantization_config({block.full_name("mlp.down_proj"): Grid(4, 16)}, [])
     name = "mlp.down_proj"
     packed = {
         key.removeprefix(f"{name}."): tensor
@@ -75,11 +54,11 @@ def test_reported_error_is_the_error_of_what_is_packed(model_folder):
     assert "scaled into mlp.up_proj" in report.note
 
 
-def test_ignored_linears_stay_exact_up_to_the_fold(model_folder):
+def test_ignored_linears_stay_exact_up_to_the_fold(one_block, apply):
     """An ignored linear is still scaled with its siblings, so the function stays the same."""
-    block, before = one_block(model_folder())
+    block, before = one_block()
     everything = AwqConfig(group_size=16, ignore=("re:.*",))
-    outcome = stage_for(everything, block).apply(block, None)
+    outcome = apply(everything, block)
     assert not outcome.tensors
     assert all("named by ignore" in layer.note for layer in outcome.layers)
     only_q = AwqConfig(
@@ -87,17 +66,17 @@ def test_ignored_linears_stay_exact_up_to_the_fold(model_folder):
         ignore=("k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         bits=8,
     )
-    stage_for(only_q, block).apply(block, None)
+    apply(only_q, block)
     assert block.probe is not None
     after = block.probe(block.module)
     # what is left is 8-bit rounding of q alone
     assert (after - before).norm() < 0.01 * before.norm()
 
 
-def test_linear_that_calibration_never_reached_is_quantized_and_said(model_folder):
-    block, _ = one_block(model_folder())
+def test_linear_that_calibration_never_reached_is_quantized_and_said(one_block, apply):
+    block, _ = one_block()
     block.module.add_module("spare", torch.nn.Linear(48, 16))
-    outcome = stage_for(AwqConfig(group_size=16), block).apply(block, None)
+    outcome = apply(AwqConfig(group_size=16), block)
     spare = next(layer for layer in outcome.layers if layer.name.endswith("spare"))
     assert spare.method == "awq"
     assert "never reached" in spare.note

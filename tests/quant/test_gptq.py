@@ -7,16 +7,12 @@ import torch
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-from compress.core.blocks import BlockModel, linears_of
+from compress.core.blocks import linears_of
 from compress.core.config import build
 from compress.core.errors import InputError
-from compress.core.source import resolve_model
-from compress.core.stage import Block
-from compress.core.statistics import collecting
-from compress.pipeline import probe_of
 from compress.quant.awq import AwqConfig
 from compress.quant.awq_gptq import AwqGptqConfig
-from compress.quant.config import Grid, settle_grids
+from compress.quant.config import Grid
 from compress.quant.formats.compressed_tensors import pack_weight
 from compress.quant.gptq import Factor, GptqConfig, GptqStage
 from compress.quant.rtn import RtnConfig
@@ -182,34 +178,15 @@ def test_cross_moment_aims_at_the_originals_output():
     assert factor.correction(moment, moment).abs().max() == 0
 
 
-def one_block(folder) -> tuple[Block, torch.Tensor]:
-    """A loaded block with statistics, and its output before any change."""
-    tokens = torch.randint(3, 120, (4, 64), generator=torch.Generator().manual_seed(0))
-    model = BlockModel(resolve_model(str(folder)), torch.device("cpu"), torch.float32)
-    inputs = model.capture_inputs([tokens])
-    module = model.load_block(0)
-    with collecting(module) as groups:
-        model.run_block(module, inputs.hidden, inputs.kwargs[0])
-    probe = probe_of(inputs.hidden[0], inputs.kwargs[0][0], torch.device("cpu"))
-    block = Block(0, model.block_name(0), module, groups, probe, torch.float32)
-    return block, probe(module)
-
-
-def apply(config, block):
-    linears = linears_of(block.module).items()
-    widths = {block.full_name(name): linear.in_features for name, linear in linears}
-    return config.stage(settle_grids(config, widths)[0]).apply(block, None)
-
-
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("method", [GptqConfig, AwqGptqConfig])
-def test_gptq_leaves_less_error_than_awq_and_rtn(model_folder, method, symmetric, bits):
+def test_gptq_leaves_less_error_than_awq_and_rtn(one_block, apply, method, symmetric, bits):
     """The reported errors of each linear, which test_awq holds to what is packed."""
     grid = {"bits": bits, "group_size": 16, "symmetric": symmetric}
     errors = {}
     for config in (RtnConfig(**grid), AwqConfig(**grid), method(**grid)):
-        block, _ = one_block(model_folder())
+        block, _ = one_block()
         moments = {n: s.second_moment for s in block.inputs for n in s.linears}
         before = {n: m.weight.detach().clone() for n, m in linears_of(block.module).items()}
         reports = {r.name.removeprefix(block.name + "."): r for r in apply(config, block).layers}
@@ -245,11 +222,11 @@ def test_compressed_tensors_decompresses_to_our_weights_bit_for_bit(bits, symmet
     assert theirs.dtype == torch.bfloat16
 
 
-def test_overrides_inside_one_input(model_folder):
+def test_overrides_inside_one_input(one_block, apply):
     """v at 8 bits beside q and k at 4: each as if the whole input had its grid."""
     results = []
     for overrides in ({}, {"v_proj": {"bits": 8}}):
-        block, _ = one_block(model_folder())
+        block, _ = one_block()
         config = GptqConfig(group_size=16, overrides=overrides)
         outcome = apply(config, block)
         results.append((outcome, {r.name.rpartition(".")[2]: r for r in outcome.layers}))
@@ -260,8 +237,8 @@ def test_overrides_inside_one_input(model_folder):
     assert torch.equal(plain.tensors[name], mixed.tensors[name])
 
 
-def test_linear_that_calibration_never_reached_is_quantized_and_said(model_folder):
-    block, _ = one_block(model_folder())
+def test_linear_that_calibration_never_reached_is_quantized_and_said(one_block, apply):
+    block, _ = one_block()
     block.module.add_module("spare", torch.nn.Linear(48, 16))
     outcome = apply(GptqConfig(group_size=16), block)
     spare = next(layer for layer in outcome.layers if layer.name.endswith("spare"))
@@ -270,8 +247,8 @@ def test_linear_that_calibration_never_reached_is_quantized_and_said(model_folde
     assert "never reached" in spare.note
 
 
-def test_awq_gptq_says_both(model_folder):
-    block, before = one_block(model_folder("qwen2"))
+def test_awq_gptq_says_both(one_block, apply):
+    block, before = one_block("qwen2")
     outcome = apply(AwqGptqConfig(group_size=16, bits=8), block)
     assert all("scaled into" in layer.note for layer in outcome.layers)
     assert block.probe is not None
