@@ -27,19 +27,29 @@ def main(work: Path) -> None:
     grid = ["--bits", "4", "--group-size", "64", "--symmetric"]
     calibration = ["--calibration", "calibration.txt", "--samples", "8", "--seq-len", "256"]
     divergence = {}
-    for method, more in (("rtn", []), ("awq", calibration)):
-        compress("quantize", "smollm2", "--method", method, *grid, *more, "--out", method, cwd=work)
+
+    def measure(folder: str) -> None:
         scores = compress(
-            "eval", method, "--against", "smollm2", "--text", "text.txt", "--seq-len", "256",
+            "eval", folder, "--against", "smollm2", "--text", "text.txt", "--seq-len", "256",
             "--windows", "4", cwd=work,
         )  # fmt: skip
-        divergence[method] = scores["kl_mean"]
-        print(f"{method}: perplexity {scores['perplexity']:.2f}, KL {scores['kl_mean']:.3f}")
+        divergence[folder] = scores["kl_mean"]
+        print(f"{folder}: perplexity {scores['perplexity']:.2f}, KL {scores['kl_mean']:.3f}")
+
+    for method, more in (("rtn", []), ("awq", calibration), ("gptq", calibration)):
+        compress("quantize", "smollm2", "--method", method, *grid, *more, "--out", method, cwd=work)
+        measure(method)
     assert divergence["awq"] < 0.7 * divergence["rtn"], divergence
-    found = compress("inspect", "awq", cwd=work)
+    assert divergence["gptq"] < 0.9 * divergence["awq"], divergence
+    compress("export", "gptq", "--format", "gptq", "--out", "exported", cwd=work)
+    measure("exported")
+    # scales went from float32 to float16, 11 bits: next to nothing beside 4-bit weights
+    assert abs(divergence["exported"] - divergence["gptq"]) < 0.01 * divergence["gptq"], divergence
+    assert f"{divergence['gptq']:#.4g}" in (work / "gptq" / "report.html").read_text("utf-8")
+    found = compress("inspect", "gptq", cwd=work)
     assert found["quantization"]["quantized_linears"] == 210, found
     said = compress(
-        "generate", "awq", "--chat", "--prompt", "What is the capital of France?",
+        "generate", "gptq", "--chat", "--prompt", "What is the capital of France?",
         "--max-tokens", "24", cwd=work,
     )  # fmt: skip
     print(said["text"])
