@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,10 +172,11 @@ def _tokenize(folder: Path, text: str) -> np.ndarray:
 
 
 def score_window(
-    model: PreTrainedModel, original: PreTrainedModel | None, window: Tensor
+    model: PreTrainedModel, original: Callable[..., Any] | None, window: Tensor
 ) -> np.ndarray:
     """Score one window, int64 [N]: fp64 [1, T] with nll, or [4, T] when there is an original:
-    nll, the original's nll, divergence and agreement (1 or 0) at each position.
+    nll, the original's nll, divergence and agreement (1 or 0) at each position.  `original` is
+    called as a model is and returns something with `logits`.
     """
     import torch
 

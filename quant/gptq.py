@@ -204,13 +204,15 @@ class Factor:
         shrunk.diagonal().copy_(diagonal[order])
         mean = diagonal.mean()
         mean = torch.where(mean > 0, mean, 1.0)  # an input that is always zero
+        damping = config.damping
         for attempt in range(DAMPING_TRIES):
             damping = config.damping * DAMPING_STEP**attempt
             damped = shrunk.clone()
             damped.diagonal().add_(damping * mean)
             lower, failed = torch.linalg.cholesky_ex(damped)
-            if not failed:
-                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if failed:
+                continue
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed and upper.isfinite().all():
                 raised = f"damping raised to {damping:g}" if attempt else ""
                 return Factor(order, damped, upper, damping, raised)

@@ -170,7 +170,7 @@ def collecting(
                     skip(linears[name])
 
     def skip(linear: nn.Linear) -> None:
-        linear.forward = lambda x: x.new_zeros(*x.shape[:-1], linear.out_features)
+        linear.forward = lambda input: input.new_zeros(*input.shape[:-1], linear.out_features)
 
     linears = linears_of(block)
     handles = [
