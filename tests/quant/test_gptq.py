@@ -16,6 +16,7 @@ from compress.quant.config import Grid
 from compress.quant.formats.compressed_tensors import pack_weight
 from compress.quant.gptq import Factor, GptqConfig, GptqStage
 from compress.quant.rtn import RtnConfig
+from compress.quant.scales import ScaleSearch
 from compress.quant.weight import code_range
 
 PLAIN = {"sweeps": 0, "shrinkage": 0.0}
@@ -268,3 +269,32 @@ def test_awq_gptq_says_both(one_block, apply):
 def test_bad_settings_are_named(values, message):
     with pytest.raises(InputError, match=message):
         build(GptqConfig, values, "method gptq")
+
+
+def test_scales_are_searched_by_the_schur_complement_of_the_columns_to_come(monkeypatch):
+    weight, moment = problem(4, 12)
+    seen = []
+    search = ScaleSearch.best
+
+    def recording(self, by_group, metric, *rest):
+        seen.append(metric[0])
+        return search(self, by_group, metric, *rest)
+
+    monkeypatch.setattr(ScaleSearch, "best", recording)
+    _, factor = rounded(weight, moment, Grid(4, 4), GptqConfig())
+    H = factor.moment.double()
+    for start, metric in zip((0, 4, 8), seen, strict=True):
+        here, later = slice(start, start + 4), slice(start + 4, 12)
+        regained = H[here, later] @ torch.linalg.inv(H[later, later]) @ H[later, here]
+        torch.testing.assert_close(metric.double(), H[here, here] - regained, rtol=1e-3, atol=1e-4)
+
+
+def test_shrinkage_keeps_the_diagonal_and_weakens_the_rest():
+    _, moment = problem(1, 6)
+    factor = Factor.of(moment, 6, GptqConfig(shrinkage=0.25, damping=1e-3, act_order=False))
+    expected = 0.75 * moment + 0.25 * moment.diagonal().diag()
+    expected += 1e-3 * moment.diagonal().mean() * torch.eye(6)
+    torch.testing.assert_close(factor.moment, expected)
+    torch.testing.assert_close(
+        factor.upper.T @ factor.upper, torch.linalg.inv(expected), rtol=1e-3, atol=1e-4
+    )
