@@ -92,7 +92,8 @@ class WeightOnlyStage:
 
     def checkpoint_config(self, unquantized: Sequence[str]) -> dict[str, Any]:
         """The `quantization_config` entry for config.json."""
-        grids = {name: grid for name, grid in self.grids.items() if name not in set(unquantized)}
+        left = set(unquantized)
+        grids = {name: grid for name, grid in self.grids.items() if name not in left}
         return {"quantization_config": self.format.quantization_config(grids, unquantized)}
 
 
