@@ -57,13 +57,17 @@ def write_side_files(
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     _write_json(folder / "config.json", config)
-    for pattern in CARRIED:
-        for path in sorted(source.folder.glob(pattern)):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+    for path in carried_files(source.folder):
+        shutil.copyfile(path, folder / path.name)
     _write_json(folder / "compress.json", report)
     _write_json(folder / "run.json", {**times, **_host_facts()})
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def carried_files(folder: Path) -> list[Path]:
+    """The files of a model folder that go into the output as they are."""
+    found = (path for pattern in CARRIED for path in sorted(folder.glob(pattern)))
+    return [path for path in found if path.is_file()]
 
 
 def report_of(folder: Path) -> dict[str, Any] | None:

@@ -58,7 +58,8 @@ def export_model(
         )
     started = time.monotonic()
     target = FORMATS[format_name]
-    with OutputFolder(out, overwrite) as folder:
+    with OutputFolder(out, overwrite) as work:
+        work.begin({"export": model, "format": format_name})
         path = gguf_file(model)
         source = GgufModel(model, path) if path else PackedFolder(resolve_model(model))
         stored = _stored_dtype(source.config)
@@ -72,14 +73,13 @@ def export_model(
         inside = [name for name in in_float if re.search(r"\.\d+\.", name)]
         if inside:
             say(f"Left in float, {len(inside)} linears in blocks: {', '.join(inside)}")
-        writer = ShardWriter(folder)
-        _write(source, target, survey, stored, writer)
-        writer.finish()
+        writer = ShardWriter(work.output)
+        total_bytes = writer.finish(_write(source, target, survey, stored, writer))
         config = target.quantization_config(survey.grids, in_float, survey.reordered)
-        report = _report(source, format_name, out, survey, inside, writer.total_bytes)
+        report = _report(source, format_name, out, survey, inside, total_bytes)
         times = {"seconds": round(time.monotonic() - started, 1)}
         checkpoint.write_side_files(
-            folder,
+            work.output,
             source.source,
             stored,
             {"quantization_config": config},
@@ -159,8 +159,11 @@ def _write(
     survey: Survey,
     stored: torch.dtype,
     writer: ShardWriter,
-) -> None:
-    """Write every tensor, a part for each block and one for each run of tensors between them."""
+) -> list[str]:
+    """Write every tensor, a part for each block and one for each run of tensors between them.
+
+    Returns the names of the parts.
+    """
     names = sorted([*source.linears, *source.others], key=_block_of)  # stable within a block
     parts = [list(part) for _, part in groupby(names, key=_block_of)]
     packed = set(source.linears)
@@ -179,6 +182,7 @@ def _write(
             for suffix, tensor in target.pack_weight(weight).items():
                 tensors[f"{name}.{suffix}"] = tensor
         writer.write(f"{number:05d}", tensors)
+    return [f"{number:05d}" for number in range(len(parts))]
 
 
 def _block_of(name: str) -> tuple[str, int]:

@@ -1,219 +1,185 @@
 """The one way through: load -> calibrate block by block -> transform -> write a checkpoint.
 
-    embeddings ─> block 0 ─> block 1 ─> ...          one block in memory at a time
+    embeddings ─> block 0 ─> block 1 ─> ...          one block in memory at a time (walk.py)
                   │ run, collecting statistics of each distinct input
                   │ stage.apply: new weights
                   │ write them
-                  └ run again with the new weights: the next block's inputs
+                  │ run again with the new weights: the next block's inputs
+                  └ commit
 
-The output folder gets its final name only when complete.
+The output folder gets its final name only when complete.  A run that is broken off goes on after
+the last block that was committed, and gives the same bytes.
 """
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress import calibration, checkpoint
-from compress.core.blocks import BlockInputs, BlockModel, call_block, linears_of
+from compress.core.blocks import BlockModel, linears_of
+from compress.core.commits import numbered
 from compress.core.errors import InputError
 from compress.core.outfolder import OutputFolder
-from compress.core.progress import say, track
-from compress.core.shards import ShardWriter
-from compress.core.source import resolve_model
-from compress.core.stage import Block, LayerReport, Stage
-from compress.core.statistics import InputStatistics, collecting
+from compress.core.processes import processes
+from compress.core.resources import free_memory
+from compress.core.shards import DTYPES, ShardWriter, StreamedTensor, all_finite, hashed
+from compress.core.stage import Block, LayerReport
 from compress.inspection import inspect_folder
-from compress.loading import default_device, native_bfloat16
-from compress.quant.config import settle_grids
-from compress.quant.formats import FORMATS
+from compress.preflight import Job, check_resources, needs_of, preflight
 from compress.recipe import Recipe, method_of
 from compress.report import write_report
-
-TOKENS_PER_BATCH = 4096  # large enough to keep matrix products busy, small enough for caches
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `auto` became on this machine."""
-
-    device: torch.device
-    dtype: torch.dtype
-    compute_dtype: torch.dtype
+from compress.walk import Clock, Walk
 
 
-def run_recipe(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
+def run_recipe(
+    recipe: Recipe,
+    overwrite: bool = False,
+    restart: bool = False,
+    activation_memory: int | None = None,
+) -> dict[str, Any]:
     """Carry out a recipe and return its report, as written to compress.json with times added.
 
+    A broken-off run towards the same output goes on where it was, unless `restart`.
+    `activation_memory` is how many bytes of hidden states are kept in memory, beside the disk; a
+    quarter of what is free by default.  Neither changes a byte of the result.
+
     Raises InputError before any long work when the model, the method's settings, the calibration
-    source or the output folder will not do.
+    source, the machine or the output folder will not do.
     """
-    started = time.monotonic()
-    with OutputFolder(recipe.out, overwrite) as folder:
-        model, settings, stage = _preflight(recipe)
-        writer = ShardWriter(folder)
-        tokens, inputs = _calibrate(model, stage, recipe, settings)
-        calibrated = time.monotonic()
-        plan = None
-        if stage.decides_globally:
-            summaries = _walk(model, inputs, settings, stage.collect, propagate=False)
-            plan = stage.decide(summaries)
-        writer.write("outer", _outer_tensors(model, settings.dtype))
-        visit = partial(_apply_and_write, stage, plan, model, writer)
-        reports = _walk(
-            model, inputs, settings, visit, recipe.propagate_error, stage.needs_reference
-        )
-        layers = [*chain.from_iterable(reports), *_left_in_float(model)]
-        writer.finish()
-        finished = time.monotonic()
-        report = _report(recipe, model, settings, layers, tokens, writer.total_bytes)
-        times = {
-            "calibration_seconds": round(calibrated - started, 1),
-            "quantization_seconds": round(finished - calibrated, 1),
-            "seconds": round(finished - started, 1),
-        }
-        quantized = {layer.name for layer in layers if layer.method}
-        in_float = [name for name in linears_of(model.skeleton) if name not in quantized]
-        entries = stage.checkpoint_config(in_float)
-        card = checkpoint.model_card(model.source.ref, report)
-        checkpoint.write_side_files(
-            folder, model.source, settings.dtype, entries, report, times, card
-        )
-        write_report(folder)
-    return {**report, **times, "out": str(recipe.out)}
+    clock = Clock()
+    job = preflight(recipe)
+    memory = _activation_memory(activation_memory)
+    folder = OutputFolder(recipe.out, overwrite)
+    first = processes().first
+    with ExitStack() as stack:
+        first(folder.check)
+        first(lambda: check_resources(job, needs_of(job, memory), folder))
+        first(lambda: stack.enter_context(folder))
+        first(lambda: folder.begin(_identity(job), restart))
+        try:
+            walk = Walk(job, folder.commits, folder.activations, memory, clock)
+            return _compress(walk, folder)
+        except InputError:  # the same run would end here again
+            first(folder.commits.clear)
+            raise
 
 
-def _preflight(recipe: Recipe) -> tuple[BlockModel, Settings, Stage]:
-    """Everything that can be refused in the first second, and what `auto` stands for."""
-    source = resolve_model(recipe.model)
-    device = default_device()
-    compute = recipe.compute_dtype
-    if compute == "auto":
-        compute = "bfloat16" if native_bfloat16(device) else "float32"
-    model = BlockModel(source, device, getattr(torch, compute))
-    dtype = model.stored_dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    config = recipe.stages[0]
-    linears = {
-        f"{model.block_name(index)}.{name}": linear
-        for index in range(model.num_blocks)
-        for name, linear in linears_of(model.meta_block(index)).items()
-    }
-    grids, remarks = settle_grids(config, {n: m.in_features for n, m in linears.items()})
-    for remark in remarks:
-        say(remark)
-    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
-    if reason := FORMATS[config.format].refusal(grids, shapes):
-        raise InputError(f"format {config.format} cannot hold {reason}")
-    stage: Stage = config.stage(grids)
-    if stage.needs_reference and not recipe.propagate_error:
-        raise InputError(
-            "cross_moment compares original with compressed activations, which propagate_error: "
-            "false does not compute; switch one of the two off"
-        )
-    if stage.needs_statistics:
-        calibration.check_source(recipe.calibration)
-    for name in model.unknown_names():
-        say(f"Not carried over: {name} is in the checkpoint, but the model class does not use it")
-    return model, Settings(device, dtype, model.compute_dtype), stage
+def _activation_memory(given: int | None) -> int:
+    return free_memory() // 4 // processes().count if given is None else given
 
 
-def _calibrate(
-    model: BlockModel, stage: Stage, recipe: Recipe, settings: Settings
-) -> tuple[Tensor | None, BlockInputs | None]:
-    """Calibration tokens and what enters the blocks; nothing where the stage needs none."""
-    if not stage.needs_statistics:
-        return None, None
-    tokens = calibration.calibration_tokens(
-        recipe.calibration, model.source, _vocab_size(model), settings.device
-    )
-    size = max(1, TOKENS_PER_BATCH // tokens.shape[1])
-    return tokens, model.capture_inputs(list(tokens.split(size)))
+def _compress(walk: Walk, folder: OutputFolder) -> dict[str, Any]:
+    """Do what preflight found possible; returns the report, with the times."""
+    job, stage, model = walk.job, walk.job.stage, walk.job.model
+    first = processes().first
+    tokens = _tokens(walk) if stage.needs_statistics else None
+    walk.tokens = None if tokens is None else processes().share(tokens)
+    calibrated = walk.clock.seconds
+    plan = _plan(walk) if stage.decides_globally else None
+    writer = ShardWriter(folder.output)
+    if walk.commits.get("outer") is None:
+        first(lambda: writer.write("outer", _outer_tensors(model, job.dtype)))
+        first(lambda: walk.commits.put("outer", True))
+    visit = partial(_apply_and_write, job, plan, writer)
+    reports = walk.visit_all("apply", visit, job.recipe.propagate_error, stage.needs_reference)
+    layers = [LayerReport(**layer) for layer in chain.from_iterable(reports)]
+    layers += _left_in_float(model)
+    return first(lambda: _finish(walk, folder, writer, layers, tokens, calibrated)) or {}
+
+
+def _tokens(walk: Walk) -> Tensor:
+    """Calibration tokens, int64 [samples, seq_len], made once."""
+    job, commits = walk.job, walk.commits
+
+    def make() -> None:
+        if commits.get("tokens") is None:
+            vocabulary = job.model.config.get_text_config().vocab_size
+            tokens = calibration.calibration_tokens(
+                job.recipe.calibration, job.model.source, vocabulary, job.device
+            )
+            commits.put("tokens", {"tokens": tokens, "seconds": walk.clock.seconds})
+
+    processes().first(make)
+    commit = commits.get("tokens")
+    walk.clock.go_on_from(commit["seconds"])
+    return commit["tokens"]
+
+
+def _plan(walk: Walk) -> Any:
+    """What a stage decides on all blocks together, once."""
+    stage, commits = walk.job.stage, walk.commits
+    if commits.get("plan") is None:
+        summaries = walk.visit_all("collect", stage.collect, propagate=False)
+        processes().first(lambda: commits.put("plan", stage.decide(summaries)))
+    return commits.get("plan")
 
 
 def _apply_and_write(
-    stage: Stage, plan: Any, model: BlockModel, writer: ShardWriter, block: Block
-) -> list[LayerReport]:
+    job: Job, plan: Any, writer: ShardWriter, block: Block
+) -> list[dict[str, Any]]:
     """Let the stage change a block, and write what is left of it and what stands for the rest."""
-    outcome = stage.apply(block, plan)
+    outcome = job.stage.apply(block, plan)
     tensors = dict(outcome.tensors)
     for name, value in block.module.state_dict().items():
         if name not in outcome.replaces:
             tensors[name] = _stored(block.full_name(name), value, block.dtype)
-    part = {model.stored_name(block.full_name(name)): value for name, value in tensors.items()}
-    writer.write(f"block-{block.index:05d}", part)
-    return outcome.layers
+    stored_name = job.model.stored_name
+    part = {stored_name(block.full_name(name)): value for name, value in tensors.items()}
+    writer.write(numbered("block", block.index), part)
+    return [asdict(layer) for layer in outcome.layers]
 
 
-@torch.no_grad()
-def _walk(
-    model: BlockModel,
-    inputs: BlockInputs | None,
-    settings: Settings,
-    visit: Callable[[Block], Any],
-    propagate: bool,
-    with_originals: bool = False,
-) -> list[Any]:
-    """Visit every block in order, with statistics if there are inputs; return what visits return.
-
-    `propagate` runs a block again after the visit, so that the next one sees what it now gives.
-    `with_originals` also runs every block as it was on what the blocks before it gave as they were.
-    """
-    hidden = inputs.hidden if inputs else []
-    originals = hidden
-    results = []
-    for index in track(range(model.num_blocks), "Compressing blocks"):
-        module = model.load_block(index)
-        kwargs = inputs.kwargs[index] if inputs else []
-        statistics: Sequence[InputStatistics] = []
-        probe = None
-        outputs: list[Tensor] = []
-        if inputs:
-            runner = model.compute_copy(module)
-            with collecting(runner, with_originals, outputs=not propagate) as statistics:
-                if with_originals:
-                    pairs = [
-                        states for pair in zip(originals, hidden, strict=True) for states in pair
-                    ]
-                    twice = [given for given in kwargs for _ in range(2)]
-                    outputs = model.run_block(runner, pairs, twice)
-                    originals, outputs = outputs[::2], outputs[1::2]
-                else:
-                    outputs = model.run_block(runner, hidden, kwargs)
-            probe = probe_of(hidden[0], kwargs[0], settings.device)
-        block = Block(index, model.block_name(index), module, statistics, probe, settings.dtype)
-        results.append(visit(block))
-        if inputs and index + 1 < model.num_blocks:
-            if propagate:
-                outputs = model.run_block(model.compute_copy(module), hidden, kwargs)
-            hidden = outputs
-    return results
+def _finish(
+    walk: Walk,
+    folder: OutputFolder,
+    writer: ShardWriter,
+    layers: Sequence[LayerReport],
+    tokens: Tensor | None,
+    calibrated: float,
+) -> dict[str, Any]:
+    """Name the shards and write what stands beside them; can be broken off and done again."""
+    job, model = walk.job, walk.job.model
+    parts = ["outer", *(numbered("block", index) for index in range(model.num_blocks))]
+    total_bytes = writer.finish(parts)
+    report = _report(job, layers, tokens, total_bytes)
+    times = {
+        "calibration_seconds": round(calibrated, 1),
+        "quantization_seconds": round(walk.clock.seconds - calibrated, 1),
+        "seconds": round(walk.clock.seconds, 1),
+    }
+    quantized = {layer.name for layer in layers if layer.method}
+    in_float = [name for name in linears_of(model.skeleton) if name not in quantized]
+    entries = job.stage.checkpoint_config(in_float)
+    card = checkpoint.model_card(model.source.ref, report)
+    checkpoint.write_side_files(
+        folder.output, model.source, job.dtype, entries, report, times, card
+    )
+    write_report(folder.output)
+    return {**report, **times, "out": str(job.recipe.out)}
 
 
-def probe_of(
-    hidden: Tensor, kwargs: dict[str, Any], device: torch.device
-) -> Callable[[nn.Module], Tensor]:
-    """A function that runs a float32 block on the first batch's first sequence."""
-    states = hidden[:1].to(device, torch.float32)
+def _outer_tensors(model: BlockModel, dtype: torch.dtype) -> dict[str, StreamedTensor]:
+    """What is outside the blocks, to be read row by row when it is written."""
+    reader = model.reader
 
-    def to_float(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            value = value[:1] if value.shape[:1] == hidden.shape[:1] else value
-            return value.float() if value.is_floating_point() else value
-        if isinstance(value, tuple):
-            return tuple(to_float(item) for item in value)
-        return value
+    def rows(name: str) -> Iterator[Tensor]:
+        return (_stored(name, chunk, dtype) for chunk in reader.rows(name))
 
-    one = {name: to_float(value) for name, value in kwargs.items()}
-    return lambda block: call_block(block, states, one)
+    def dtype_of(name: str) -> torch.dtype:
+        stored = DTYPES[reader.dtypes[name]]
+        return dtype if stored.is_floating_point else stored
 
-
-def _outer_tensors(model: BlockModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: _stored(name, model.reader.load(name), dtype) for name in model.outer_names()}
+    return {
+        name: StreamedTensor(reader.shapes[name], dtype_of(name), partial(rows, name))
+        for name in model.outer_names()
+    }
 
 
 def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -221,7 +187,7 @@ def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     if not value.is_floating_point():
         return value
     stored = value.to(dtype)
-    if not torch.isfinite(stored).all():
+    if not all_finite(stored):
         raise InputError(
             f"tensor {name} has values up to {value.abs().max().item():.3g}, too large for "
             f"{str(dtype).removeprefix('torch.')}; use --dtype bfloat16 or float32"
@@ -250,30 +216,18 @@ def _left_in_float(model: BlockModel) -> list[LayerReport]:
     return reports
 
 
-def _vocab_size(model: BlockModel) -> int:
-    return model.config.get_text_config().vocab_size
-
-
 def _report(
-    recipe: Recipe,
-    model: BlockModel,
-    settings: Settings,
-    layers: Sequence[LayerReport],
-    tokens: Tensor | None,
-    total_bytes: int,
+    job: Job, layers: Sequence[LayerReport], tokens: Tensor | None, total_bytes: int
 ) -> dict[str, Any]:
     """What compress.json says: nothing in it depends on the clock or the host."""
-    stage = recipe.stages[0]
-    described = asdict(recipe)
-    described["out"] = recipe.out.name
-    described["stages"] = [{"method": method_of(stage), **asdict(stage)}]
+    model = job.model
     quantized = sum(layer.shape[0] * layer.shape[1] for layer in layers if layer.method)
     return {
-        "recipe": described,
+        "recipe": _described(job.recipe),
         "versions": checkpoint.versions(),
         "calibration_sha256": calibration.fingerprint(tokens) if tokens is not None else None,
-        "compute_dtype": str(settings.compute_dtype).removeprefix("torch."),
-        "dtype": str(settings.dtype).removeprefix("torch."),
+        "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
+        "dtype": str(job.dtype).removeprefix("torch."),
         "sizes": {
             "original_bytes": model.reader.total_bytes,
             "original_bytes_by_part": _original_parts(model, layers),
@@ -291,3 +245,29 @@ def _original_parts(model: BlockModel, layers: Sequence[LayerReport]) -> dict[st
     names = (model.stored_name(f"{layer.name}.weight") for layer in layers if layer.method)
     linears = sum(model.reader.tensor_bytes(name) for name in names)
     return parts | {"quantized linears": linears, "other": parts["other"] - linears}
+
+
+def _described(recipe: Recipe) -> dict[str, Any]:
+    """The recipe for compress.json: of the output's place, only its name."""
+    stages = [{"method": method_of(stage), **asdict(stage)} for stage in recipe.stages]
+    return asdict(recipe) | {"out": recipe.out.name, "stages": stages}
+
+
+def _identity(job: Job) -> dict[str, Any]:
+    """What a broken-off run must have been of, for this one to go on from it.
+
+    Reads all weights once, and refuses those with a NaN or an infinity.
+    """
+    recipe, folder = job.recipe, job.model.source.folder
+    text = Path(recipe.calibration.source)
+    small = [folder / "config.json", *checkpoint.carried_files(folder)]
+    return {
+        "recipe": _described(recipe),
+        "dtype": str(job.dtype),
+        "compute dtype": str(job.model.compute_dtype),
+        "versions": checkpoint.versions(),
+        "processes": processes().count,
+        "calibration file": hashed(text.read_bytes()) if text.is_file() else None,
+        "model files": {path.name: hashed(path.read_bytes()) for path in small},
+        "model weights": job.model.digest(),
+    }

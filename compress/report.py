@@ -12,7 +12,6 @@ quality.json holds what `compress eval` measured on the folder, the latest of ea
 
 import json
 import math
-import os
 import re
 import shlex
 import statistics
@@ -27,6 +26,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from compress.core.errors import InputError
+from compress.core.files import write_text
 from compress.inspection import inspect_folder
 
 Layer = dict[str, Any]  # a LayerReport, as compress.json holds it
@@ -61,7 +61,7 @@ def write_report(folder: Path) -> None:
     inspection = inspect_folder(folder)
     with _as_written_here(folder):
         html = _render(report, inspection, _read_json(folder / "run.json"), _quality(folder))
-    _replace(folder / "report.html", html)
+    write_text(folder / "report.html", html)
 
 
 def record_quality(folder: Path, result: dict[str, Any]) -> None:
@@ -82,7 +82,7 @@ def record_quality(folder: Path, result: dict[str, Any]) -> None:
         for kind, new in found.items():
             by_key = {tuple(m[key] for key in KEYS[kind]): m for m in [*quality[kind], *new]}
             quality[kind] = list(by_key.values())
-    _replace(folder / "quality.json", json.dumps(quality, indent=2) + "\n")
+    write_text(folder / "quality.json", json.dumps(quality, indent=2) + "\n")
     write_report(folder)
 
 
@@ -134,16 +134,6 @@ def _read_json(path: Path) -> Any:
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__}, not an object; remove it")
     return value
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that at any moment either the old or the new one stands there, whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(text.encode("utf-8", "replace"))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _render(

@@ -25,8 +25,8 @@ the second step.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import asdict
+from typing import Any, ClassVar
 
 import torch
 from pydantic import ConfigDict, Field
@@ -75,15 +75,6 @@ class AwqConfig(WeightOnlyConfig):
         return AwqStage(self, grids)
 
 
-@dataclass(frozen=True)
-class ScaledInput:
-    """An input after scaling: its second moment [K, K], its scale [K] or None, and a remark."""
-
-    moment: Tensor
-    spread: Tensor | None
-    note: str
-
-
 class ChannelScaling:
     """AWQ's first step, for any rounding that follows: find scales and fold them into the block."""
 
@@ -92,33 +83,38 @@ class ChannelScaling:
         self.grids = grids
         self._folds: dict[tuple, Fold | None] = {}
 
-    def apply(self, block: Block, linears: Mapping[str, nn.Linear]) -> list[ScaledInput]:
-        """Scale every input of the block that something can absorb the scale of, in place.
+    def apply(self, block: Block, linears: Mapping[str, nn.Linear]) -> list[str]:
+        """Scale every input of the block that something can absorb the scale of.
 
-        Returns one entry for each of block.inputs.  Linears outside `linears` that share an input
-        are scaled with it, but have no say in the scale.
+        Changes the block's weights and its inputs' statistics in place, and returns a remark for
+        each input.  Linears outside `linears` that share an input are scaled with it, but have no
+        say in the scale.
         """
-        scaled = []
+        notes = []
         for stats in block.inputs:
-            moment = stats.second_moment
             chosen = [name for name in stats.linears if name in linears]
             fold = self._fold_of(block, stats.linears) if chosen else None
             if fold is None:
-                note = "not scaled: nothing absorbs the scale of its input"
-                scaled.append(ScaledInput(moment, None, note))
+                notes.append("not scaled: nothing absorbs the scale of its input")
                 continue
             weights = [(linears[name].weight, self.grids[block.full_name(name)]) for name in chosen]
-            scale, exponent = self.search(weights, stats, moment, fold)
-            spread = fold.apply(block.module, scale, block.dtype)
-            note = f"scaled into {fold.producer}, a = {exponent:.2f}"
-            scaled.append(ScaledInput(moment / torch.outer(spread, spread), spread, note))
-        return scaled
+            scale, exponent = self.search(weights, stats, fold)
+            stats.rescale(fold.apply(block.module, scale, block.dtype))
+            notes.append(f"scaled into {fold.producer}, a = {exponent:.2f}")
+        return notes
+
+    def state(self) -> list[tuple[tuple, dict[str, Any] | None]]:
+        """The folds found so far, for a run that is broken off (see Stage.state)."""
+        return [(key, asdict(fold) if fold else None) for key, fold in self._folds.items()]
+
+    def restore(self, state: Sequence[tuple[tuple, dict[str, Any] | None]]) -> None:
+        """Take over what `state` returned."""
+        self._folds = {key: Fold(**fold) if fold else None for key, fold in state}
 
     def search(
         self,
         weights: Sequence[tuple[Tensor, Grid]],
         stats: InputStatistics,
-        moment: Tensor,
         fold: Fold,
     ) -> tuple[Tensor, float]:
         """Return the best scale of the fold's producer channels, [P], and its exponent a.
@@ -146,7 +142,7 @@ class ChannelScaling:
                 covering = covering_grid(scaled, grid.bits, group_size, grid.symmetric)
                 rounded = round_to_grid(scaled, *covering, grid.bits, group_size).dequantize()
                 with bfloat16_products():  # 8 bits of each factor are plenty for a ranking
-                    loss += output_error(rounded / spread - weight, moment).item()
+                    loss += output_error(rounded / spread - weight, stats.second_moment).item()
             if loss < best_loss:
                 best_loss, best_scale, best_exponent = loss, scale, exponent
         return best_scale, best_exponent
@@ -154,7 +150,7 @@ class ChannelScaling:
     def _fold_of(self, block: Block, consumers: Sequence[str]) -> Fold | None:
         """The fold for an input, tried out once for each distinct structure of block."""
         shapes = tuple((n, tuple(p.shape)) for n, p in block.module.named_parameters())
-        key = (type(block.module), shapes, tuple(consumers))
+        key = (type(block.module).__qualname__, shapes, tuple(consumers))
         if key not in self._folds:
             assert block.probe is not None
             self._folds[key] = find_fold(block.module, tuple(consumers), block.probe)
@@ -172,21 +168,29 @@ class AwqStage(WeightOnlyStage):
         self.config: AwqConfig = config
         self.scaling = ChannelScaling(config.scale_points, grids)
 
+    def state(self) -> Any:
+        """The folds found so far."""
+        return self.scaling.state()
+
+    def restore(self, state: Any) -> None:
+        """Take over folds found before."""
+        self.scaling.restore(state)
+
     def quantize_linears(
         self, block: Block, linears: Mapping[str, nn.Linear]
     ) -> dict[str, QuantizedLinear]:
         """Quantize the linears input by input (see WeightOnlyStage.quantize_linears)."""
         results = {}
         dtype = self.format.scale_dtype(block.dtype)
-        scaled = self.scaling.apply(block, linears)
-        for stats, given in zip(block.inputs, scaled, strict=True):
+        notes = self.scaling.apply(block, linears)
+        for stats, note in zip(block.inputs, notes, strict=True):
             for name in stats.linears:
                 if name in linears:
                     weight, grid = linears[name].weight.data, self.grids[block.full_name(name)]
-                    rounded = self.round(weight, given.moment, grid, dtype)
+                    rounded = self.round(weight, stats.second_moment, grid, dtype)
                     dense = rounded.dequantize().float()
-                    error = relative_output_error(weight, dense, given.moment)
-                    results[name] = QuantizedLinear(rounded, error, given.note)
+                    error = relative_output_error(weight, dense, stats.second_moment)
+                    results[name] = QuantizedLinear(rounded, error, note)
         for name in linears.keys() - results.keys():
             weight, grid = linears[name].weight.data, self.grids[block.full_name(name)]
             rounded = self.round(weight, None, grid, dtype)

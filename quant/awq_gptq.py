@@ -6,9 +6,9 @@ H / (s sᵀ) and C / (s sᵀ), so GPTQ runs on these, and no activation is colle
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar
 
-import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import nn
@@ -16,7 +16,7 @@ from torch import nn
 from compress.core.stage import Block
 from compress.quant.awq import ChannelScaling
 from compress.quant.config import Grid
-from compress.quant.gptq import GptqConfig, GptqStage, LinearInput, first_cross_moment
+from compress.quant.gptq import GptqConfig, GptqStage, LinearInput
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -41,13 +41,16 @@ class AwqGptqStage(GptqStage):
         super().__init__(config, grids)
         self.scaling = ChannelScaling(config.scale_points, grids)
 
+    def state(self) -> Any:
+        """The folds found so far."""
+        return self.scaling.state()
+
+    def restore(self, state: Any) -> None:
+        """Take over folds found before."""
+        self.scaling.restore(state)
+
     def inputs_of(self, block: Block, linears: Mapping[str, nn.Linear]) -> list[LinearInput]:
         """The block's inputs, scaled."""
-        inputs = []
-        scaled = self.scaling.apply(block, linears)
-        crosses = first_cross_moment(block)
-        for stats, given, cross in zip(block.inputs, scaled, crosses, strict=True):
-            if cross is not None and given.spread is not None:
-                cross = cross / torch.outer(given.spread, given.spread)
-            inputs.append(LinearInput(stats.linears, given.moment, cross, given.note))
-        return inputs
+        notes = self.scaling.apply(block, linears)
+        inputs = super().inputs_of(block, linears)
+        return [replace(given, note=note) for given, note in zip(inputs, notes, strict=True)]

@@ -103,8 +103,8 @@ class GptqStage(WeightOnlyStage):
     def inputs_of(self, block: Block, linears: Mapping[str, nn.Linear]) -> list[LinearInput]:
         """The block's inputs, as they are; a method composed with GPTQ may first scale them."""
         return [
-            LinearInput(stats.linears, stats.second_moment, cross)
-            for stats, cross in zip(block.inputs, first_cross_moment(block), strict=True)
+            LinearInput(stats.linears, stats.second_moment, stats.cross_moment if i == 0 else None)
+            for i, stats in enumerate(block.inputs)
         ]
 
     def quantize_linears(
@@ -164,11 +164,6 @@ class GptqStage(WeightOnlyStage):
             grid.bits,
             group,
         )
-
-
-def first_cross_moment(block: Block) -> list[Tensor | None]:
-    """C of the block's first input, if there is one, and None for the others (see above)."""
-    return [stats.cross_moment if i == 0 else None for i, stats in enumerate(block.inputs)]
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,12 @@ class WeightOnlyStage:
     def decide(self, summaries: Sequence[None]) -> None:
         """Nothing: decisions are local."""
 
+    def state(self) -> Any:
+        """Nothing, unless a method carries something from block to block (see Stage.state)."""
+
+    def restore(self, state: Any) -> None:
+        """Nothing to take over."""
+
     @torch.no_grad()
     def apply(self, block: Block, plan: None) -> BlockOutcome:
         """Quantize the block's linears and pack them (see Stage.apply)."""

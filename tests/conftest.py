@@ -123,17 +123,17 @@ def one_block(model_folder: Callable[..., Path]) -> Callable[..., Any]:
     from compress.core.source import resolve_model
     from compress.core.stage import Block
     from compress.core.statistics import collecting
-    from compress.pipeline import probe_of
+    from compress.walk import probe_of
 
     def load(family: str = "llama") -> tuple[Block, torch.Tensor]:
         tokens = torch.randint(3, 120, (4, 64), generator=torch.Generator().manual_seed(0))
         source = resolve_model(str(model_folder(family)))
         model = BlockModel(source, torch.device("cpu"), torch.float32)
-        inputs = model.capture_inputs([tokens])
+        ((hidden, kwargs),) = model.capture_inputs([tokens])
         module = model.load_block(0)
         with collecting(module) as groups:
-            model.run_block(module, inputs.hidden, inputs.kwargs[0])
-        probe = probe_of(inputs.hidden[0], inputs.kwargs[0][0], torch.device("cpu"))
+            model.run_block(module, hidden, kwargs[0])
+        probe = probe_of(hidden, kwargs[0], torch.device("cpu"))
         block = Block(0, model.block_name(0), module, groups, probe, torch.float32)
         return block, probe(module)
 

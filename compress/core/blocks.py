@@ -6,7 +6,8 @@ shards when a block is asked for, and go when the caller drops it.
 """
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,20 +15,9 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from compress.core.errors import InputError, reason_of
-from compress.core.shards import ShardReader
+from compress.core.progress import track
+from compress.core.shards import DTYPES, ShardReader, hashed
 from compress.core.source import ModelSource, read_config
-
-
-@dataclass(frozen=True)
-class BlockInputs:
-    """What enters the blocks.
-
-    `hidden` is one tensor [B, S, D] a batch, on the CPU; `kwargs[i][b]` holds the other arguments
-    of block i for batch b (masks, position embeddings), as the model's own forward passes them.
-    """
-
-    hidden: list[Tensor]
-    kwargs: list[list[dict[str, Any]]]
 
 
 class BlockModel:
@@ -62,7 +52,7 @@ class BlockModel:
     def stored_dtype(self) -> torch.dtype:
         """The dtype of the first block's weights in the checkpoint."""
         name = next(name for name, _ in self._blocks[0].named_parameters())
-        return self.reader.load(self.stored_name(f"{self.block_name(0)}.{name}")).dtype
+        return DTYPES[self.reader.dtypes[self.stored_name(f"{self.block_name(0)}.{name}")]]
 
     def block_name(self, index: int) -> str:
         """The block's path in the module tree, e.g. `model.layers.3`."""
@@ -78,6 +68,21 @@ class BlockModel:
         inside = self.stored_name(self.blocks_name) + "."
         return [n for n in self.reader.names if n in known and not n.startswith(inside)]
 
+    def block_names(self, index: int) -> list[str]:
+        """Checkpoint tensors of a block."""
+        names = (f"{self.block_name(index)}.{n}" for n in self._blocks[index].state_dict())
+        return [stored for name in names if (stored := self.stored_name(name)) in self.reader]
+
+    def digest(self) -> str:
+        """Read every tensor of the model once; a hash of names, shapes and contents.
+
+        Raises InputError for one with a NaN or an infinity.
+        """
+        blocks = (self.block_names(index) for index in range(self.num_blocks))
+        parts = [self.outer_names(), *blocks]
+        read = track(parts, "Checking weights")
+        return hashed("".join(self.reader.digest(names) for names in read).encode())
+
     def unknown_names(self) -> list[str]:
         """Checkpoint tensors that the model class does not have, and loading would ignore."""
         known = {self.stored_name(name) for name in self.skeleton.state_dict(keep_vars=True)}
@@ -88,36 +93,47 @@ class BlockModel:
         return self._blocks[index]
 
     def load_block(self, index: int) -> nn.Module:
-        """Return a copy of block `index` on the device: weights in float32, buffers as stored."""
+        """Return a copy of block `index` on the device: weights in float32, buffers as stored.
+
+        The system is asked to read the next block's weights from the disk in the meantime.
+        """
         block = copy.deepcopy(self._blocks[index])
         parameters = {name for name, _ in block.named_parameters()}
         for name in block.state_dict(keep_vars=True):
             stored = self.stored_name(f"{self.block_name(index)}.{name}")
             if name in parameters:
-                _set_parameter(block, name, self.reader.load(stored).to(self.device, torch.float32))
+                _set_parameter(block, name, self.reader.load(stored).to(self.device).float())
             elif stored in self.reader:
                 owner, _, leaf = name.rpartition(".")
                 block.get_submodule(owner)._buffers[leaf] = self.reader.load(stored)
+        if index + 1 < self.num_blocks:
+            self.reader.prefetch(self.block_names(index + 1))
         return block.to(self.device)
 
     @torch.no_grad()
-    def capture_inputs(self, batches: list[Tensor]) -> BlockInputs:
-        """Run what comes before the blocks and record what each block would be called with.
+    def capture_inputs(
+        self, batches: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, list[dict[str, Any]]]]:
+        """Run what comes before the blocks, and yield for each batch what the blocks get.
 
-        `batches` holds token ids, int64 [B, S] each.  The model's own forward runs with every
-        block replaced by a recorder that hands its input on, so masks and position embeddings
-        are those of the model's class, per block where they differ.
+        `batches` holds token ids, int64 [B, S] each.  Yields the hidden states [B, S, D], on the
+        CPU, and for each block the other arguments that it is called with (masks, position
+        embeddings).  The model's own forward runs with every block replaced by a recorder that
+        hands its input on, so these are those of the model's class, per block where they differ.
+        Arguments equal to the first batch's are the first batch's.
         """
-        outer = self._load_outer()
-        hidden: list[Tensor] = []
-        kwargs: list[list[dict[str, Any]]] = [[] for _ in self._blocks]
+        outer = self._load_outer(batches)
+        first: list[dict[str, Any]] = []
+        kwargs: list[dict[str, Any]] = []
+        hidden: Tensor | None = None
 
         def record(index: int):
             def forward(*args: Any, **kw: Any) -> Tensor:
+                nonlocal hidden
                 states = args[0] if args else kw.pop("hidden_states")
                 if index == 0:
-                    hidden.append(states.to("cpu", self.compute_dtype))
-                kwargs[index].append(kw)
+                    hidden = states.to("cpu", self.compute_dtype)
+                kwargs.append(kw)
                 if index == len(self._blocks) - 1:
                     raise _AllRecorded
                 return states
@@ -128,16 +144,18 @@ class BlockModel:
             block.forward = record(index)
         try:
             for batch in batches:
+                kwargs.clear()
                 try:
                     self.skeleton(input_ids=batch.to(self.device), use_cache=False)
                 except _AllRecorded:
-                    continue
+                    assert hidden is not None
+                    first = first or list(kwargs)
+                    yield hidden, _shared(kwargs, first, {})
         finally:
             for block in self._blocks:
                 del block.forward
             for name in outer:
                 _set_parameter(self.skeleton, name, self.skeleton.get_parameter(name).to("meta"))
-        return BlockInputs(hidden, kwargs)
 
     def compute_copy(self, block: nn.Module) -> nn.Module:
         """A copy of a float32 block in the dtype that forwards run in."""
@@ -145,22 +163,21 @@ class BlockModel:
             return block
         return copy.deepcopy(block).to(self.compute_dtype)
 
-    @torch.no_grad()
-    def run_block(
-        self, block: nn.Module, hidden: list[Tensor], kwargs: list[dict[str, Any]]
-    ) -> list[Tensor]:
-        """Run a block over all batches; returns its outputs, [B, S, D] each, on the CPU."""
-        outputs = []
-        for states, kw in zip(hidden, kwargs, strict=True):
-            outputs.append(call_block(block, states.to(self.device), kw).to("cpu"))
-        return outputs
+    def run_block(self, block: nn.Module, states: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Run a block on one batch [B, S, D]; returns its output, the same shape, on the CPU."""
+        return call_block(block, states.to(self.device), kwargs).to("cpu")
 
-    def _load_outer(self) -> list[str]:
-        """Materialize what runs before the blocks; returns the names of those parameters."""
+    def _load_outer(self, batches: Sequence[Tensor]) -> list[str]:
+        """Materialize what runs before the blocks; returns the names of those parameters.
+
+        Of the embeddings only the rows of tokens in `batches` are filled in.
+        """
         head = self.skeleton.get_output_embeddings()
         embeddings = self.skeleton.get_input_embeddings()
         skip = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
         skip -= {id(p) for p in embeddings.parameters()}
+        looked_up = {id(p) for p in embeddings.parameters() if p.dim() == 2}
+        tokens = torch.cat([batch.flatten() for batch in batches]).unique()
         inside = self.blocks_name + "."
         names = [
             name
@@ -168,8 +185,17 @@ class BlockModel:
             if not name.startswith(inside) and id(parameter) not in skip
         ]
         for name in names:
-            tensor = self.reader.load(self.stored_name(name))
-            _set_parameter(self.skeleton, name, tensor.to(self.device, self.compute_dtype))
+            stored, parameter = self.stored_name(name), self.skeleton.get_parameter(name)
+            if id(parameter) in looked_up:
+                tensor = torch.empty_like(parameter, device=self.device, dtype=self.compute_dtype)
+                start = 0
+                for rows in self.reader.rows(stored):
+                    here = tokens[(tokens >= start) & (tokens < start + len(rows))]
+                    tensor[here] = rows[here - start].to(self.device, self.compute_dtype)
+                    start += len(rows)
+            else:
+                tensor = self.reader.load(stored).to(self.device, self.compute_dtype)
+            _set_parameter(self.skeleton, name, tensor)
         return names
 
     def _checkpoint_prefix(self) -> str:
@@ -202,6 +228,26 @@ class BlockModel:
 
 class _AllRecorded(Exception):  # noqa: N818 (a signal, not an error)
     """Raised in the last block: what follows it need not run."""
+
+
+def _shared(value: Any, first: Any, known: dict[int, Tensor]) -> Any:
+    """Nested arguments, with each tensor that equals its counterpart in `first` replaced by it.
+
+    `known` remembers by identity what was compared, since blocks mostly get the same tensors.
+    """
+    if isinstance(value, Tensor):
+        if id(value) not in known:
+            same = isinstance(first, Tensor) and value.dtype == first.dtype
+            known[id(value)] = first if same and torch.equal(value, first) else value
+        return known[id(value)]
+    if isinstance(value, dict):
+        others = first if isinstance(first, dict) else {}
+        return {key: _shared(item, others.get(key), known) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        others = first if isinstance(first, list | tuple) else ()
+        pairs = zip_longest(value, others[: len(value)])
+        return type(value)(_shared(item, other, known) for item, other in pairs)
+    return value
 
 
 def call_block(block: nn.Module, states: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -1,50 +1,102 @@
 """An output folder that appears under its final name only when it is complete."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from filelock import FileLock, Timeout
 
+from compress.core.commits import Commits
 from compress.core.errors import InputError
+from compress.core.progress import say
 
 
 class OutputFolder:
-    """`with OutputFolder(out, overwrite) as partial:` write into `partial`; success renames it.
+    """`with OutputFolder(out, overwrite) as work:` begin, then write into `work.output`.
 
-    The work happens in `.NAME.partial` beside the final place, under a lock, so that two runs on
-    one output do not mix.  On an exception the partial folder is removed, and an existing output
-    is left as it was.  Raises InputError when the output exists and `overwrite` is false, when
-    it cannot be written, or when another run holds the lock.
+    At the end it gets its name.  Until then everything is in `.NAME.progress` beside the final
+    place, under a lock, so that two runs on one output do not mix:
+
+        .NAME.progress/output        what will be NAME
+        .NAME.progress/commits       what a broken-off run goes on from (commits.py)
+        .NAME.progress/activations   the hidden states that it goes on with (activations.py)
+        .NAME.progress/lock
+
+    On an exception all of it is removed, unless there are commits, and an existing output is left
+    as it was.  What a killed run leaves is found by the next one on this output.
+
+    Raises InputError when `out` is no folder name.
     """
 
     def __init__(self, out: Path, overwrite: bool) -> None:
+        if not out.name:
+            raise InputError(f"output '{out}' is not a folder name; give one, such as ./out")
         self.out = out
         self.overwrite = overwrite
-        self.partial = out.with_name(f".{out.name}.partial")
-        self._lock = FileLock(out.with_name(f".{out.name}.lock"))
+        self.progress = out.with_name(f".{out.name}.progress")
+        self.output = self.progress / "output"
+        self.commits = Commits(self.progress / "commits")
+        self.activations = self.progress / "activations"
+        self._lock = FileLock(self.progress / "lock")
 
-    def __enter__(self) -> Path:
-        if not self.out.name:
-            raise InputError(f"output '{self.out}' is not a folder name; give one, such as ./out")
-        if self.out.exists() and not self.out.is_dir():
-            raise InputError(f"output '{self.out}' is a file; give another name")
-        if self.out.exists() and any(self.out.iterdir()) and not self.overwrite:
-            raise InputError(f"output '{self.out}' exists; pass --overwrite, or give another name")
+    def check(self) -> None:
+        """Raise InputError when the output exists and may not be replaced.
+
+        Creates nothing, unlike entering.
+        """
         try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
+            exists = self.out.exists()
+            if exists and not self.out.is_dir():
+                raise InputError(f"output '{self.out}' is a file; give another name")
+            if exists and any(self.out.iterdir()) and not self.overwrite:
+                raise InputError(
+                    f"output '{self.out}' exists; pass --overwrite, or give another name"
+                )
+        except (OSError, ValueError) as error:  # a name too long, no right to look, a NUL byte
+            if isinstance(error, InputError):
+                raise
+            raise self._refused(error) from None
+
+    def __enter__(self) -> "OutputFolder":
+        self.check()
+        try:
+            self.progress.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
             raise InputError(
                 f"output '{self.out}' is being written by another run; wait for it"
             ) from None
         except OSError as error:
-            raise InputError(
-                f"cannot write to '{self.out.parent}': {error.strerror or error}"
-            ) from None
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir()
-        return self.partial
+            raise self._refused(error) from None
+        try:
+            if not self.output.is_dir():  # never begun, or killed when all was done
+                self.commits.clear()
+            for leftover in self.progress.rglob(".*.partial"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def begin(self, identity: Mapping[str, Any], restart: bool = False) -> None:
+        """Go on with the commits there are, or begin with none and an empty output.
+
+        `identity` says what the run is of.  Commits of another run are refused with an InputError
+        that names the first difference, unless `restart`, which drops them.
+        """
+        if self.commits.exist and not restart:
+            if difference := self.commits.difference(identity):
+                raise InputError(
+                    f"output '{self.out}' has an unfinished run with another {difference}; to drop "
+                    f"it pass --restart or remove '{self.progress}', or give another name"
+                )
+            return
+        for folder in (self.output, self.activations):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        self.commits.begin(identity)
 
     def __exit__(
         self,
@@ -53,17 +105,27 @@ class OutputFolder:
         trace: TracebackType | None,
     ) -> None:
         try:
-            if error is not None:
-                shutil.rmtree(self.partial, ignore_errors=True)
-                if isinstance(error, OSError):
-                    reason = error.strerror or str(error)
-                    raise InputError(f"cannot write output '{self.out}': {reason}") from error
+            if error is None:
+                old = self.out.with_name(f".{self.out.name}.old")
+                shutil.rmtree(old, ignore_errors=True)
+                if self.out.exists():
+                    self.out.rename(old)
+                self.output.rename(self.out)
+                shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(self.progress, ignore_errors=True)
                 return
-            old = self.out.with_name(f".{self.out.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            if self.out.exists():
-                self.out.rename(old)
-            self.partial.rename(self.out)
-            shutil.rmtree(old, ignore_errors=True)
+            if not self.commits.exist:
+                shutil.rmtree(self.progress, ignore_errors=True)
+            elif isinstance(error, KeyboardInterrupt):
+                say("What was done is kept: run the same command again to go on from there")
+            if isinstance(error, OSError):
+                raise self._refused(error) from error
         finally:
             self._lock.release()
+
+    def _refused(self, error: Exception) -> InputError:
+        reason = getattr(error, "strerror", None) or str(error)
+        kept = ""
+        if self.commits.exist:
+            kept = "; what was done is kept: mend that and run the same command again to go on"
+        return InputError(f"cannot write output '{self.out}': {reason}{kept}")

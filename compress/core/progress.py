@@ -27,16 +27,20 @@ def say(message: str) -> None:
     console.print(message, markup=False, soft_wrap=True)
 
 
-def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+def track(
+    items: Iterable[T], description: str, total: int | None = None, done: int = 0
+) -> Iterator[T]:
     """Yield from `items` under a progress bar with elapsed time and time left.
+
+    `done` of the `total` were dealt with before, and are not among `items`.
 
     On a terminal the bar redraws in place; elsewhere (logs, CI) one line is printed at each
     tenth of the way, since redrawn bars make logs unreadable.
     """
     if total is None:
-        total = len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
+        total = done + len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
     if not sys.stderr.isatty():
-        yield from _track_in_log(items, description, total)
+        yield from _track_in_log(items, description, total, done)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -47,16 +51,18 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(description, total=total)
+        task = progress.add_task(description, total=total, completed=done)
         for item in items:
             yield item
             progress.advance(task)
 
 
-def _track_in_log(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+def _track_in_log(
+    items: Iterable[T], description: str, total: int | None, done: int
+) -> Iterator[T]:
     started = time.monotonic()
-    said = 0
-    for count, item in enumerate(items, start=1):
+    said = done * 10 // total if total else 0
+    for count, item in enumerate(items, start=done + 1):
         yield item
         if not total:
             continue
@@ -64,7 +70,7 @@ def _track_in_log(items: Iterable[T], description: str, total: int | None) -> It
         if tenth > said:
             said = tenth
             elapsed = time.monotonic() - started
-            left = elapsed / count * (total - count)
+            left = elapsed / (count - done) * (total - count)
             say(f"{description} {count}/{total}, {elapsed:.0f} s elapsed, {left:.0f} s left")
 
 

@@ -8,6 +8,10 @@ A stage sees one block at a time and works in three steps, since some decisions 
 
 A method whose decisions are local (RTN, AWQ) sets `decides_globally = False`: both passes then
 run in one walk, and collect and decide are not called.
+
+A run may be killed after any block, and another process goes on with the next.  So summaries, the
+plan and `state()` consist of tensors, numbers, strings, and lists, tuples and dictionaries of
+these, and what a block becomes depends on nothing but the block, the plan and the state.
 """
 
 from collections.abc import Callable, Sequence
@@ -85,6 +89,14 @@ class Stage(Protocol):
     def decide(self, summaries: Sequence[Any]) -> Any: ...
 
     def apply(self, block: Block, plan: Any) -> BlockOutcome: ...
+
+    def state(self) -> Any:
+        """What the stage carries from the blocks so far to those to come; None for nothing."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Take over what `state` returned in another process, before the next block."""
+        ...
 
     def checkpoint_config(self, unquantized: Sequence[str]) -> dict[str, Any]:
         """Entries for the output's config.json; `unquantized` are linears left in float."""

@@ -25,25 +25,28 @@ import torch
 from torch import Tensor, nn
 
 from compress.core.blocks import linears_of
+from compress.core.processes import Processes
 
 TILE = 256  # columns of H computed at once; only tiles on and above the diagonal are
 
 
 @dataclass
 class InputStatistics:
-    """Running statistics of one input tensor.
+    """Statistics of one input tensor: sums while it is collected, means once one is asked for.
 
-    `linears` names the linears of the block that read it, `width` is K.  Tensors are float32.
+    `linears` names the linears of the block that read it, `width` is K.  Tensors are float32, and
+    the statistics' own: whoever asks for one does not change it.
     """
 
     linears: tuple[str, ...]
     width: int
     device: torch.device
     tokens: int = 0
+    max_abs: Tensor = field(init=False)
     _outer: Tensor = field(init=False)
     _cross: Tensor | None = field(init=False, default=None)
     _sum_abs: Tensor = field(init=False)
-    max_abs: Tensor = field(init=False)
+    _finished: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self._outer = torch.zeros(self.width, self.width, device=self.device)
@@ -52,6 +55,7 @@ class InputStatistics:
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
         """Take in a batch of inputs, and the original model's for the same tokens, [..., K]."""
+        assert not self._finished, "a statistic was already read"
         flat = x.detach().reshape(-1, self.width)
         if original is not None:
             if self._cross is None:
@@ -64,24 +68,52 @@ class InputStatistics:
         self.tokens += flat.shape[0]
         _add_outer_product(self._outer, flat)
 
+    def pool(self, processes: Processes) -> None:
+        """Take in what the other processes saw; all of them call this, and end up equal."""
+        count = torch.tensor(self.tokens, device=self.device)
+        crosses = [] if self._cross is None else [self._cross]
+        processes.add(count, self._outer, self._sum_abs, *crosses)
+        processes.largest(self.max_abs)
+        self.tokens = int(count)
+
+    def rescale(self, spread: Tensor) -> None:
+        """Make these the statistics of x / spread, where spread > 0 is [K], in place."""
+        self._finish()
+        moments = [self._outer] if self._cross is None else [self._outer, self._cross]
+        for moment in moments:
+            moment /= spread
+            moment /= spread.unsqueeze(1)
+        self._sum_abs /= spread
+        self.max_abs /= spread
+
     @property
     def cross_moment(self) -> Tensor | None:
         """C = E[x₀ xᵀ], float32 [K, K]; None when originals were not given."""
-        return None if self._cross is None else self._cross / max(self.tokens, 1)
+        self._finish()
+        return self._cross
 
     @property
     def mean_abs(self) -> Tensor:
         """Mean |x| per channel, float32 [K]."""
-        return self._sum_abs / max(self.tokens, 1)
+        self._finish()
+        return self._sum_abs
 
     @property
     def second_moment(self) -> Tensor:
         """H = E[x xᵀ], float32 [K, K], symmetric."""
-        upper = self._outer / max(self.tokens, 1)
+        self._finish()
+        return self._outer
+
+    def _finish(self) -> None:
+        """Turn sums into means, in place, and fill in the tiles below the diagonal."""
+        if self._finished:
+            return
+        self._finished = True
+        for total in (self._outer, self._sum_abs, *([] if self._cross is None else [self._cross])):
+            total /= max(self.tokens, 1)
         for start in range(0, self.width, TILE):
             stop = min(start + TILE, self.width)
-            upper[stop:, start:stop] = upper[start:stop, stop:].T
-        return upper
+            self._outer[stop:, start:stop] = self._outer[start:stop, stop:].T
 
 
 def _add_outer_product(total: Tensor, x: Tensor) -> None:

@@ -7,6 +7,8 @@ the stream is cut into int32 words.  A code is stored unsigned, as code + 2^(b-1
 import torch
 from torch import Tensor
 
+CODES_AT_ONCE = 1 << 20  # each takes some 30 bytes while it is packed
+
 
 def pack_int32(codes: Tensor, bits: int) -> Tensor:
     """Pack signed codes, int8 [rows, n], densely along the last dimension.
@@ -14,6 +16,9 @@ def pack_int32(codes: Tensor, bits: int) -> Tensor:
     Returns int32 [rows, ceil(n * bits / 32)].  Any width from 1 to 8 bits; codes of 3, 5, 6 and
     7 bits cross word boundaries.
     """
+    rows = max(1, CODES_AT_ONCE // max(1, codes.shape[1]))
+    if len(codes) > rows:
+        return torch.cat([pack_int32(part, bits) for part in codes.split(rows)])
     rows, n = codes.shape
     words = -(-n * bits // 32)
     start = torch.arange(n, device=codes.device) * bits

@@ -320,20 +320,21 @@ def test_values_too_large_for_the_dtype_are_refused(model, text_file, tmp_path):
 def test_two_runs_on_one_output(model, text_file, tmp_path):
     from compress.core.outfolder import OutputFolder
 
-    with OutputFolder(tmp_path / "out", overwrite=False) as folder:
+    with OutputFolder(tmp_path / "out", overwrite=False) as work:
+        work.begin({})
         check_refused(quantize(model, tmp_path / "out", text_file), "another run")
-        (folder / "file").write_text("done")
+        (work.output / "file").write_text("done")
     assert (tmp_path / "out" / "file").read_text() == "done"
 
 
 def test_interrupt_leaves_nothing(model, text_file, tmp_path, monkeypatch):
     from compress.core.shards import ShardWriter
 
-    def interrupt(self):
+    def interrupt(self, parts):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ShardWriter, "finish", interrupt)
     done = quantize(model, tmp_path / "out", text_file)
     assert done.exit_code == 130
     assert "Interrupted" in done.stderr
-    assert not list(tmp_path.glob(".out.partial"))
+    assert not list(tmp_path.glob(".out*"))

@@ -271,7 +271,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(damage, target, message, model
     assert len(errors) == 1
     assert re.search(message, errors[0]), errors[0]
     assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob(".out.partial"))
+    assert not list(tmp_path.glob(".out*"))
 
 
 def test_unquantized_models_are_refused(model_folder, tmp_path):

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from compress.core.blocks import BlockModel, linears_of
 from compress.core.source import resolve_model
 from compress.core.statistics import collecting
-from compress.pipeline import probe_of
 from compress.quant.folds import find_fold
+from compress.walk import probe_of
 
 FOLDABLE = {
     "q_proj": "input_layernorm",
@@ -23,11 +23,11 @@ GEMMA2_FOLDABLE = FOLDABLE | {"gate_proj": "pre_feedforward_layernorm"}
 
 def folds_of(model: BlockModel, index: int, tokens):
     """(block, [(fold, stats)], probe) of one block, on the embeddings as its input."""
-    inputs = model.capture_inputs([tokens])
+    ((hidden, kwargs),) = model.capture_inputs([tokens])
     block = model.load_block(index)
     with collecting(block) as groups:
-        model.run_block(block, inputs.hidden, inputs.kwargs[index])
-    probe = probe_of(inputs.hidden[0], inputs.kwargs[index][0], torch.device("cpu"))
+        model.run_block(block, hidden, kwargs[index])
+    probe = probe_of(hidden, kwargs[index], torch.device("cpu"))
     return block, [(find_fold(block, g.linears, probe), g) for g in groups], probe
 
 

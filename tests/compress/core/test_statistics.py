@@ -10,12 +10,16 @@ from compress.quant.weight import minmax_grid, round_to_grid
 from compress.quant.weight_only import output_error
 
 
+def run_first_block(model, block, inputs) -> list[torch.Tensor]:
+    return [model.run_block(block, hidden, kwargs[0]) for hidden, kwargs in inputs]
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2"])
 def test_output_error_equals_tr_dw_h_dw(family, model_folder):
     """tr(dW H dWᵀ) from the statistics equals the error measured on the linear's outputs."""
     model = BlockModel(resolve_model(str(model_folder(family))), torch.device("cpu"), torch.float32)
     tokens = torch.randint(3, 120, (3, 32), generator=torch.Generator().manual_seed(0))
-    inputs = model.capture_inputs(list(tokens.split(1)))
+    inputs = list(model.capture_inputs(tokens.split(1)))
     block = model.load_block(0)
     seen: dict[str, list[torch.Tensor]] = {}
     for name, linear in linears_of(block).items():
@@ -23,7 +27,7 @@ def test_output_error_equals_tr_dw_h_dw(family, model_folder):
             lambda _m, args, name=name: seen.setdefault(name, []).append(args[0])
         )
     with collecting(block) as groups:
-        model.run_block(block, inputs.hidden, inputs.kwargs[0])
+        run_first_block(model, block, inputs)
     assert sorted(name for g in groups for name in g.linears) == sorted(linears_of(block))
     assert len(groups) == 4  # qkv, o, gate and up, down
     for group in groups:
@@ -61,15 +65,13 @@ def test_cross_moment_pairs_each_input_with_the_originals(model_folder):
     """Calls in pairs: statistics are of the second of each, C = E[x₀ xᵀ] of both."""
     model = BlockModel(resolve_model(str(model_folder())), torch.device("cpu"), torch.float32)
     tokens = torch.randint(3, 120, (4, 32), generator=torch.Generator().manual_seed(0))
-    inputs = model.capture_inputs(list(tokens.split(1)))
+    inputs = list(model.capture_inputs(tokens.split(1)))
     block = model.load_block(0)
     linear = block.get_submodule("mlp.down_proj")
     seen: list[torch.Tensor] = []
     linear.register_forward_pre_hook(lambda _m, args: seen.append(args[0][0]))
-    originals, hidden = inputs.hidden[:2], inputs.hidden[2:]
-    pairs = [states for pair in zip(originals, hidden, strict=True) for states in pair]
     with collecting(block, with_originals=True) as groups:
-        model.run_block(block, pairs, inputs.kwargs[0])
+        run_first_block(model, block, inputs)
     stats = groups[-1]
     assert stats.linears == ("mlp.down_proj",)
     assert stats.tokens == 64
@@ -83,12 +85,12 @@ def test_cross_moment_pairs_each_input_with_the_originals(model_folder):
 def test_statistics_are_the_same_without_the_last_product(family, model_folder):
     model = BlockModel(resolve_model(str(model_folder(family))), torch.device("cpu"), torch.float32)
     tokens = torch.randint(3, 120, (3, 32), generator=torch.Generator().manual_seed(0))
-    inputs = model.capture_inputs(list(tokens.split(1)))
+    inputs = list(model.capture_inputs(tokens.split(1)))
     block = model.load_block(0)
     found = []
     for outputs in (True, False):
         with collecting(block, outputs=outputs) as groups:
-            results = model.run_block(block, inputs.hidden, inputs.kwargs[0])
+            results = run_first_block(model, block, inputs)
         found.append((groups, results))
     (whole, outputs), (short, _) = found
     for one, other in zip(whole, short, strict=True):
@@ -96,5 +98,5 @@ def test_statistics_are_the_same_without_the_last_product(family, model_folder):
         assert torch.equal(one.second_moment, other.second_moment)
         assert torch.equal(one.mean_abs, other.mean_abs)
     # and the block is as it was
-    again = model.run_block(block, inputs.hidden, inputs.kwargs[0])
+    again = run_first_block(model, block, inputs)
     assert all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True))

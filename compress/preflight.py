@@ -1,0 +1,177 @@
+"""What can be known before the first block: whether it will work, and what it will take."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from compress import calibration
+from compress.core.blocks import BlockModel, linears_of
+from compress.core.errors import InputError
+from compress.core.outfolder import OutputFolder
+from compress.core.processes import processes
+from compress.core.progress import say
+from compress.core.resources import free_disk, free_memory, in_words
+from compress.core.shards import SINGLE_FILE_BYTES
+from compress.core.source import resolve_model
+from compress.core.stage import Stage
+from compress.loading import default_device, native_bfloat16
+from compress.quant.config import Grid, settle_grids
+from compress.quant.formats import FORMATS, Format
+from compress.quant.weight import QuantizedWeight
+from compress.recipe import Recipe
+
+INTERPRETER_BYTES = 500_000_000  # Python, PyTorch and transformers, imported
+WORKING_COPIES = 8  # of the largest matrix, while a method searches; measured on AWQ and GPTQ
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe that can be carried out: its model and stage, and what `auto` became here."""
+
+    recipe: Recipe
+    model: BlockModel
+    stage: Stage
+    grids: dict[str, Grid]
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes: of the output; of disk at once; of hidden states between blocks; of memory."""
+
+    output: int
+    disk: int
+    activations: int
+    memory: int
+
+
+def preflight(recipe: Recipe) -> Job:
+    """Everything that can be refused in the first second; InputError then."""
+    source = resolve_model(recipe.model)
+    device = default_device()
+    compute = recipe.compute_dtype
+    if compute == "auto":
+        compute = "bfloat16" if native_bfloat16(device) else "float32"
+    model = BlockModel(source, device, getattr(torch, compute))
+    dtype = model.stored_dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    config = recipe.stages[0]
+    linears = {
+        f"{model.block_name(index)}.{name}": linear
+        for index in range(model.num_blocks)
+        for name, linear in linears_of(model.meta_block(index)).items()
+    }
+    grids, remarks = settle_grids(config, {n: m.in_features for n, m in linears.items()})
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    if reason := FORMATS[config.format].refusal(grids, shapes):
+        raise InputError(f"format {config.format} cannot hold {reason}")
+    stage: Stage = config.stage(grids)
+    if stage.needs_reference and not recipe.propagate_error:
+        raise InputError(
+            "cross_moment compares original with compressed activations, which propagate_error: "
+            "false does not compute; switch one of the two off"
+        )
+    if stage.needs_statistics:
+        calibration.check_source(recipe.calibration)
+        if recipe.calibration.samples < processes().count:
+            raise InputError(
+                f"{recipe.calibration.samples} samples cannot be shared out over "
+                f"{processes().count} processes; give more --samples, or start fewer processes"
+            )
+    for remark in remarks:
+        say(remark)
+    for name in model.unknown_names():
+        say(f"Not carried over: {name} is in the checkpoint, but the model class does not use it")
+    return Job(recipe, model, stage, grids, device, dtype)
+
+
+def needs_of(job: Job, activation_memory: int) -> Needs:
+    """What a run will take: the output's size exactly, the rest about."""
+    model, stage, recipe = job.model, job.stage, job.recipe
+    output = _output_bytes(job)
+    element = model.compute_dtype.itemsize
+    activations = 0
+    if stage.needs_statistics:
+        tokens = recipe.calibration.samples * recipe.calibration.seq_len
+        streams = 2 if stage.needs_reference else 1
+        activations = tokens * model.config.get_text_config().hidden_size * element * streams
+    block = max(_parameters(model.meta_block(index)) for index in range(model.num_blocks))
+    linears = [
+        m for index in range(model.num_blocks) for m in linears_of(model.meta_block(index)).values()
+    ]
+    largest = max(m.in_features * m.out_features for m in linears)
+    memory = INTERPRETER_BYTES + 4 * block + min(activations, activation_memory)
+    if stage.needs_statistics:
+        widest = max(m.in_features for m in linears)
+        moments = sum(m.in_features**2 for m in linears_of(model.meta_block(0)).values())
+        largest = max(largest, widest**2)
+        memory += 4 * moments
+    memory += 4 * WORKING_COPIES * largest
+    merged = output if output <= SINGLE_FILE_BYTES else 0
+    return Needs(output, output + merged + 2 * activations, activations, memory)
+
+
+def check_resources(job: Job, needs: Needs, folder: OutputFolder) -> None:
+    """Raise InputError where disk or memory will not do."""
+    place = folder.out.absolute().parent
+    held = sum(path.stat().st_size for path in folder.progress.rglob("*") if path.is_file())
+    if needs.disk > (free := free_disk(place) + held):
+        raise InputError(
+            f"output '{folder.out}' takes up to {in_words(needs.disk)} of disk while it is made, "
+            f"and '{place}' has {in_words(free)} free; free some, or put --out elsewhere"
+        )
+    memory = needs.memory
+    source = job.recipe.calibration.source
+    if job.stage.needs_statistics and source == "self":
+        whole = job.model.num_parameters * (2 if native_bfloat16(job.device) else 4)
+        if whole > free_memory():
+            raise InputError(
+                f"calibration on text that the model samples itself loads the whole model, "
+                f"{in_words(whole)}, and {in_words(free_memory())} of memory are free; give "
+                "--calibration a text file or a data set"
+            )
+    if job.device.type == "cpu" and memory > (free := free_memory()):
+        raise InputError(
+            f"this run takes about {in_words(memory)} of memory, and {in_words(free)} are free; "
+            "close something, or lower --activation-memory"
+        )
+
+
+def _output_bytes(job: Job) -> int:
+    """Bytes of the tensors of the output, from shapes alone."""
+    model, config = job.model, job.recipe.stages[0]
+    format = FORMATS[config.format]
+    total = sum(_float_bytes(model, name, job.dtype) for name in model.outer_names())
+    packed = {model.stored_name(f"{name}.weight") for name in job.grids}
+    for index in range(model.num_blocks):
+        names = model.block_names(index)
+        total += sum(_float_bytes(model, n, job.dtype) for n in names if n not in packed)
+    for name, grid in job.grids.items():
+        shape = model.reader.shapes[model.stored_name(f"{name}.weight")]
+        total += _packed_bytes(format, grid, shape, job.dtype)
+    return total
+
+
+def _float_bytes(model: BlockModel, name: str, dtype: torch.dtype) -> int:
+    is_float = model.reader.dtypes[name][0] in "FB" and model.reader.dtypes[name] != "BOOL"
+    if not is_float:
+        return model.reader.tensor_bytes(name)
+    return math.prod(model.reader.shapes[name]) * dtype.itemsize
+
+
+def _packed_bytes(format: Format, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of a linear in a format: what packing gives for tensors without data."""
+    rows, columns = shape
+    group = grid.group_size or columns
+    groups = (rows, columns // group)
+    scale = torch.empty(groups, dtype=format.scale_dtype(dtype), device="meta")
+    zero = None if grid.symmetric else torch.empty(groups, dtype=torch.int8, device="meta")
+    codes = torch.empty(shape, dtype=torch.int8, device="meta")
+    packed = format.pack_weight(QuantizedWeight(codes, scale, zero, grid.bits, group))
+    return sum(tensor.nbytes for tensor in packed.values())
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

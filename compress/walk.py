@@ -1,0 +1,239 @@
+"""Visiting the blocks of a model in order, with what calibration shows of each, and committing.
+
+For every block: load its weights, run it on all batches and collect statistics, let the method
+change it, run it again with the new weights, which gives the next block's inputs, and commit.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.core.activations import Activations
+from compress.core.blocks import call_block
+from compress.core.commits import Commits, numbered
+from compress.core.processes import processes
+from compress.core.progress import say, track
+from compress.core.stage import Block
+from compress.core.statistics import InputStatistics, collecting
+from compress.preflight import Job
+
+TOKENS_PER_BATCH = 4096  # large enough to keep matrix products busy, small enough for caches
+
+
+class Clock:
+    """Seconds of work so far, those before the run was broken off included."""
+
+    def __init__(self) -> None:
+        self._zero = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._zero
+
+    def go_on_from(self, seconds: float) -> None:
+        """Count on from what was committed."""
+        self._zero = time.monotonic() - seconds
+
+
+@dataclass
+class Streams:
+    """What enters the next block, batch by batch.
+
+    hidden     hidden states as the compressed blocks before it give them
+    originals  the same of the original model, where a method compares with it
+    kwargs     for each batch the other arguments of every block
+    """
+
+    hidden: Activations
+    originals: Activations | None
+    kwargs: list[list[dict[str, Any]]]
+
+
+@dataclass
+class Walk:
+    """A way over all blocks that can be broken off and taken up again.
+
+    activations        a folder for hidden states
+    activation_memory  bytes of them that are kept in memory too
+    tokens             calibration sequences of this process, int64 [N, S]; None for no calibration
+    """
+
+    job: Job
+    commits: Commits
+    activations: Path
+    activation_memory: int
+    clock: Clock
+    tokens: Tensor | None = None
+
+    @torch.no_grad()
+    def visit_all(
+        self,
+        name: str,
+        visit: Callable[[Block], Any],
+        propagate: bool,
+        with_originals: bool = False,
+        stop: int | None = None,
+    ) -> list[Any]:
+        """Visit every block in order, before `stop` if given; returns what the visits returned.
+
+        `name` is under what the visits are committed.  `propagate` runs a block again after the
+        visit, so that the next one sees what it now gives.  `with_originals` also runs every block
+        as it was on what the blocks before it gave as they were.
+        """
+        model, stage = self.job.model, self.job.stage
+        done = self.commits.series(name)
+        if done:
+            self.clock.go_on_from(done[-1]["seconds"])
+            stage.restore(done[-1]["state"])
+            say(f"Going on after block {len(done)} of {model.num_blocks}")
+        results = [commit["result"] for commit in done]
+        stop = model.num_blocks if stop is None else stop
+        if len(done) >= stop:
+            return results
+        streams = self._streams_before(len(done), with_originals)
+        for index in track(range(len(done), stop), "Compressing blocks", stop, done=len(done)):
+            result = self._visit_one(index, streams, visit, propagate)
+            processes().wait()  # until all have stored what enters the next block
+            commit = {"result": result, "state": stage.state(), "seconds": self.clock.seconds}
+            processes().first(partial(self.commits.put, numbered(name, index), commit))
+            self._remove_all_but(streams)
+            results.append(result)
+        self._remove_all_but(None)
+        return results
+
+    def _visit_one(
+        self,
+        index: int,
+        streams: Streams | None,
+        visit: Callable[[Block], Any],
+        propagate: bool,
+    ) -> Any:
+        """Visit a block, and move the streams on to the next one; returns what the visit returned.
+
+        The first process visits, and hands the block's new weights to the others.
+        """
+        model = self.job.model
+        module = model.load_block(index)
+        statistics: Sequence[InputStatistics] = []
+        probe = None
+        kwargs = [given[index] for given in streams.kwargs] if streams else []
+        if streams:
+            probe = probe_of(streams.hidden[0], kwargs[0], model.device)
+            statistics = self._observe(index, module, streams, kwargs, propagate)
+        name, dtype = model.block_name(index), self.job.dtype
+        block = Block(index, name, module, statistics, probe, dtype)
+        result = processes().first(partial(visit, block))
+        processes().spread(module)
+        if streams and propagate and index + 1 < model.num_blocks:
+            del block, statistics  # their memory, before the block is copied
+            runner = model.compute_copy(module)
+            pairs = zip(streams.hidden.drain(), kwargs, strict=True)
+            outputs = (model.run_block(runner, *pair) for pair in pairs)
+            streams.hidden = self._store("hidden", index + 1, outputs)
+        return result
+
+    def _observe(
+        self,
+        index: int,
+        module: nn.Module,
+        streams: Streams,
+        kwargs: list[dict[str, Any]],
+        propagate: bool,
+    ) -> list[InputStatistics]:
+        """Run a block as it is on all batches; returns statistics of its linears' inputs."""
+        model = self.job.model
+        runner = model.compute_copy(module)
+        paired = streams.originals is not None
+        goes_on = index + 1 < model.num_blocks
+        with collecting(runner, paired, outputs=not propagate) as statistics:
+            if streams.originals is not None:
+                pairs = zip(streams.originals.drain(), streams.hidden, kwargs, strict=True)
+                outputs = (self._run_pair(runner, *pair) for pair in pairs)
+                if goes_on:
+                    streams.originals = self._store("originals", index + 1, outputs)
+            else:
+                pairs = zip(streams.hidden, kwargs, strict=True)
+                outputs = (model.run_block(runner, *pair) for pair in pairs)
+                if goes_on and not propagate:
+                    streams.hidden = self._store("hidden", index + 1, outputs)
+            for _ in outputs:  # those that nothing has stored
+                continue
+        for statistic in statistics:
+            statistic.pool(processes())
+        return statistics
+
+    def _run_pair(
+        self, runner: nn.Module, original: Tensor, states: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Run a block on the original model's hidden states, then on the compressed one's.
+
+        Returns the output for the original's; of the other only the statistics are wanted.
+        """
+        output = self.job.model.run_block(runner, original, kwargs)
+        self.job.model.run_block(runner, states, kwargs)
+        return output
+
+    def _streams_before(self, index: int, with_originals: bool) -> Streams | None:
+        """What enters block `index`: from the embeddings, or as a broken-off run has stored it."""
+        if self.tokens is None:
+            return None
+        size = max(1, TOKENS_PER_BATCH // self.tokens.shape[1])
+        kwargs: list[list[dict[str, Any]]] = []
+
+        def first_inputs() -> Iterator[Tensor]:
+            for states, given in self.job.model.capture_inputs(self.tokens.split(size)):
+                kwargs.append(given)
+                yield states
+
+        if index == 0:
+            hidden = self._store("hidden", 0, first_inputs())
+            return Streams(hidden, hidden if with_originals else None, kwargs)
+        for _ in first_inputs():  # for the other arguments, which are not stored
+            continue
+        originals = Activations(self._place("originals", index)) if with_originals else None
+        streams = Streams(Activations(self._place("hidden", index)), originals, kwargs)
+        self._remove_all_but(streams)
+        return streams
+
+    def _store(self, stream: str, index: int, batches: Iterator[Tensor]) -> Activations:
+        memory = self.activation_memory
+        if self.job.stage.needs_reference:
+            memory //= 2
+        return Activations.store(self._place(stream, index), batches, memory)
+
+    def _place(self, stream: str, index: int) -> Path:
+        return self.activations / f"{numbered(stream, index)}-process-{processes().rank}"
+
+    def _remove_all_but(self, streams: Streams | None) -> None:
+        """Remove this process's hidden states, except for those that enter the next block."""
+        kept = set()
+        if streams:
+            found = (streams.hidden, streams.originals)
+            kept = {stored.folder for stored in found if stored is not None}
+        for folder in self.activations.glob(f"*-process-{processes().rank}"):
+            if folder not in kept:
+                Activations(folder).remove()
+
+
+def probe_of(
+    hidden: Tensor, kwargs: dict[str, Any], device: torch.device
+) -> Callable[[nn.Module], Tensor]:
+    """A function that runs a float32 block on the first batch's first sequence."""
+    states = hidden[:1].to(device, torch.float32)
+
+    def to_float(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            value = value[:1] if value.shape[:1] == hidden.shape[:1] else value
+            return value.float() if value.is_floating_point() else value
+        if isinstance(value, tuple):
+            return tuple(to_float(item) for item in value)
+        return value
+
+    one = {name: to_float(value) for name, value in kwargs.items()}
+    return lambda block: call_block(block, states, one)
