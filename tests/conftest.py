@@ -51,21 +51,23 @@ CONFIGS = {
 }
 
 
-def tiny_config(family: str):
-    """Two blocks of odd sizes, with 3 query heads a KV head."""
+def tiny_config(family: str, layers: int = 2):
+    """Blocks of odd sizes, with 3 query heads a KV head."""
     import transformers
 
     name, differing = CONFIGS[family]
-    return getattr(transformers, name)(**SIZES | differing)
+    return getattr(transformers, name)(**SIZES | differing | {"num_hidden_layers": layers})
 
 
-def make_model(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def make_model(
+    family: str, folder: Path, dtype: torch.dtype = torch.float32, layers: int = 2
+) -> Path:
     """Save a random model with uneven channels and biases, and a tiny tokenizer, in `folder`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(family))
+    model = AutoModelForCausalLM.from_config(tiny_config(family, layers))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Norm gains and biases start as constants, which would hide folding mistakes; a few
@@ -95,12 +97,12 @@ def make_model(family: str, folder: Path, dtype: torch.dtype = torch.float32) ->
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A function that makes the tiny model of a family once and returns its folder."""
-    made: dict[tuple[str, torch.dtype], Path] = {}
+    made: dict[tuple[str, torch.dtype, int], Path] = {}
 
-    def get(family: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
-        key = (family, dtype)
+    def get(family: str = "llama", dtype: torch.dtype = torch.float32, layers: int = 2) -> Path:
+        key = (family, dtype, layers)
         if key not in made:
-            made[key] = make_model(family, tmp_path_factory.mktemp(family), dtype)
+            made[key] = make_model(family, tmp_path_factory.mktemp(family), dtype, layers)
         return made[key]
 
     return get
