@@ -8,7 +8,10 @@ arXiv 2305.17888, section 3.1).
 
 import hashlib
 import json
+import math
+import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ MAX_TEXT_BYTES = 64 << 20  # more than any calibration set needs; the rest of a 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".safetensors")
 SELF_BATCH = 128  # sequences sampled side by side
 SELF_LENGTH = 256  # tokens of a sampled sequence
+TIMED_STEPS = 8
 
 
 def calibration_tokens(
@@ -178,22 +182,44 @@ def _sample_from_model(
     Attention over the growing context is what costs on a CPU, so a sample longer than
     SELF_LENGTH is made of several pieces.
     """
-    dtype = "bfloat16" if native_bfloat16(device) else "float32"
-    model = load_model(source.folder, dtype, device)
+    model = load_model(source.folder, "bfloat16" if native_bfloat16(device) else "float32", device)
     generator = torch.Generator().manual_seed(config.seed)
-    vocab = model.config.get_text_config().vocab_size
-    length = min(config.seq_len, SELF_LENGTH)
-    pieces = -(-config.seq_len // length)
-    rows = config.samples * pieces
+    rows, length, pieces = _pieces(config)
     batches = []
     for start in range(0, rows, SELF_BATCH):
-        size = min(SELF_BATCH, rows - start)
-        first = torch.randint(0, vocab, (size, 1), generator=generator)
-        steps = _sampled_steps(model, first.to(device), length - 1, generator)
+        first, steps = _sampled_batch(model, min(SELF_BATCH, rows - start), length, generator)
         progress = track(steps, "Sampling calibration text", total=length - 1)
         batches.append(torch.cat([first, *progress], dim=1))
     joined = torch.cat(batches).view(config.samples, pieces * length)
     return joined[:, : config.seq_len].contiguous()
+
+
+def sampling_seconds(config: CalibrationConfig, source: ModelSource, device: torch.device) -> float:
+    """About how long sampling text will take, by its first steps; later ones take longer."""
+    model = load_model(source.folder, "bfloat16" if native_bfloat16(device) else "float32", device)
+    rows, length, _ = _pieces(config)
+    size = min(SELF_BATCH, rows)
+    _, steps = _sampled_batch(model, size, length, torch.Generator().manual_seed(0))
+    ends = [time.monotonic() for _ in islice(steps, TIMED_STEPS)]
+    if len(ends) < 2:
+        return 0.0
+    return (ends[-1] - ends[0]) / (len(ends) - 1) * length * math.ceil(rows / size)
+
+
+def _pieces(config: CalibrationConfig) -> tuple[int, int, int]:
+    """How many pieces are sampled in all, tokens of each, and pieces of a sequence."""
+    length = min(config.seq_len, SELF_LENGTH)
+    pieces = -(-config.seq_len // length)
+    return config.samples * pieces, length, pieces
+
+
+def _sampled_batch(
+    model: Any, size: int, length: int, generator: torch.Generator
+) -> tuple[Tensor, Iterator[Tensor]]:
+    """Random first tokens, int64 [size, 1], and an iterator over the `length` - 1 that follow."""
+    vocabulary = model.config.get_text_config().vocab_size
+    first = torch.randint(0, vocabulary, (size, 1), generator=generator)
+    return first, _sampled_steps(model, first.to(model.device), length - 1, generator)
 
 
 @torch.inference_mode()

@@ -28,11 +28,10 @@ from compress.core.commits import numbered
 from compress.core.errors import InputError
 from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
-from compress.core.resources import free_memory
 from compress.core.shards import DTYPES, ShardWriter, StreamedTensor, all_finite, hashed
 from compress.core.stage import Block, LayerReport
 from compress.inspection import inspect_folder
-from compress.preflight import Job, check_resources, needs_of, preflight
+from compress.preflight import Job, check_resources, kept_in_memory, needs_of, preflight
 from compress.recipe import Recipe, method_of
 from compress.report import write_report
 from compress.walk import Clock, Walk
@@ -55,7 +54,7 @@ def run_recipe(
     """
     clock = Clock()
     job = preflight(recipe)
-    memory = _activation_memory(activation_memory)
+    memory = kept_in_memory(activation_memory)
     folder = OutputFolder(recipe.out, overwrite)
     first = processes().first
     with ExitStack() as stack:
@@ -69,10 +68,6 @@ def run_recipe(
         except InputError:  # the same run would end here again
             first(folder.commits.clear)
             raise
-
-
-def _activation_memory(given: int | None) -> int:
-    return free_memory() // 4 // processes().count if given is None else given
 
 
 def _compress(walk: Walk, folder: OutputFolder) -> dict[str, Any]:

@@ -87,6 +87,11 @@ def preflight(recipe: Recipe) -> Job:
     return Job(recipe, model, stage, grids, device, dtype)
 
 
+def kept_in_memory(asked: int | None) -> int:
+    """Bytes of hidden states to keep in memory: as asked, or a process's share of a quarter."""
+    return free_memory() // 4 // processes().count if asked is None else asked
+
+
 def needs_of(job: Job, activation_memory: int) -> Needs:
     """What a run will take: the output's size exactly, the rest about."""
     model, stage, recipe = job.model, job.stage, job.recipe

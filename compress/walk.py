@@ -62,6 +62,7 @@ class Walk:
     activations        a folder for hidden states
     activation_memory  bytes of them that are kept in memory too
     tokens             calibration sequences of this process, int64 [N, S]; None for no calibration
+    title              of the progress bar
     """
 
     job: Job
@@ -70,6 +71,7 @@ class Walk:
     activation_memory: int
     clock: Clock
     tokens: Tensor | None = None
+    title: str = "Compressing blocks"
 
     @torch.no_grad()
     def visit_all(
@@ -97,7 +99,7 @@ class Walk:
         if len(done) >= stop:
             return results
         streams = self._streams_before(len(done), with_originals)
-        for index in track(range(len(done), stop), "Compressing blocks", stop, done=len(done)):
+        for index in track(range(len(done), stop), self.title, stop, done=len(done)):
             result = self._visit_one(index, streams, visit, propagate)
             processes().wait()  # until all have stored what enters the next block
             commit = {"result": result, "state": stage.state(), "seconds": self.clock.seconds}

@@ -2,11 +2,17 @@
 
 import importlib
 import os
+import time
 from typing import Any
 
 import click
 
 from compress.core.errors import InputError
+from compress.core.progress import IS_FIRST, say
+
+# Seconds: of several processes the first to end makes `accelerate launch` end the others, and all
+# of them fail on bad input, so the others leave it to the first to say why.
+PATIENCE = 30
 
 # command -> (module, attribute); loaded when used, so that --help and errors come at once
 COMMANDS = {
@@ -37,10 +43,12 @@ class CommandGroup(click.Group):
             return super().invoke(ctx)
         except (InputError, click.UsageError) as error:
             text = error.format_message() if isinstance(error, click.UsageError) else str(error)
+            if not IS_FIRST:
+                time.sleep(PATIENCE)
             click.echo(f"Error: {' '.join(text.split())}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("Interrupted: an unfinished output is removed", err=True)
+            say("Interrupted")
             ctx.exit(130)
 
 

@@ -9,6 +9,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from compress.core.resources import in_words
+
 
 def print_json(value: Any) -> None:
     """Print one JSON object on standard output."""
@@ -23,11 +25,37 @@ def print_pairs(title: str, rows: dict[str, str]) -> None:
     Console(highlight=False).print(table)
 
 
-def print_report(report: dict[str, Any], as_json: bool) -> None:
+def print_plan(plan: dict[str, Any]) -> None:
+    """Print what `plan_recipe` returned."""
+    sizes = {name: in_words(count) for name, count in plan.items() if name.endswith("_bytes")}
+    rows = {
+        "model": f"{plan['model']}: {plan['blocks']} blocks, {plan['parameters']:,} parameters, "
+        f"{sizes['original_bytes']}",
+        "method": f"{plan['method']}, on {plan['device']} in {plan['compute_dtype']}",
+        "linears": f"{plan['linears']} to quantize, {len(plan['left_in_float'])} left in float",
+        "output": f"{plan['out']}, {sizes['output_bytes']} "
+        f"({plan['original_bytes'] / plan['output_bytes']:.2f}x smaller)",
+        "disk": f"up to {sizes['disk_bytes']} while it is made, {sizes['disk_free_bytes']} free",
+        "memory": f"about {sizes['memory_bytes']}, {sizes['memory_free_bytes']} free",
+        "hidden states": f"{sizes['activation_bytes']}, of which in memory up to "
+        f"{sizes['activation_memory_bytes']}",
+        "time": f"about {_duration(plan['seconds'])}, by the second block on one batch",
+    }
+    if plan["sampling_seconds"]:
+        rows["of that sampling"] = f"{_duration(plan['sampling_seconds'])} of calibration text"
+    for name in ("hidden states",) if not plan["activation_bytes"] else ():
+        del rows[name]
+    print_pairs("Plan (nothing was written; weights were not checked)", rows)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def print_report(report: dict[str, Any]) -> None:
     """Print what `run_recipe` returned."""
-    if as_json:
-        print_json(report)
-        return
     by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
     left: dict[str, list[str]] = defaultdict(list)
     for layer in report["layers"]:
@@ -47,10 +75,10 @@ def print_report(report: dict[str, Any], as_json: bool) -> None:
     rows = {
         "output": report["out"],
         "report": f"{report['out']}/report.html",
-        "size": f"{_megabytes(sizes['bytes'])}, was {_megabytes(sizes['original_bytes'])} "
+        "size": f"{in_words(sizes['bytes'])}, was {in_words(sizes['original_bytes'])} "
         f"({ratio:.2f}x smaller)",
         "quantized": f"{sizes['quantized_weights']:,} of {sizes['parameters']:,} parameters",
-        "time": f"{report['seconds']:.0f} s, of which calibration text and first inputs "
+        "time": f"{report['seconds']:.0f} s, of which calibration text "
         f"{report['calibration_seconds']:.0f} s",
     }
     for note, names in left.items():
@@ -69,7 +97,3 @@ def _error_cells(layers: list[dict[str, Any]]) -> list[str]:
     worst = max(measured, key=lambda layer: layer["output_error"])
     place = re.findall(r"\d+", worst["name"])[-1:]
     return [f"{weight:.2e}", f"{mean:.2e}", f"{worst['output_error']:.2e}", *place]
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"

@@ -7,7 +7,7 @@ from typing import Any
 import click
 import yaml
 
-from compress.cli.output import print_report
+from compress.cli.options import carry_out, run_options
 from compress.core.errors import InputError
 
 
@@ -51,8 +51,7 @@ from compress.core.errors import InputError
     "--compute-dtype",
     help="Of calibration forwards: auto, float32, bfloat16, float16.  [default: auto]",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@run_options
 def quantize_command(
     model: str,
     method: str,
@@ -69,8 +68,7 @@ def quantize_command(
     seed: int | None,
     dtype: str | None,
     compute_dtype: str | None,
-    overwrite: bool,
-    as_json: bool,
+    **how: Any,
 ) -> None:
     """Quantize MODEL's weights and write a checkpoint.
 
@@ -83,8 +81,10 @@ def quantize_command(
           --calibration HuggingFaceFW/fineweb-edu:sample-10BT
       compress quantize smollm2 --method gptq --bits 3 --set down_proj:bits=4 --out smollm2-w3
       compress quantize ./model --method rtn --bits 8 --group-size channel --out model-w8
+      compress quantize ./model --method gptq --calibration text.txt --out model-w4 --dry-run
+
+    A run that was interrupted or killed goes on when the same command is given again.
     """
-    from compress.pipeline import run_recipe
     from compress.recipe import build_recipe
 
     stage = _given(bits=bits, group_size=group_size, symmetric=symmetric, format=format)
@@ -101,7 +101,7 @@ def quantize_command(
         },
         "quantize",
     )
-    print_report(run_recipe(recipe, overwrite), as_json)
+    carry_out(recipe, **how)
 
 
 def _settings_of(changes: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Progress with time left, on standard error, so that standard output stays for results."""
 
 import io
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,9 @@ from rich.progress import (
 
 T = TypeVar("T")
 
-console = Console(stderr=True, highlight=False)
+# Of several processes (`accelerate launch`) only the first speaks.
+IS_FIRST = os.environ.get("RANK", "0") == "0"
+console = Console(stderr=True, highlight=False, quiet=not IS_FIRST)
 
 
 def say(message: str) -> None:

@@ -1,0 +1,76 @@
+"""Options that the commands which write a checkpoint share, and how they carry a recipe out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from compress.cli.output import print_json, print_plan, print_report
+
+if TYPE_CHECKING:
+    from compress.recipe import Recipe
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+
+
+class Size(click.ParamType):
+    """Bytes: a number with or without a unit, such as 500MB, 2GB, 1.5GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", str(value).lower())
+        if not found:
+            self.fail(f"'{value}' is no size; give a number and a unit, such as 500MB or 2GiB")
+        return int(float(found[1]) * UNITS[found[2]])
+
+
+def run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that `carry_out` takes, in the order in which --help shows them."""
+    options = [
+        click.option("--overwrite", is_flag=True, help="Replace an existing output folder."),
+        click.option(
+            "--restart", is_flag=True, help="Drop a broken-off run instead of going on with it."
+        ),
+        click.option(
+            "--activation-memory",
+            type=Size(),
+            help="Hidden states to keep in memory, beside the disk: 500MB, 2GB.  "
+            "[default: a quarter of what is free]",
+        ),
+        click.option(
+            "--dry-run", is_flag=True, help="Check everything, print sizes and time, write nothing."
+        ),
+        click.option(
+            "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def carry_out(
+    recipe: Recipe,
+    overwrite: bool,
+    restart: bool,
+    activation_memory: int | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Run a recipe, or only plan it, and print what came of it."""
+    from compress.core.processes import processes
+    from compress.dry_run import plan_recipe
+    from compress.pipeline import run_recipe
+
+    if dry_run:
+        result, show = plan_recipe(recipe, overwrite, activation_memory), print_plan
+    else:
+        result = run_recipe(recipe, overwrite, restart, activation_memory)
+        show = print_report
+    if processes().is_first:
+        print_json(result) if as_json else show(result)

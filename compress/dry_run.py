@@ -1,0 +1,90 @@
+"""`--dry-run`: what a recipe would take, without writing anything."""
+
+import math
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from compress import calibration
+from compress.core.blocks import linears_of
+from compress.core.commits import Commits
+from compress.core.outfolder import OutputFolder
+from compress.core.resources import free_disk, free_memory
+from compress.core.stage import Block
+from compress.preflight import Job, check_resources, kept_in_memory, needs_of, preflight
+from compress.recipe import Recipe, method_of
+from compress.walk import TOKENS_PER_BATCH, Clock, Walk
+
+
+def plan_recipe(
+    recipe: Recipe, overwrite: bool = False, activation_memory: int | None = None
+) -> dict[str, Any]:
+    """What a recipe would take, from shapes and from timing two blocks; writes no output.
+
+    Raises InputError where `run_recipe` would, but for what only reading weights and text shows.
+    """
+    job = preflight(recipe)
+    memory = kept_in_memory(activation_memory)
+    needs = needs_of(job, memory)
+    folder = OutputFolder(recipe.out, overwrite)
+    folder.check()
+    check_resources(job, needs, folder)
+    sampling = 0.0
+    if job.stage.needs_statistics and recipe.calibration.source == "self":
+        sampling = calibration.sampling_seconds(recipe.calibration, job.model.source, job.device)
+    in_float = [name for name in linears_of(job.model.skeleton) if name not in job.grids]
+    return {
+        "model": recipe.model,
+        "blocks": job.model.num_blocks,
+        "parameters": job.model.num_parameters,
+        "method": method_of(recipe.stages[0]),
+        "device": str(job.device),
+        "compute_dtype": str(job.model.compute_dtype).removeprefix("torch."),
+        "linears": len(job.grids),
+        "left_in_float": in_float,
+        "out": str(recipe.out),
+        "original_bytes": job.model.reader.total_bytes,
+        "output_bytes": needs.output,
+        "disk_bytes": needs.disk,
+        "disk_free_bytes": free_disk(recipe.out.absolute().parent),
+        "memory_bytes": needs.memory,
+        "memory_free_bytes": free_memory(),
+        "activation_bytes": needs.activations,
+        "activation_memory_bytes": memory,
+        "sampling_seconds": sampling,
+        "seconds": sampling + _timed(job),
+    }
+
+
+def _timed(job: Job) -> float:
+    """Seconds for all blocks, by those of the second one (the first warms up) on one batch.
+
+    What a method does to a block takes as long for any number of tokens; running it does not.
+    """
+    data = job.recipe.calibration
+    size = min(data.samples, max(1, TOKENS_PER_BATCH // data.seq_len))
+    stop = min(2, job.model.num_blocks)
+    visits: list[float] = []
+
+    def visit(block: Block) -> None:
+        started = time.monotonic()
+        job.stage.apply(block, None)
+        visits.append(time.monotonic() - started)
+
+    with TemporaryDirectory() as folder:
+        commits = Commits(Path(folder) / "commits")
+        commits.begin({})
+        walk = Walk(job, commits, Path(folder) / "activations", 0, Clock())
+        walk.title = "Timing two blocks"
+        if job.stage.needs_statistics:
+            vocabulary = job.model.config.get_text_config().vocab_size
+            walk.tokens = torch.randint(0, vocabulary, (size, data.seq_len))
+        reference = job.stage.needs_reference
+        walk.visit_all("timing", visit, job.recipe.propagate_error, reference, stop)
+        ends = [0.0, *(commit["seconds"] for commit in commits.series("timing"))]
+    batches = math.ceil(data.samples / size) if job.stage.needs_statistics else 1
+    running = ends[-1] - ends[-2] - visits[-1]
+    return job.model.num_blocks * (visits[-1] + running * batches)

@@ -1,0 +1,58 @@
+"""Calibration shared out over processes by `accelerate launch`."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from compress.core.source import resolve_model
+from compress.packed import PackedFolder
+
+
+def launch(processes, out, model, text_file, *more):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", "-m", "compress"]
+    command += ["quantize", str(model), "--method", "awq+gptq", "--group-size", "16"]
+    command += ["--calibration", str(text_file), "--samples", "7", "--seq-len", "64"]
+    command += ["--compute-dtype", "float32", "--out", str(out), "--json", *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def outputs(model_folder, text_file, tmp_path_factory):
+    """The same recipe in one process and in two."""
+    place = tmp_path_factory.mktemp("processes")
+    for count in (1, 2):
+        done = launch(count, place / str(count), model_folder("qwen3"), text_file)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["out"] == str(place / str(count))  # one speaks
+    return place
+
+
+def test_two_processes_find_what_one_finds(outputs):
+    """Sums in another order: float32 rounding of the moments, and codes that lay on an edge."""
+    one, two = (json.loads((outputs / str(n) / "compress.json").read_text()) for n in (1, 2))
+    assert one["calibration_sha256"] == two["calibration_sha256"]
+    for layer, other in zip(one["layers"], two["layers"], strict=True):
+        assert layer["name"] == other["name"]
+        if layer["method"]:
+            # one code of a thousand on another side, in matrices of some 4,000 weights
+            assert layer["output_error"] == pytest.approx(other["output_error"], rel=0.02)
+    first, second = (PackedFolder(resolve_model(str(outputs / str(n)))) for n in (1, 2))
+    weights = {name: (first.weight(name), second.weight(name)) for name in first.linears}
+    equal = torch.cat([(a.codes == b.codes).flatten() for a, b in weights.values()])
+    assert equal.float().mean() > 0.99
+
+
+def test_too_few_samples_for_the_processes(model_folder, text_file, tmp_path):
+    done = launch(2, tmp_path / "out", model_folder("qwen3"), text_file, "--samples", "1")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert errors == [
+        "Error: 1 samples cannot be shared out over 2 processes; give more --samples, or start "
+        "fewer processes"
+    ]
+    assert not list(tmp_path.iterdir())
