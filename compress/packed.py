@@ -50,7 +50,7 @@ class PackedFolder:
     @cached_property
     def skeleton(self) -> nn.Module:
         """The model without its weights, with plain linears."""
-        return build_skeleton(self.plain_config(), self.source)
+        return build_skeleton(self.plain_config(), self.source, self.reader)
 
     def plain_config(self) -> Any:
         """The config as transformers reads it, without `quantization_config`."""
