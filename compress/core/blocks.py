@@ -264,7 +264,8 @@ def _load_config(source: ModelSource, reader: ShardReader) -> Any:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # a broken config.json can fail anywhere inside transformers
         raise InputError(
-            f"transformers cannot read config.json of '{source.ref}': {reason_of(error)}"
+            f"transformers cannot read config.json of '{source.ref}': {reason_of(error)}; "
+            "correct it, or download the model again"
         ) from None
     _check_task(config, source)
     return config
@@ -345,7 +346,8 @@ def build_skeleton(
         raise
     except Exception as error:  # shapes that contradict each other fail inside the model class
         raise InputError(
-            f"model '{source.ref}' cannot be built as a causal language model: {reason_of(error)}"
+            f"model '{source.ref}' cannot be built as a causal language model: "
+            f"{reason_of(error)}; correct its config.json, or download it again"
         ) from None
     return model.eval().requires_grad_(False)
 

@@ -19,6 +19,7 @@ import yaml
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING
 
 from compress.core.errors import InputError
 from compress.pipeline import run_recipe
@@ -72,13 +73,16 @@ junk = st.recursive(
     ),
     max_leaves=6,
 )
-where = st.floats(0, 1, exclude_max=True)
+where = st.integers(0, 9999).map(lambda part: part / 10000)
 # (what to do, where, with what)
 byte_edits = st.lists(
     st.tuples(
         st.sampled_from(["flip", "insert", "delete", "truncate"]),
         where,
-        st.binary(min_size=1, max_size=9),
+        st.one_of(
+            st.binary(min_size=1, max_size=9),
+            st.text(st.characters(codec="ascii"), min_size=1, max_size=4).map(str.encode),
+        ),
     ),
     min_size=1,
     max_size=3,
@@ -122,9 +126,14 @@ def mutated(draw, value, extra=()):
         place = value
         for owner in owners:
             place = place[owner]
-        action = draw(st.sampled_from(["replace", "replace", "replace", "delete", "move", "add"]))
+        action = draw(st.sampled_from(["replace", "replace", "delete", "move", "add", "near"]))
         if action == "replace":
             place[key] = draw(junk)
+        elif action == "near" and (isinstance(place, list) or key in place):
+            old = place[key] if isinstance(place[key], int | float) else 1
+            place[key] = draw(
+                st.sampled_from([old + 1, old - 1, 2 * old, -old, old * 10**9, old // 2])
+            )
         elif action == "delete" and (isinstance(place, list) or key in place):
             del place[key]
         elif action == "move" and isinstance(place, dict):
@@ -182,6 +191,8 @@ def test_config(model_folder, data):
         "auto_map",
     ]
     config = data.draw(mutated(config, extra))
+    if data.draw(st.integers(0, 9)) == 0:
+        config["model_type"] = data.draw(st.sampled_from(sorted(CONFIG_MAPPING)))
     with copy_of(folder) as work:
         (work / "model" / "config.json").write_text(json.dumps(config))
         check(quantize, work, data.draw(st.sampled_from(["rtn", "gptq"])))
@@ -286,6 +297,11 @@ RECIPE = {
 }
 
 
+def dump(recipe) -> str:
+    dumper = type("NoAliases", (yaml.SafeDumper,), {"ignore_aliases": lambda *_: True})
+    return yaml.dump(recipe, Dumper=dumper)
+
+
 def run_file(work: Path):
     recipe = load_recipe(work / "recipe.yaml")
     small = recipe.calibration.samples * recipe.calibration.seq_len < 1000
@@ -305,7 +321,7 @@ def check_recipe(text: str | bytes, folder: Path, monkeypatch: pytest.MonkeyPatc
 @fuzz(60)
 @given(recipe=mutated(RECIPE, ["compute_dtype", "propagate_error"]))
 def test_recipe(recipe, model_folder, monkeypatch):
-    check_recipe(yaml.safe_dump(recipe), model_folder(), monkeypatch)
+    check_recipe(dump(recipe), model_folder(), monkeypatch)
 
 
 TOKENS = [
@@ -318,10 +334,10 @@ TOKENS = [
 @fuzz(60)
 @given(
     edits=st.lists(st.tuples(where, st.sampled_from(TOKENS)), max_size=3),
-    more=st.one_of(st.just([]), byte_edits),
+    more=st.one_of(st.just([]), st.just([]), byte_edits),
 )
 def test_text_of_a_recipe(edits, more, model_folder, monkeypatch):
-    text = yaml.safe_dump(RECIPE)
+    text = dump(RECIPE)
     for place, token in edits:
         at = int(place * len(text))
         text = text[:at] + token + text[at:]
