@@ -202,12 +202,14 @@ def _head(path: Path, whole_lines: bool = False) -> str:
 
 
 def _text_of(row: Any, where: str) -> str:
-    """The text of a row; InputError when there is none, or lone surrogates in it."""
+    """The text of a row; InputError when there is none, or it cannot be encoded."""
     if isinstance(row, dict) and isinstance(row.get("text"), str):
-        if not row["text"].isascii() and any("\ud800" <= c <= "\udfff" for c in row["text"]):
+        try:
+            row["text"].encode("utf-8")
+        except UnicodeEncodeError:
             raise InputError(
-                f"calibration data {where} is not valid Unicode text; convert it first"
-            )
+                f"calibration data {where} holds half a character (a lone surrogate); correct it"
+            ) from None
         return row["text"]
     found = shown(list(row)) if isinstance(row, dict) else type(row).__name__
     raise InputError(f"calibration data {where} has no text field 'text' (found: {found})")
