@@ -250,8 +250,6 @@ def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _load_config(source: ModelSource, reader: ShardReader) -> Any:
-    from transformers import AutoConfig
-
     raw = read_config(source.folder)
     if quantization := raw.get("quantization_config"):
         named = isinstance(quantization, dict) and quantization.get("quant_method")
@@ -259,16 +257,24 @@ def _load_config(source: ModelSource, reader: ShardReader) -> Any:
             f"model '{source.ref}' is already quantized ({named or 'method unknown'}); "
             "give the original model"
         )
-    _check_counts(raw, source, reader)
+    config = transformers_config(source, reader)
+    _check_task(config, source)
+    return config
+
+
+def transformers_config(source: ModelSource, reader: ShardReader) -> Any:
+    """config.json as transformers reads it; InputError when it does not."""
+    from transformers import AutoConfig
+
+    _check_counts(read_config(source.folder), source, reader)
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        with _unlogged():
+            return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # a broken config.json can fail anywhere inside transformers
         raise InputError(
             f"transformers cannot read config.json of '{source.ref}': {reason_of(error)}; "
             "correct it, or download the model again"
         ) from None
-    _check_task(config, source)
-    return config
 
 
 def _check_counts(raw: dict[str, Any], source: ModelSource, reader: ShardReader) -> None:
@@ -340,7 +346,7 @@ def build_skeleton(
 
     on_meta = init_empty_weights(include_buffers=False) if real_buffers else torch.device("meta")
     try:
-        with _at_most(2 * len(reader.names) + 100, source), on_meta:
+        with _at_most(2 * len(reader.names) + 100, source), _unlogged(), on_meta:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except InputError:
         raise
@@ -350,6 +356,19 @@ def build_skeleton(
             f"{reason_of(error)}; correct its config.json, or download it again"
         ) from None
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep transformers from logging: on a broken config.json it prints all of it."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 @contextmanager
