@@ -6,6 +6,7 @@ shards when a block is asked for, and go when the caller drops it.
 """
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -361,14 +362,14 @@ def build_skeleton(
 @contextmanager
 def _unlogged() -> Iterator[None]:
     """Keep transformers from logging: on a broken config.json it prints all of it."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        transformers_logging.set_verbosity(level)
 
 
 @contextmanager

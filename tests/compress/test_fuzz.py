@@ -177,7 +177,7 @@ def check(call, *arguments):
         event("works")
 
 
-@fuzz(60)
+@fuzz(100)
 @given(st.data())
 def test_config(model_folder, data):
     folder = model_folder(data.draw(st.sampled_from(FAMILIES)))
@@ -198,7 +198,7 @@ def test_config(model_folder, data):
         check(quantize, work, data.draw(st.sampled_from(["rtn", "gptq"])))
 
 
-@fuzz(30)
+@fuzz(60)
 @given(edits=byte_edits, name=st.sampled_from(["config.json", "tokenizer.json"]))
 def test_bytes_of_json_files(model_folder, edits, name):
     with copy_of(model_folder()) as work:
@@ -207,7 +207,7 @@ def test_bytes_of_json_files(model_folder, edits, name):
         check(quantize, work)
 
 
-@fuzz(60)
+@fuzz(200)
 @given(edits=byte_edits, in_header=st.booleans())
 def test_bytes_of_safetensors(model_folder, edits, in_header):
     with copy_of(model_folder()) as work:
@@ -218,7 +218,7 @@ def test_bytes_of_safetensors(model_folder, edits, in_header):
         check(quantize, work, "gptq")
 
 
-@fuzz(60)
+@fuzz(120)
 @given(st.data())
 def test_header_of_safetensors(model_folder, data):
     """The header changed as a structure: names, dtypes, shapes and offsets, the data as it was."""
@@ -254,7 +254,7 @@ def test_header_of_safetensors(model_folder, data):
         check(quantize, work)
 
 
-@fuzz(60)
+@fuzz(120)
 @given(st.data())
 def test_index(model_folder, data):
     with copy_of(model_folder()) as work:
@@ -318,7 +318,7 @@ def check_recipe(text: str | bytes, folder: Path, monkeypatch: pytest.MonkeyPatc
         check(run_file, work)
 
 
-@fuzz(60)
+@fuzz(150)
 @given(recipe=mutated(RECIPE, ["compute_dtype", "propagate_error"]))
 def test_recipe(recipe, model_folder, monkeypatch):
     check_recipe(dump(recipe), model_folder(), monkeypatch)
@@ -331,7 +331,7 @@ TOKENS = [
 ]  # fmt: skip
 
 
-@fuzz(60)
+@fuzz(200)
 @given(
     edits=st.lists(st.tuples(where, st.sampled_from(TOKENS)), max_size=3),
     more=st.one_of(st.just([]), st.just([]), byte_edits),
