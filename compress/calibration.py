@@ -6,6 +6,7 @@ are sampled from the model at temperature 1 and joined, which needs no data at a
 arXiv 2305.17888, section 3.1).
 """
 
+import codecs
 import hashlib
 import json
 import math
@@ -16,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from compress.core.errors import InputError, reason_of
+from compress.core.errors import InputError, reason_of, shown
 from compress.core.progress import say, track
 from compress.core.source import ModelSource
 from compress.loading import load_model, load_tokenizer, native_bfloat16
@@ -64,31 +64,54 @@ def fingerprint(tokens: Tensor) -> str:
 def check_source(config: CalibrationConfig) -> None:
     """Refuse a missing or unreadable calibration file before anything long is done."""
     path = Path(config.source)
-    if path.suffix in SUFFIXES and not path.is_file():
-        raise InputError(f"calibration file '{path}' does not exist; check the path")
-    if path.is_file() and path.suffix not in SUFFIXES:
+    if _is_file(path):
+        if path.suffix not in SUFFIXES:
+            raise InputError(
+                f"calibration file '{path}' ends in '{path.suffix}'; allowed: {', '.join(SUFFIXES)}"
+            )
+    elif path.suffix in SUFFIXES:
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"calibration file '{path}' {what}; check the path")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:  # too long a name, no permission
         raise InputError(
-            f"calibration file '{path}' ends in '{path.suffix}'; allowed: {', '.join(SUFFIXES)}"
-        )
+            f"calibration source {shown(str(path))} cannot be looked up: {reason_of(error)}"
+        ) from None
 
 
 def _read_tokens(config: CalibrationConfig) -> Tensor:
     """The first samples of a safetensors file's `input_ids`, integers [N, S]."""
     check_source(config)
     try:
-        tokens = load_file(config.source)["input_ids"]
-    except (OSError, KeyError, SafetensorError) as error:
+        with safe_open(config.source, framework="pt") as file:
+            dtype = file.get_slice("input_ids").get_dtype()
+            tokens = file.get_tensor("input_ids")
+    except (OSError, SafetensorError) as error:
         raise InputError(
             f"calibration file '{config.source}' has no readable tensor 'input_ids' "
             f"({reason_of(error)}); write token ids [samples, tokens] under that name"
         ) from None
+    if dtype[0] not in "IU":
+        raise InputError(
+            f"calibration file '{config.source}' holds 'input_ids' in {dtype}; token ids are "
+            "integers, such as I64"
+        )
     found = tuple(tokens.shape)
     if len(found) != 2 or found[0] < config.samples or found[1] < config.seq_len:
         raise InputError(
             f"calibration file '{config.source}' holds token ids {list(found)}, fewer than "
             f"{config.samples} samples of {config.seq_len}; ask for less with --samples, --seq-len"
         )
-    return tokens[: config.samples, : config.seq_len].to(torch.int64)
+    tokens = tokens[: config.samples, : config.seq_len].to(torch.int64)
+    if tokens.min() < 0:
+        raise InputError(
+            f"calibration file '{config.source}' holds token {int(tokens.min())}; ids count from 0"
+        )
+    return tokens
 
 
 def _windows(config: CalibrationConfig, source: ModelSource) -> Tensor:
@@ -97,12 +120,13 @@ def _windows(config: CalibrationConfig, source: ModelSource) -> Tensor:
     path = Path(config.source)
     need = config.samples * config.seq_len
     # A data set is streamed only as far as needed, with some slack to choose windows from.
-    documents = _read_file(path) if path.is_file() else _stream_dataset(config.source)
-    limit = None if path.is_file() else 4 * need
+    is_file = _is_file(path)
+    documents = _read_file(path) if is_file else _stream_dataset(config.source)
+    limit = None if is_file else 4 * need
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     ids: list[int] = []
     for document in documents:
-        encoded = tokenizer(document, add_special_tokens=False, verbose=False).input_ids
+        encoded = _encode(tokenizer, document, source)
         ids += [*separator, *encoded] if ids else encoded
         if limit is not None and len(ids) >= limit:
             break
@@ -118,41 +142,80 @@ def _windows(config: CalibrationConfig, source: ModelSource) -> Tensor:
     return windows.view(count, config.seq_len)[chosen]
 
 
+def _encode(tokenizer: Any, text: str, source: ModelSource) -> list[int]:
+    try:
+        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    except Exception as error:  # a broken tokenizer.json can fail anywhere inside tokenizers
+        raise InputError(
+            f"the tokenizer of '{source.ref}' cannot encode the calibration text: "
+            f"{reason_of(error)}; download the model again"
+        ) from None
+
+
 def _read_file(path: Path) -> Iterator[str]:
     try:
         if path.suffix == ".txt":
             yield _head(path)
         elif path.suffix == ".jsonl":
-            for number, line in enumerate(_head(path).splitlines(), start=1):
+            # Not splitlines, which also parts at U+2028 and others that JSON allows in text.
+            for number, line in enumerate(_head(path, whole_lines=True).split("\n"), start=1):
                 if line.strip():
-                    yield _text_of(json.loads(line), f"{path}, line {number}")
+                    yield _text_of(_json_of(line, path, number), f"{path}, line {number}")
         else:
-            import pyarrow.parquet
-
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-                for row in batch.to_pylist():
-                    yield _text_of(row, str(path))
+            for row in _rows_of_parquet(path):
+                yield _text_of(row, str(path))
     except UnicodeDecodeError:
         raise InputError(f"calibration file '{path}' is not UTF-8 text; convert it first") from None
-    except (OSError, ValueError) as error:  # json and pyarrow errors are ValueErrors
-        if isinstance(error, InputError):
-            raise
+    except OSError as error:
         raise InputError(f"cannot read calibration file '{path}': {error}") from None
 
 
-def _head(path: Path) -> str:
+def _rows_of_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise InputError(
+            f"cannot read calibration file '{path}': {reason_of(error)}; write it again"
+        ) from None
+
+
+def _json_of(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"cannot read calibration file '{path}', line {number}: {reason_of(error)}; each line "
+            "is a JSON object with a 'text'"
+        ) from None
+
+
+def _head(path: Path, whole_lines: bool = False) -> str:
+    """The first MAX_TEXT_BYTES of a UTF-8 file, less a last line or character that is cut off."""
     with path.open("rb") as file:
         data = file.read(MAX_TEXT_BYTES)
-    if len(data) < MAX_TEXT_BYTES:
-        return data.decode("utf-8")
-    say(f"Reading the first {MAX_TEXT_BYTES >> 20} MiB of {path}")
-    return data[: data.rindex(b"\n") + 1].decode("utf-8")
+    cut = len(data) == MAX_TEXT_BYTES
+    if cut:
+        say(f"Reading the first {MAX_TEXT_BYTES >> 20} MiB of {path}")
+    if cut and whole_lines:
+        data = data[: data.rfind(b"\n") + 1]
+    return codecs.getincrementaldecoder("utf-8")().decode(data, final=not cut)
 
 
 def _text_of(row: Any, where: str) -> str:
+    """The text of a row; InputError when there is none, or it cannot be encoded."""
     if isinstance(row, dict) and isinstance(row.get("text"), str):
+        try:
+            row["text"].encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError(
+                f"calibration data {where} holds half a character (a lone surrogate); correct it"
+            ) from None
         return row["text"]
-    found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+    found = shown(list(row)) if isinstance(row, dict) else type(row).__name__
     raise InputError(f"calibration data {where} has no text field 'text' (found: {found})")
 
 

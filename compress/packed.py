@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compress.core.blocks import build_skeleton, linears_of
-from compress.core.errors import InputError, reason_of
+from compress.core.blocks import build_skeleton, linears_of, transformers_config
+from compress.core.errors import InputError
 from compress.core.shards import ShardReader
 from compress.core.source import ModelSource, read_config
 from compress.quant.config import Grid
@@ -50,18 +50,11 @@ class PackedFolder:
     @cached_property
     def skeleton(self) -> nn.Module:
         """The model without its weights, with plain linears."""
-        return build_skeleton(self.plain_config(), self.source)
+        return build_skeleton(self.plain_config(), self.source, self.reader)
 
     def plain_config(self) -> Any:
         """The config as transformers reads it, without `quantization_config`."""
-        from transformers import AutoConfig
-
-        try:
-            config: Any = AutoConfig.from_pretrained(self.source.folder, trust_remote_code=False)
-        except Exception as error:  # a broken config.json can fail anywhere inside transformers
-            raise InputError(
-                f"transformers cannot read config.json of '{self.source.ref}': {reason_of(error)}"
-            ) from None
+        config = transformers_config(self.source, self.reader)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         return config

@@ -9,20 +9,36 @@ A recipe file holds the fields of `Recipe`; each stage is a method's name and it
       - {method: awq, bits: 4, group_size: 64, symmetric: true}
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from compress.core.config import build
-from compress.core.errors import InputError, nearest
+from compress.core.errors import InputError, nearest, shown
 from compress.quant.config import WeightOnlyConfig
 from compress.quant.methods import METHODS
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+LONGEST_NAME = 240  # bytes; file systems take 255, and partial output needs a longer name
+LONGEST_PATH = 4000  # bytes; Linux takes 4,095
+
+
+def _usable_output(out: Path) -> Path:
+    if out.name in ("", ".."):
+        raise ValueError("not a folder name; give one, such as ./out")
+    sizes = [len(os.fsencode(part)) for part in out.parts]
+    if max(sizes) > LONGEST_NAME or sum(sizes) + len(sizes) > LONGEST_PATH:
+        raise ValueError(
+            f"longer than {LONGEST_NAME} bytes a name or {LONGEST_PATH} in all; give a shorter one"
+        )
+    return out
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -37,10 +53,10 @@ class CalibrationConfig:
     seed     which windows of the text are taken; for `self`, what is sampled
     """
 
-    source: str = "self"
-    samples: int = Field(default=64, ge=1)
-    seq_len: int = Field(default=512, ge=2)
-    seed: int = Field(default=0, ge=0)
+    source: str = Field(default="self", min_length=1)
+    samples: int = Field(default=64, ge=1, le=1 << 20)
+    seq_len: int = Field(default=512, ge=2, le=1 << 20)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -56,8 +72,8 @@ class Recipe:
     propagate_error  calibrate each block on the outputs of the already compressed ones before it
     """
 
-    model: str
-    out: Path
+    model: Annotated[str, Field(min_length=1)]
+    out: Annotated[Path, AfterValidator(_usable_output)]
     stages: tuple[WeightOnlyConfig, ...]
     calibration: CalibrationConfig = CalibrationConfig()
     dtype: DTypeName = "auto"
@@ -67,9 +83,10 @@ class Recipe:
 
 def build_stage(method: str, settings: Mapping[str, Any]) -> WeightOnlyConfig:
     """Return the configuration of a method by its name, or raise InputError."""
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise InputError(
-            f"unknown method '{method}'; allowed: {', '.join(METHODS)}{nearest(method, METHODS)}"
+            f"unknown method {shown(method)}; allowed: {', '.join(METHODS)}"
+            f"{nearest(str(method), METHODS)}"
         )
     return build(METHODS[method], settings, f"method {method}")
 
@@ -91,7 +108,7 @@ def build_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     for stage in stages:
         if not isinstance(stage, Mapping) or "method" not in stage:
             raise InputError(
-                f"{where}: stage {stage!r} has no 'method'; allowed: {', '.join(METHODS)}"
+                f"{where}: stage {shown(stage)} has no 'method'; allowed: {', '.join(METHODS)}"
             )
         built.append(
             build_stage(stage["method"], {k: v for k, v in stage.items() if k != "method"})
@@ -99,7 +116,9 @@ def build_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     values["stages"] = tuple(built)
     calibration = values.get("calibration", {})
     if not isinstance(calibration, Mapping):
-        raise InputError(f"{where}: 'calibration' is {calibration!r}; it must hold keys and values")
+        raise InputError(
+            f"{where}: 'calibration' is {shown(calibration)}; it must hold keys and values"
+        )
     values["calibration"] = build(CalibrationConfig, calibration, f"{where}: calibration")
     for key in ("model", "out"):
         if key not in values:
@@ -110,12 +129,55 @@ def build_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
 def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a YAML recipe; `overrides` replace its top-level keys.  Raises InputError."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"recipe '{path}' does not exist; check the path") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"recipe '{path}' is not readable YAML: {reason}") from None
+    except (OSError, ValueError) as error:  # not UTF-8, or a NUL in the name
+        raise InputError(f"recipe '{path}' cannot be read: {error}") from None
+    values = parse_yaml(text, f"recipe '{path}'")
     if not isinstance(values, dict):
         raise InputError(f"recipe '{path}' must hold keys and values, not {type(values).__name__}")
     return build_recipe({**values, **(overrides or {})}, f"recipe '{path}'")
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Return the one value of a YAML text, of plain types.
+
+    Raises InputError when it is not YAML, and for what would be lost or blow up in silence: a key
+    given twice, and aliases, with which a kilobyte of text can stand for gigabytes.
+    """
+    try:
+        return yaml.load(text, _StrictLoader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{where} is not readable YAML: {error}") from None
+    except RecursionError:
+        raise InputError(f"{where} is not readable YAML: it is nested too deeply") from None
+    except (ValueError, KeyError, AttributeError) as error:
+        # PyYAML's constructors on scalars that only look like a date, a number or a tag's type
+        raise InputError(
+            f"{where} is not readable YAML: a value cannot be what it looks like or is tagged as "
+            f"({error}); put text in quotes"
+        ) from None
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which knows plain types only, without aliases and duplicate keys."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.get_event()
+            raise ComposerError(
+                None, None, "aliases are not supported, write the value out", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, Any]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise ConstructorError(
+                        None, None, f"key {shown(key.value)} is given twice", key.start_mark
+                    )
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)

@@ -66,9 +66,9 @@ class AwqConfig(WeightOnlyConfig):
     clip_points   shrink factors that are tried, evenly from 1 down to `clip_least`
     """
 
-    scale_points: int = Field(default=10, ge=1)
+    scale_points: int = Field(default=10, ge=1, le=1000)
     clip: bool = True
-    clip_points: int = Field(default=20, ge=1)
+    clip_points: int = Field(default=20, ge=1, le=1000)
     clip_least: float = Field(default=0.5, gt=0, le=1)
 
     def stage(self, grids: Mapping[str, Grid]) -> "AwqStage":

@@ -26,7 +26,7 @@ class AwqGptqConfig(GptqConfig):
     scale_points  values of AWQ's exponent that are tried, evenly over [0, 1]
     """
 
-    scale_points: int = Field(default=10, ge=1)
+    scale_points: int = Field(default=10, ge=1, le=1000)
 
     def stage(self, grids: Mapping[str, Grid]) -> "AwqGptqStage":
         return AwqGptqStage(self, grids)

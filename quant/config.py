@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from compress.core.config import build
@@ -18,9 +18,19 @@ def _channel_is_none(value: object) -> object:
     return None if value in ("channel", -1, "-1") else value
 
 
+def _valid_pattern(pattern: str) -> str:
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+    return pattern
+
+
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_channel_is_none)]
 FormatName = Literal["compressed-tensors", "gptq", "awq"]
+Pattern = Annotated[str, AfterValidator(_valid_pattern)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -47,8 +57,8 @@ class WeightOnlyConfig(Grid):
     """
 
     format: FormatName = "compressed-tensors"
-    ignore: tuple[str, ...] = ()
-    overrides: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
+    ignore: tuple[Pattern, ...] = ()
+    overrides: Mapping[Pattern, Mapping[str, Any]] = Field(default_factory=dict)
 
     def stage(self, grids: Mapping[str, Grid]) -> Any:
         """The stage (compress.core.stage.Stage) that puts linears, by full name, on `grids`."""
@@ -77,6 +87,8 @@ def settle_grids(
     for pattern in (*config.ignore, *config.overrides):
         if not any(matches(name, pattern) for name in widths):
             raise InputError(_names_nothing(pattern, widths))
+    for pattern, change in config.overrides.items():
+        build(Grid, change, f"override for {pattern}")
     base = {name: getattr(config, name) for name in ("bits", "group_size", "symmetric")}
     asked: dict[str, Grid] = {}
     for name in widths:

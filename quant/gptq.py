@@ -70,9 +70,9 @@ class GptqConfig(WeightOnlyConfig):
     damping: float = Field(default=0.01, gt=0, le=1)
     shrinkage: float = Field(default=0.3, ge=0, le=1)
     act_order: bool = True
-    sweeps: int = Field(default=2, ge=0)
+    sweeps: int = Field(default=2, ge=0, le=1000)
     cross_moment: bool = False
-    clip_points: int = Field(default=12, ge=1)
+    clip_points: int = Field(default=12, ge=1, le=1000)
     clip_least: float = Field(default=0.5, gt=0, le=1)
 
     def stage(self, grids: Mapping[str, Grid]) -> "GptqStage":

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 
 from compress.cli.options import carry_out, run_options
 from compress.core.errors import InputError
@@ -106,6 +105,8 @@ def quantize_command(
 
 def _settings_of(changes: Sequence[str]) -> dict[str, Any]:
     """The method's settings, and its overrides, from `--set` arguments."""
+    from compress.recipe import parse_yaml
+
     settings: dict[str, Any] = {}
     overrides: dict[str, dict[str, Any]] = {}
     for change in changes:
@@ -117,7 +118,7 @@ def _settings_of(changes: Sequence[str]) -> dict[str, Any]:
                 f"--set '{change}' is not [LINEAR:]KEY=VALUE[,KEY=VALUE], e.g. down_proj:bits=8"
             )
         target = overrides.setdefault(pattern, {}) if colon else settings
-        target.update({key: yaml.safe_load(value) for key, _, value in pairs})
+        target.update({key: parse_yaml(value, f"--set {key}") for key, _, value in pairs})
     return settings | ({"overrides": overrides} if overrides else {})
 
 

@@ -1,12 +1,13 @@
 """Building frozen configuration dataclasses from flags and YAML, with one-line errors."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from compress.core.errors import InputError, nearest
+from compress.core.errors import InputError, nearest, shown
 
 T = TypeVar("T")
 
@@ -14,19 +15,34 @@ T = TypeVar("T")
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Return `cls(**values)`, checked.  `where` says what is being configured, for messages.
 
-    Raises InputError for an unknown key (with the nearest valid one) or a bad value.
+    Raises InputError for an unknown key (with the nearest valid one), a bad value, or text that
+    no file could hold.
     """
     allowed = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    for key in values:
+    for key, value in values.items():
         if key not in allowed:
+            hint = nearest(key, allowed) if isinstance(key, str) else "; keys are words"
             raise InputError(
-                f"unknown key '{key}' for {where}; allowed: {', '.join(allowed)}"
-                f"{nearest(key, allowed)}"
+                f"unknown key {shown(key)} for {where}; allowed: {', '.join(allowed)}{hint}"
             )
+        if isinstance(value, str | os.PathLike):
+            _check_text(key, os.fspath(value), where)
     try:
         return TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != "function-after")
         reason = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{where}: {place or 'value'} = {first['input']!r}: {reason}") from None
+        raise InputError(
+            f"{where}: {place or 'value'} = {shown(first['input'])}: {reason}"
+        ) from None
+
+
+def _check_text(key: str, text: str, where: str) -> None:
+    """Refuse text that cannot be a file's name or stand in one: the report repeats all of it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: {key} = {shown(text)} is not valid Unicode text") from None
+    if "\0" in text:
+        raise InputError(f"{where}: {key} = {shown(text)} holds a NUL character; take it out")

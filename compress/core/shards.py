@@ -25,14 +25,16 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from compress.core.errors import InputError
+from compress.core.errors import InputError, shown
 from compress.core.files import replacing, write_text
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # bits of an element, by safetensors' dtype names
-BITS_OF = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8}
-BITS_OF |= {f"{kind}{bits}": bits for kind in "UIF" for bits in (16, 32, 64)} | {"BF16": 16}
+BITS_OF = {"BOOL": 8, "U8": 8, "I8": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+BITS_OF |= {f"F8_{kind}": 8 for kind in ("E4M3", "E5M2", "E8M0", "E4M3FNUZ", "E5M2FNUZ")}
+BITS_OF |= {f"{kind}{bits}": bits for kind in "UIF" for bits in (16, 32, 64)}
+BITS_OF |= {"BF16": 16, "C64": 64}
 # the dtypes that checkpoints hold, by safetensors' names
 DTYPES = {
     "F64": torch.float64,
@@ -73,9 +75,12 @@ def all_finite(tensor: Tensor) -> bool:
 class ShardReader:
     """Random access to the tensors of a folder's safetensors files.
 
-    `shapes` and `dtypes` (safetensors' names for them) are read from the headers; `total_bytes` is
-    the files' size.
-    Raises InputError when the index names a missing file, or a file is truncated or corrupt.
+    `shapes` and `dtypes` (safetensors' names, such as BF16) map every tensor's name to what the
+    headers say; `total_bytes` is the files' size.  As in transformers, `model.safetensors` counts
+    if it is there, else the index, else every safetensors file of the folder.
+
+    Raises InputError when a file is missing, truncated or corrupt, when two files hold a tensor
+    of one name, or when the index is broken or contradicts the files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,37 +88,45 @@ class ShardReader:
         self._file_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        for path in self._files():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                        stored = file.get_slice(name)
-                        self._file_of[name] = path
-                        self.shapes[name] = tuple(stored.get_shape())
-                        self.dtypes[name] = stored.get_dtype()
-            except (SafetensorError, OSError) as error:
+        index = folder / INDEX_NAME
+        listed = None
+        if (folder / SINGLE_NAME).exists():
+            paths = [folder / SINGLE_NAME]
+        elif index.exists():
+            listed = _read_index(index)
+            paths = [folder / name for name in sorted(set(listed.values()))]
+        else:
+            paths = sorted(folder.glob("*.safetensors"))
+        for path in paths:
+            self._read_header(path)
+        for name, file_name in (listed or {}).items():
+            if (found := self._file_of.get(name)) != folder / file_name:
+                place = f"is in {found.name}" if found else "is in none of its files"
                 raise InputError(
-                    f"cannot read {path}: {error}; the file is truncated or corrupt, "
-                    "download it again"
-                ) from None
+                    f"{index} says that {file_name} holds tensor {name}, which {place}; "
+                    "download the model again"
+                )
         self.total_bytes = sum(path.stat().st_size for path in set(self._file_of.values()))
         if not self._file_of:
             raise InputError(f"'{folder}' holds no tensors; give a model folder with safetensors")
 
-    def _files(self) -> list[Path]:
-        index = self.folder / INDEX_NAME
-        if not index.exists():
-            return sorted(self.folder.glob("*.safetensors"))
+    def _read_header(self, path: Path) -> None:
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"cannot read {index}: {error!r}; download it again") from None
-        missing = [name for name in names if not (self.folder / name).is_file()]
-        if missing:
-            raise InputError(f"{index} names {missing[0]}, which is not there; download it again")
-        return [self.folder / name for name in names]
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    if name in self._file_of:
+                        raise InputError(
+                            f"tensor {name} is in {self._file_of[name].name} and in {path.name} "
+                            f"of '{self.folder}'; remove the file that does not belong there"
+                        )
+                    part = file.get_slice(name)
+                    self._file_of[name] = path
+                    self.shapes[name] = tuple(part.get_shape())
+                    self.dtypes[name] = part.get_dtype()
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"cannot read {path}: {error}; the file is truncated or corrupt, download it again"
+            ) from None
 
     @property
     def names(self) -> list[str]:
@@ -174,6 +187,30 @@ class ShardReader:
                 "the model is broken, use another copy"
             )
         return tensor
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor by the index of a sharded checkpoint; every file is there.
+
+    Raises InputError when the index is not one, or names files that are not in its folder.
+    """
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {index}: {error}; download it again") from None
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(listed, dict) or not listed:
+        raise InputError(f"{index} has no 'weight_map' of tensors and files; download it again")
+    present = {path.name for path in index.parent.glob("*.safetensors") if path.is_file()}
+    for name, file_name in listed.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+            raise InputError(
+                f"{index} places tensor {name} in {shown(file_name)}, which is not the name of a "
+                "file beside it; download it again"
+            )
+        if file_name not in present:
+            raise InputError(f"{index} names {file_name}, which is not there; download it again")
+    return listed
 
 
 @dataclass(frozen=True)

