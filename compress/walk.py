@@ -94,20 +94,16 @@ class Walk:
             self.clock.go_on_from(done[-1]["seconds"])
             stage.restore(done[-1]["state"])
             say(f"Going on after block {len(done)} of {model.num_blocks}")
-        results = [commit["result"] for commit in done]
         stop = model.num_blocks if stop is None else stop
-        if len(done) >= stop:
-            return results
-        streams = self._streams_before(len(done), with_originals)
+        streams = self._streams_before(len(done), with_originals) if len(done) < stop else None
         for index in track(range(len(done), stop), self.title, stop, done=len(done)):
             result = self._visit_one(index, streams, visit, propagate)
             processes().wait()  # until all have stored what enters the next block
             commit = {"result": result, "state": stage.state(), "seconds": self.clock.seconds}
             processes().first(partial(self.commits.put, numbered(name, index), commit))
             self._remove_all_but(streams)
-            results.append(result)
         self._remove_all_but(None)
-        return results
+        return [commit["result"] for commit in self.commits.series(name)]
 
     def _visit_one(
         self,

@@ -31,7 +31,8 @@ class Processes:
         if self.count > 1:
             from accelerate import PartialState
 
-            self.rank = PartialState(timeout=PATIENCE).process_index
+            PartialState(timeout=PATIENCE)  # joins the process group
+            self.rank = distributed.get_rank()
 
     @property
     def is_first(self) -> bool:

@@ -13,9 +13,9 @@ from compress.packed import PackedFolder
 
 
 def launch(processes, out, model, text_file, *more):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
-    command += ["--num_processes", str(processes), "--main_process_port", "0", "-m", "compress"]
-    command += ["quantize", str(model), "--method", "awq+gptq", "--group-size", "16"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes"]
+    command += [str(processes), *(["--multi_gpu"] if processes > 1 else []), "-m", "compress"]
+    command += ["quantize", str(model), "--method", "awq", "--group-size", "16"]
     command += ["--calibration", str(text_file), "--samples", "7", "--seq-len", "64"]
     command += ["--compute-dtype", "float32", "--out", str(out), "--json", *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -35,17 +35,17 @@ def outputs(model_folder, text_file, tmp_path_factory):
 
 def test_two_processes_find_what_one_finds(outputs):
     """Sums in another order: float32 rounding of the moments, and codes that lay on an edge."""
+    # measured: errors differ by 4e-7 of themselves, 6 codes in 10,000 by a step
     one, two = (json.loads((outputs / str(n) / "compress.json").read_text()) for n in (1, 2))
     assert one["calibration_sha256"] == two["calibration_sha256"]
     for layer, other in zip(one["layers"], two["layers"], strict=True):
         assert layer["name"] == other["name"]
         if layer["method"]:
-            # one code of a thousand on another side, in matrices of some 4,000 weights
-            assert layer["output_error"] == pytest.approx(other["output_error"], rel=0.02)
+            assert layer["output_error"] == pytest.approx(other["output_error"], rel=1e-5)
     first, second = (PackedFolder(resolve_model(str(outputs / str(n)))) for n in (1, 2))
     weights = {name: (first.weight(name), second.weight(name)) for name in first.linears}
     equal = torch.cat([(a.codes == b.codes).flatten() for a, b in weights.values()])
-    assert equal.float().mean() > 0.99
+    assert equal.float().mean() > 0.995
 
 
 def test_too_few_samples_for_the_processes(model_folder, text_file, tmp_path):
