@@ -11,7 +11,9 @@ import torch
 from compress import calibration
 from compress.core.blocks import linears_of
 from compress.core.commits import Commits
+from compress.core.errors import InputError
 from compress.core.outfolder import OutputFolder
+from compress.core.processes import processes
 from compress.core.resources import free_disk, free_memory
 from compress.core.stage import Block
 from compress.preflight import Job, check_resources, kept_in_memory, needs_of, preflight
@@ -26,6 +28,8 @@ def plan_recipe(
 
     Raises InputError where `run_recipe` would, but for what only reading weights and text shows.
     """
+    if processes().count > 1:
+        raise InputError("a dry run takes one process; run it without accelerate launch")
     job = preflight(recipe)
     memory = kept_in_memory(activation_memory)
     needs = needs_of(job, memory)
@@ -50,7 +54,8 @@ def plan_recipe(
         "output_bytes": needs.output,
         "disk_bytes": needs.disk,
         "disk_free_bytes": free_disk(recipe.out.absolute().parent),
-        "memory_bytes": needs.memory,
+        "memory_bytes": needs.host,
+        "gpu_memory_bytes": needs.device,
         "memory_free_bytes": free_memory(),
         "activation_bytes": needs.activations,
         "activation_memory_bytes": memory,

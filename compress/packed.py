@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compress.core.blocks import build_skeleton, linears_of, transformers_config
+from compress.core.blocks import linears_of
 from compress.core.errors import InputError
 from compress.core.shards import ShardReader
+from compress.core.skeleton import build_skeleton, transformers_config
 from compress.core.source import ModelSource, read_config
 from compress.quant.config import Grid
 from compress.quant.formats import FORMATS

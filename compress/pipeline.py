@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from compress import calibration, checkpoint
 from compress.core.blocks import BlockModel, linears_of
 from compress.core.commits import numbered
-from compress.core.errors import InputError
+from compress.core.errors import InputError, reason_of
 from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
 from compress.core.shards import DTYPES, ShardWriter, StreamedTensor, all_finite, hashed
@@ -68,6 +68,18 @@ def run_recipe(
         except InputError:  # the same run would end here again
             first(folder.commits.clear)
             raise
+        except (MemoryError, RuntimeError) as error:
+            if not _is_about_memory(error):
+                raise
+            raise InputError(
+                f"out of memory ({reason_of(error)}); what was done is kept: close something, or "
+                "pass a smaller --activation-memory, and run the same command again to go on"
+            ) from error
+
+
+def _is_about_memory(error: Exception) -> bool:
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)  # PyTorch on a CPU
 
 
 def _compress(walk: Walk, folder: OutputFolder) -> dict[str, Any]:

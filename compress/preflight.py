@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from compress import calibration
 from compress.core.blocks import BlockModel, linears_of
@@ -23,7 +22,6 @@ from compress.quant.weight import QuantizedWeight
 from compress.recipe import Recipe
 
 INTERPRETER_BYTES = 500_000_000  # Python, PyTorch and transformers, imported
-WORKING_COPIES = 8  # of the largest matrix, while a method searches; measured on AWQ and GPTQ
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes: of the output; of disk at once; of hidden states between blocks; of memory."""
+    """Bytes that a run takes.
+
+    output       tensors of the output, exactly
+    disk         at once, at most
+    activations  hidden states between two blocks
+    host         memory of this process, about
+    device       memory of the GPU, about; 0 on a CPU
+    """
 
     output: int
     disk: int
     activations: int
-    memory: int
+    host: int
+    device: int
 
 
 def preflight(recipe: Recipe) -> Job:
@@ -93,29 +99,27 @@ def kept_in_memory(asked: int | None) -> int:
 
 
 def needs_of(job: Job, activation_memory: int) -> Needs:
-    """What a run will take: the output's size exactly, the rest about."""
-    model, stage, recipe = job.model, job.stage, job.recipe
+    """What a run will take, from shapes."""
+    model, stage, data = job.model, job.stage, job.recipe.calibration
     output = _output_bytes(job)
-    element = model.compute_dtype.itemsize
-    activations = 0
+    activations = working = 0
     if stage.needs_statistics:
-        tokens = recipe.calibration.samples * recipe.calibration.seq_len
         streams = 2 if stage.needs_reference else 1
-        activations = tokens * model.config.get_text_config().hidden_size * element * streams
-    block = max(_parameters(model.meta_block(index)) for index in range(model.num_blocks))
-    linears = [
-        m for index in range(model.num_blocks) for m in linears_of(model.meta_block(index)).values()
-    ]
-    largest = max(m.in_features * m.out_features for m in linears)
-    memory = INTERPRETER_BYTES + 4 * block + min(activations, activation_memory)
-    if stage.needs_statistics:
-        widest = max(m.in_features for m in linears)
-        moments = sum(m.in_features**2 for m in linears_of(model.meta_block(0)).values())
-        largest = max(largest, widest**2)
-        memory += 4 * moments
-    memory += 4 * WORKING_COPIES * largest
+        width = model.config.get_text_config().hidden_size * model.compute_dtype.itemsize
+        activations = data.samples * data.seq_len * width * streams
+    for index in range(model.num_blocks):
+        block = model.meta_block(index)
+        widths = [linear.in_features for linear in linears_of(block).values()]
+        weights = 4 * sum(parameter.numel() for parameter in block.parameters())
+        moments = 4 * sum(width**2 for width in widths) if stage.needs_statistics else 0
+        matrices = 4 * stage.workspace * max(width**2 for width in widths)
+        # while it works, a method may hold the block twice
+        working = max(working, weights + moments + max(weights, matrices))
+    on_gpu = job.device.type != "cpu"
+    host = INTERPRETER_BYTES + min(activations, activation_memory) + (0 if on_gpu else working)
     merged = output if output <= SINGLE_FILE_BYTES else 0
-    return Needs(output, output + merged + 2 * activations, activations, memory)
+    disk = output + merged + 2 * activations
+    return Needs(output, disk, activations, host, working if on_gpu else 0)
 
 
 def check_resources(job: Job, needs: Needs, folder: OutputFolder) -> None:
@@ -127,20 +131,24 @@ def check_resources(job: Job, needs: Needs, folder: OutputFolder) -> None:
             f"output '{folder.out}' takes up to {in_words(needs.disk)} of disk while it is made, "
             f"and '{place}' has {in_words(free)} free; free some, or put --out elsewhere"
         )
-    memory = needs.memory
-    source = job.recipe.calibration.source
-    if job.stage.needs_statistics and source == "self":
+    free = free_memory()
+    if job.stage.needs_statistics and job.recipe.calibration.source == "self":
         whole = job.model.num_parameters * (2 if native_bfloat16(job.device) else 4)
-        if whole > free_memory():
+        if job.device.type == "cpu" and whole > free:
             raise InputError(
                 f"calibration on text that the model samples itself loads the whole model, "
-                f"{in_words(whole)}, and {in_words(free_memory())} of memory are free; give "
-                "--calibration a text file or a data set"
+                f"{in_words(whole)}, and {in_words(free)} of memory are free; give --calibration "
+                "a text file or a data set"
             )
-    if job.device.type == "cpu" and memory > (free := free_memory()):
+    if needs.host > free:
         raise InputError(
-            f"this run takes about {in_words(memory)} of memory, and {in_words(free)} are free; "
-            "close something, or lower --activation-memory"
+            f"this run takes about {in_words(needs.host)} of memory, and {in_words(free)} are "
+            "free; close something, or lower --activation-memory"
+        )
+    if needs.device and needs.device > (free := torch.cuda.mem_get_info(job.device)[0]):
+        raise InputError(
+            f"a block takes about {in_words(needs.device)} of GPU memory, and {in_words(free)} "
+            "are free; close what else uses the GPU, or hide it with CUDA_VISIBLE_DEVICES="
         )
 
 
@@ -176,7 +184,3 @@ def _packed_bytes(format: Format, grid: Grid, shape: tuple[int, ...], dtype: tor
     codes = torch.empty(shape, dtype=torch.int8, device="meta")
     packed = format.pack_weight(QuantizedWeight(codes, scale, zero, grid.bits, group))
     return sum(tensor.nbytes for tensor in packed.values())
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

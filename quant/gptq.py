@@ -38,6 +38,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor, nn
 
 from compress.core.errors import InputError
+from compress.core.shards import all_finite
 from compress.core.stage import Block
 from compress.quant.config import Grid, WeightOnlyConfig
 from compress.quant.scales import ScaleSearch, usable
@@ -94,6 +95,7 @@ class GptqStage(WeightOnlyStage):
 
     method: ClassVar[str] = "gptq"
     needs_statistics: ClassVar[bool] = True
+    workspace: ClassVar[int] = 6  # in Factor.of, and what the sweeps hold
 
     def __init__(self, config: GptqConfig, grids: Mapping[str, Grid]) -> None:
         super().__init__(config, grids)
@@ -208,7 +210,7 @@ class Factor:
             if failed:
                 continue
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and upper.isfinite().all():
+            if not failed and all_finite(upper):
                 raised = f"damping raised to {damping:g}" if attempt else ""
                 return Factor(order, damped, upper, damping, raised)
         raise InputError(

@@ -37,6 +37,7 @@ class WeightOnlyStage:
     needs_statistics: ClassVar[bool]
     needs_reference: bool = False
     decides_globally: ClassVar[bool] = False
+    workspace: ClassVar[int] = 1
 
     def __init__(self, config: WeightOnlyConfig, grids: Mapping[str, Grid]) -> None:
         self.config = config

@@ -42,9 +42,11 @@ def print_plan(plan: dict[str, Any]) -> None:
         "time": f"about {_duration(plan['seconds'])}, by the second block on one batch",
     }
     if plan["sampling_seconds"]:
-        rows["of that sampling"] = f"{_duration(plan['sampling_seconds'])} of calibration text"
-    for name in ("hidden states",) if not plan["activation_bytes"] else ():
-        del rows[name]
+        rows["of that, sampling"] = f"{_duration(plan['sampling_seconds'])}, of calibration text"
+    if not plan["activation_bytes"]:
+        del rows["hidden states"]
+    if plan["gpu_memory_bytes"]:
+        rows["GPU memory"] = f"about {sizes['gpu_memory_bytes']}"
     print_pairs("Plan (nothing was written; weights were not checked)", rows)
 
 

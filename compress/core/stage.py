@@ -83,6 +83,7 @@ class Stage(Protocol):
     needs_statistics: ClassVar[bool]
     needs_reference: bool  # cross moments with the inputs of the original model
     decides_globally: ClassVar[bool]
+    workspace: ClassVar[int]  # [K, K] float32 matrices at once, for the widest input: an estimate
 
     def collect(self, block: Block) -> Any: ...
 

@@ -118,6 +118,7 @@ def test_help_states_the_dataclasses_defaults():
         f.name: f.default for cls in (Recipe, CalibrationConfig, AwqConfig) for f in fields(cls)
     }
     defaults |= {"calibration": CalibrationConfig().source}
+    defaults |= {"activation_memory": "a quarter of what is free"}  # kept_in_memory
     for name in ("samples", "seq_len", "seed"):
         defaults[name] = getattr(CalibrationConfig(), name)
     words = {("symmetric", True): "symmetric", ("clip", True): "clip"}
@@ -128,7 +129,7 @@ def test_help_states_the_dataclasses_defaults():
             value = defaults[option.name]
             assert stated[1] == words.get((option.name, value), str(value)), option.name
             checked += 1
-    assert checked == 10
+    assert checked == 11
 
 
 BAD_FLAGS = [
@@ -327,14 +328,54 @@ def test_two_runs_on_one_output(model, text_file, tmp_path):
     assert (tmp_path / "out" / "file").read_text() == "done"
 
 
-def test_interrupt_leaves_nothing(model, text_file, tmp_path, monkeypatch):
+def test_an_interrupt_keeps_what_was_done(model, text_file, tmp_path, monkeypatch):
     from compress.core.shards import ShardWriter
 
     def interrupt(self, parts):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ShardWriter, "finish", interrupt)
-    done = quantize(model, tmp_path / "out", text_file)
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardWriter, "finish", interrupt)
+        done = quantize(model, tmp_path / "out", text_file)
     assert done.exit_code == 130
     assert "Interrupted" in done.stderr
-    assert not list(tmp_path.glob(".out*"))
+    assert "What was done is kept: run the same command again" in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = quantize(model, tmp_path / "out", text_file)
+    assert done.exit_code == 0
+    assert "Going on after block 2 of 2" in done.stderr
+    assert [path.name for path in tmp_path.glob(".out*")] == []
+
+
+def test_dry_run_writes_nothing_and_foretells_sizes(model, text_file, tmp_path):
+    out = tmp_path / "out"
+    before = sorted(tmp_path.rglob("*"))
+    plan = quantize(model, out, text_file, "--dry-run", "--json")
+    shown = quantize(model, out, text_file, "--dry-run")
+    assert plan.exit_code == shown.exit_code == 0, plan.output
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "nothing was written" in shown.stdout
+    plan = json.loads(plan.stdout)
+    report = json.loads(quantize(model, out, text_file, "--json").stdout)
+    assert plan["output_bytes"] == report["sizes"]["bytes"]
+    assert (
+        plan["activation_bytes"]
+        == 4 * 64 * 48 * {"bfloat16": 2, "float32": 4}[report["compute_dtype"]]
+    )
+    assert plan["disk_bytes"] >= 2 * plan["output_bytes"]
+    assert plan["seconds"] > 0
+    assert plan["linears"] == 14
+
+
+@pytest.mark.parametrize(
+    ("given", "bytes_"), [("500MB", 5e8), ("2 GiB", 2 << 30), ("1.5k", 1500), ("7", 7)]
+)
+def test_sizes(given, bytes_):
+    from compress.cli.options import Size
+
+    assert Size()(given) == bytes_
+
+
+def test_no_size(model, text_file, tmp_path):
+    done = quantize(model, tmp_path / "out", text_file, "--activation-memory", "much")
+    check_refused(done, "'much' is no size; give a number and a unit, such as 500MB")

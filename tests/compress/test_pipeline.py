@@ -309,10 +309,13 @@ def test_failure_leaves_nothing_under_the_final_name(
     model_folder, text_file, tmp_path, monkeypatch
 ):
     out = tmp_path / "out"
-    monkeypatch.setattr(pipeline.checkpoint, "write_side_files", _full_disk)
-    with pytest.raises(InputError, match="No space left"):
-        quantize(model_folder(), out, text_file, group_size=16)
-    assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == []
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline.checkpoint, "write_side_files", _full_disk)
+        with pytest.raises(InputError, match="No space left"):
+            quantize(model_folder(), out, text_file, group_size=16)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.progress"]
+    quantize(model_folder(), out, text_file, group_size=16)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def _full_disk(*_args):
