@@ -109,12 +109,15 @@ def needs_of(job: Job, activation_memory: int) -> Needs:
         activations = data.samples * data.seq_len * width * streams
     for index in range(model.num_blocks):
         block = model.meta_block(index)
-        widths = [linear.in_features for linear in linears_of(block).values()]
+        linears = linears_of(block).values()
+        widths = [linear.in_features for linear in linears]
         weights = 4 * sum(parameter.numel() for parameter in block.parameters())
         moments = 4 * sum(width**2 for width in widths) if stage.needs_statistics else 0
         matrices = 4 * stage.workspace * max(width**2 for width in widths)
-        # while it works, a method may hold the block twice
-        working = max(working, weights + moments + max(weights, matrices))
+        # A method may hold the block twice while it tries things out, and errors are computed on
+        # copies of a linear.
+        errors = 3 * 4 * max(linear.in_features * linear.out_features for linear in linears)
+        working = max(working, weights + moments + errors + max(weights, matrices))
     on_gpu = job.device.type != "cpu"
     host = INTERPRETER_BYTES + min(activations, activation_memory) + (0 if on_gpu else working)
     merged = output if output <= SINGLE_FILE_BYTES else 0

@@ -153,7 +153,7 @@ def test_digest_sees_every_element_and_every_dtype(tmp_path):
         (
             "self",
             100_000,
-            "loads the whole model, .* kB, and 100 kB of memory are free",
+            "loads the whole model, .* kB, and 10 kB of memory are free",
         ),
     ],
 )
