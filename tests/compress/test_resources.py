@@ -152,7 +152,7 @@ def test_digest_sees_every_element_and_every_dtype(tmp_path):
         ("text", 10_000_000, "takes about 5.. MB of memory, and 10 MB are free"),
         (
             "self",
-            100_000,
+            10_000,
             "loads the whole model, .* kB, and 10 kB of memory are free",
         ),
     ],
