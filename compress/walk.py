@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from compress.core.activations import Activations
 from compress.core.blocks import call_block
 from compress.core.commits import Commits, numbered
+from compress.core.errors import InputError
 from compress.core.processes import processes
 from compress.core.progress import say, track
+from compress.core.shards import all_finite
 from compress.core.stage import Block
 from compress.core.statistics import InputStatistics, collecting
 from compress.preflight import Job
@@ -144,7 +146,10 @@ class Walk:
         kwargs: list[dict[str, Any]],
         propagate: bool,
     ) -> list[InputStatistics]:
-        """Run a block as it is on all batches; returns statistics of its linears' inputs."""
+        """Run a block as it is on all batches; returns statistics of its linears' inputs.
+
+        Raises InputError when one is NaN or infinite, which the weights need not be for it.
+        """
         model = self.job.model
         runner = model.compute_copy(module)
         paired = streams.originals is not None
@@ -164,6 +169,12 @@ class Walk:
                 continue
         for statistic in statistics:
             statistic.pool(processes())
+            if not all_finite(statistic.max_abs):
+                raise InputError(
+                    f"what enters {', '.join(statistic.linears)} of {model.block_name(index)} is "
+                    f"NaN or infinite in {str(model.compute_dtype).removeprefix('torch.')}; try "
+                    "--compute-dtype float32, and if it comes again the model is broken"
+                )
         return statistics
 
     def _run_pair(

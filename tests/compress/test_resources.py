@@ -124,6 +124,29 @@ def test_broken_weights_are_named_before_the_first_block(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_activations_that_overflow_are_named(method, model_folder, text_file, tmp_path):
+    """Finite weights whose products float16 does not hold, in the second of two blocks."""
+    folder = shutil.copytree(model_folder("qwen2"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e5
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    values = {
+        "model": str(folder),
+        "out": tmp_path / "out",
+        "compute_dtype": "float16",
+        "calibration": {"source": str(text_file), "samples": 8, "seq_len": 64},
+        "stages": [{"method": method, "group_size": 16}],
+    }
+    message = (
+        "what enters mlp.down_proj of model.layers.1 is NaN or infinite in float16; try"
+    )
+    with pytest.raises(InputError, match=message):
+        run_recipe(build_recipe(values))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    run_recipe(build_recipe(values | {"compute_dtype": "float32"}))
+
+
 def test_digest_sees_every_element_and_every_dtype(tmp_path):
     """One element changed, two exchanged, or a tensor renamed: another hash."""
     tensors = {"a": torch.arange(12.0).view(3, 4), "b": torch.ones(5, dtype=torch.int64)}
