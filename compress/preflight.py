@@ -1,6 +1,7 @@
 """What can be known before the first block: whether it will work, and what it will take."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -164,9 +165,12 @@ def _output_bytes(job: Job) -> int:
     for index in range(model.num_blocks):
         names = model.block_names(index)
         total += sum(_float_bytes(model, n, job.dtype) for n in names if n not in packed)
-    for name, grid in job.grids.items():
-        shape = model.reader.shapes[model.stored_name(f"{name}.weight")]
-        total += _packed_bytes(format, grid, shape, job.dtype)
+    shapes = model.reader.shapes
+    kinds = Counter(
+        (grid, shapes[model.stored_name(f"{name}.weight")]) for name, grid in job.grids.items()
+    )
+    for (grid, shape), count in kinds.items():
+        total += count * _packed_bytes(format, grid, shape, job.dtype)
     return total
 
 

@@ -190,13 +190,14 @@ class Walk:
 
     def _streams_before(self, index: int, with_originals: bool) -> Streams | None:
         """What enters block `index`: from the embeddings, or as a broken-off run has stored it."""
-        if self.tokens is None:
+        tokens = self.tokens
+        if tokens is None:
             return None
-        size = max(1, TOKENS_PER_BATCH // self.tokens.shape[1])
+        size = max(1, TOKENS_PER_BATCH // tokens.shape[1])
         kwargs: list[list[dict[str, Any]]] = []
 
         def first_inputs() -> Iterator[Tensor]:
-            for states, given in self.job.model.capture_inputs(self.tokens.split(size)):
+            for states, given in self.job.model.capture_inputs(tokens.split(size)):
                 kwargs.append(given)
                 yield states
 

@@ -314,7 +314,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor | StreamedTensor]) -> No
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _header_of(path: Path) -> tuple[int, dict[str, Any]]:

@@ -138,9 +138,7 @@ def test_activations_that_overflow_are_named(method, model_folder, text_file, tm
         "calibration": {"source": str(text_file), "samples": 8, "seq_len": 64},
         "stages": [{"method": method, "group_size": 16}],
     }
-    message = (
-        "what enters mlp.down_proj of model.layers.1 is NaN or infinite in float16; try"
-    )
+    message = "what enters mlp.down_proj of model.layers.1 is NaN or infinite in float16; try"
     with pytest.raises(InputError, match=message):
         run_recipe(build_recipe(values))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
