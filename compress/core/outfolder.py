@@ -73,8 +73,11 @@ class OutputFolder:
         try:
             if not self.output.is_dir():  # never begun, or killed when all was done
                 self.commits.clear()
-            for leftover in self.progress.rglob(".*.partial"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            for leftover in list(self.progress.rglob(".*.partial")):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink(missing_ok=True)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise

@@ -4,7 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,10 +14,17 @@ from safetensors.torch import load_file, save_file
 
 from compress import walk
 from compress.core.activations import Activations
+from compress.core.blocks import linears_of
 from compress.core.commits import Commits, numbered
 from compress.core.errors import InputError
 from compress.core.shards import ShardWriter
+from compress.core.stage import BlockOutcome
 from compress.pipeline import run_recipe
+from compress.quant.awq import AwqConfig
+from compress.quant.awq_gptq import AwqGptqConfig
+from compress.quant.config import Grid
+from compress.quant.folds import Fold
+from compress.quant.rtn import RtnConfig, RtnStage
 from compress.recipe import build_recipe
 
 QUICK = {"scale_points": 3, "clip_points": 3}
@@ -168,3 +177,85 @@ def test_activations_keep_what_fits(tmp_path):
     assert not stored._kept
     stored.remove()
     assert not list(tmp_path.iterdir())
+
+
+class _CarryingStage(RtnStage):
+    """Decides on all blocks together, and carries a number from block to block."""
+
+    needs_statistics = True
+    decides_globally = True
+    calls: ClassVar[list[str]] = []
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.seen = 0
+
+    def collect(self, block):
+        self.calls.append(f"collect {block.index}")
+        return block.inputs[0].mean_abs
+
+    def decide(self, summaries):
+        self.calls.append("decide")
+        return {"sums": torch.stack([summary.sum() for summary in summaries])}
+
+    def apply(self, block, plan):
+        self.calls.append(f"apply {block.index}")
+        self.seen += 1
+        outcome = super().apply(block, None)
+        note = f"{self.seen} of {len(plan['sums'])}, {plan['sums'][block.index]:.3f}"
+        layers = [replace(layer, note=note) for layer in outcome.layers]
+        return BlockOutcome(outcome.tensors, outcome.replaces, layers)
+
+    def state(self):
+        return self.seen
+
+    def restore(self, state):
+        self.seen = state
+
+
+@pytest.mark.parametrize("broken", ["collect-00001", "plan", "apply-00001"])
+def test_a_stage_that_decides_globally_and_carries_a_state(
+    broken, model_folder, text_file, tmp_path, monkeypatch
+):
+    """Broken off before a commit and taken up again: what was committed is not done twice."""
+    calls = _CarryingStage.calls
+    monkeypatch.setattr(RtnConfig, "stage", lambda *given: _CarryingStage(*given))
+    values = values_for(model_folder(layers=3), text_file, "rtn")
+    calls.clear()
+    whole = run_recipe(build_recipe(values | {"out": tmp_path / "whole"}))
+    in_order = [f"{act} {index}" for act in ("collect", "apply") for index in range(3)]
+    assert calls == [*in_order[:3], "decide", *in_order[3:]]
+
+    put = Commits.put
+
+    def full(self, name, value):
+        if name == broken:
+            raise OSError(28, "No space left on device")
+        put(self, name, value)
+
+    recipe = build_recipe(values | {"out": tmp_path / "out"})
+    calls.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(Commits, "put", full)
+        with pytest.raises(InputError, match="No space left"):
+            run_recipe(recipe)
+    again = run_recipe(recipe)
+    assert again["layers"] == whole["layers"]
+    repeated = "decide" if broken == "plan" else broken.replace("-0000", " ")
+    assert {call for call in calls if calls.count(call) > 1} == {repeated}
+
+
+@pytest.mark.parametrize("config", [AwqConfig, AwqGptqConfig])
+def test_folds_are_carried_over(config, one_block, tmp_path):
+    """The state of one stage, through a commit, makes another know the same folds."""
+    block, _ = one_block("llama")
+    linears = linears_of(block.module)
+    grids = {block.full_name(name): Grid(group_size=16) for name in linears}
+    stage, other = (config(group_size=16).stage(grids) for _ in range(2))
+    stage.apply(block, None)
+    commits = Commits(tmp_path)
+    commits.put("state", stage.state())
+    other.restore(commits.get("state"))
+    assert other.scaling._folds == stage.scaling._folds
+    assert len(other.scaling._folds) == 4
+    assert all(isinstance(fold, Fold) for fold in other.scaling._folds.values())
