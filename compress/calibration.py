@@ -245,7 +245,7 @@ def _sample_from_model(
     Attention over the growing context is what costs on a CPU, so a sample longer than
     SELF_LENGTH is made of several pieces.
     """
-    model = load_model(source.folder, "bfloat16" if native_bfloat16(device) else "float32", device)
+    model = _sampling_model(source, device)
     generator = torch.Generator().manual_seed(config.seed)
     rows, length, pieces = _pieces(config)
     batches = []
@@ -259,7 +259,7 @@ def _sample_from_model(
 
 def sampling_seconds(config: CalibrationConfig, source: ModelSource, device: torch.device) -> float:
     """About how long sampling text will take, by its first steps; later ones take longer."""
-    model = load_model(source.folder, "bfloat16" if native_bfloat16(device) else "float32", device)
+    model = _sampling_model(source, device)
     rows, length, _ = _pieces(config)
     size = min(SELF_BATCH, rows)
     _, steps = _sampled_batch(model, size, length, torch.Generator().manual_seed(0))
@@ -267,6 +267,10 @@ def sampling_seconds(config: CalibrationConfig, source: ModelSource, device: tor
     if len(ends) < 2:
         return 0.0
     return (ends[-1] - ends[0]) / (len(ends) - 1) * length * math.ceil(rows / size)
+
+
+def _sampling_model(source: ModelSource, device: torch.device) -> Any:
+    return load_model(source.folder, "bfloat16" if native_bfloat16(device) else "float32", device)
 
 
 def _pieces(config: CalibrationConfig) -> tuple[int, int, int]:

@@ -30,11 +30,11 @@ def plan_recipe(
     """
     if processes().count > 1:
         raise InputError("a dry run takes one process; run it without accelerate launch")
+    folder = OutputFolder(recipe.out, overwrite)
+    folder.check()
     job = preflight(recipe)
     memory = kept_in_memory(activation_memory)
     needs = needs_of(job, memory)
-    folder = OutputFolder(recipe.out, overwrite)
-    folder.check()
     check_resources(job, needs, folder)
     sampling = 0.0
     if job.stage.needs_statistics and recipe.calibration.source == "self":

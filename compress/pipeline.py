@@ -53,12 +53,12 @@ def run_recipe(
     source, the machine or the output folder will not do.
     """
     clock = Clock()
-    job = preflight(recipe)
-    memory = kept_in_memory(activation_memory)
     folder = OutputFolder(recipe.out, overwrite)
     first = processes().first
+    first(folder.check)
+    job = preflight(recipe)
+    memory = kept_in_memory(activation_memory)
     with ExitStack() as stack:
-        first(folder.check)
         first(lambda: check_resources(job, needs_of(job, memory), folder))
         first(lambda: stack.enter_context(folder))
         first(lambda: folder.begin(_identity(job), restart))

@@ -47,6 +47,9 @@ DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -173,12 +176,14 @@ class ShardReader:
         """Ask the system to read these tensors into its page cache, without waiting for it."""
         if not hasattr(os, "posix_fadvise"):  # macOS, Windows
             return
-        for name in names:
-            path = self._file_of[name]
+        names = list(names)
+        for path in dict.fromkeys(self._file_of[name] for name in names):
             data, header = _header_of(path)
-            start, stop = header[name]["data_offsets"]
             with path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), data + start, stop - start, os.POSIX_FADV_WILLNEED)
+                for name in (name for name in names if self._file_of[name] == path):
+                    start, stop = header[name]["data_offsets"]
+                    place = (data + start, stop - start)
+                    os.posix_fadvise(file.fileno(), *place, os.POSIX_FADV_WILLNEED)
 
     def _checked(self, name: str, tensor: Tensor) -> Tensor:
         if not all_finite(tensor):
