@@ -43,7 +43,9 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
             "[default: a quarter of what is free]",
         ),
         click.option(
-            "--dry-run", is_flag=True, help="Check everything, print sizes and time, write nothing."
+            "--dry-run",
+            is_flag=True,
+            help="Check all but the weights' values, print sizes and time, write nothing.",
         ),
         click.option(
             "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
