@@ -25,10 +25,10 @@ from compress.core.outfolder import OutputFolder
 from compress.core.progress import say, track
 from compress.core.shards import ShardWriter
 from compress.core.source import gguf_file, resolve_model
-from compress.gguf import GgufModel
-from compress.packed import PackedFolder
 from compress.quant.config import Grid
 from compress.quant.formats import FORMATS, Format
+from compress.quant.gguf import GgufModel
+from compress.quant.packed import PackedFolder
 from compress.quant.weight import QuantizedWeight
 
 

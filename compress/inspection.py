@@ -6,8 +6,8 @@ from typing import Any
 
 from compress.core.shards import ShardReader
 from compress.core.source import ModelSource, read_config
-from compress.packed import PackedFolder
 from compress.quant.formats import FORMATS
+from compress.quant.packed import PackedFolder
 
 
 def inspect_folder(folder: Path) -> dict[str, Any]:

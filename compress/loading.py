@@ -102,7 +102,7 @@ def _load_unpacked(folder: Path, settings: dict[str, Any]) -> Any:
     from transformers import GenerationConfig
 
     from compress.core.source import ModelSource
-    from compress.packed import PackedFolder  # imports torch
+    from compress.quant.packed import PackedFolder  # imports torch
 
     packed = PackedFolder(ModelSource(str(folder), folder))
     dtype = settings["dtype"]

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from compress.core.errors import InputError, nearest
-from compress.packed import PackedFolder
 from compress.quant.config import Grid
 from compress.quant.formats.gptq import FUSED
+from compress.quant.packed import PackedFolder
 
 MARLIN_GROUPS = (None, 32, 64, 128)  # vLLM and SGLang, marlin_utils.py: -1 is one scale a row
 

@@ -27,7 +27,7 @@ def inspect_command(ctx: click.Context, model: str, target: str | None, as_json:
 
     source = resolve_model(model)
     if target is not None:
-        from compress.packed import PackedFolder
+        from compress.quant.packed import PackedFolder
         from compress.targets import check_target
 
         verdict = check_target(PackedFolder(source), target)

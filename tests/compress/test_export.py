@@ -15,8 +15,8 @@ from compress.core.source import ModelSource, resolve_model
 from compress.export import export_model
 from compress.inspection import inspect_folder
 from compress.loading import load_model
-from compress.packed import PackedFolder
 from compress.pipeline import run_recipe
+from compress.quant.packed import PackedFolder
 from compress.recipe import build_recipe
 
 TOKENS = torch.randint(3, 120, (2, 40), generator=torch.Generator().manual_seed(3))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compress.core.source import resolve_model
-from compress.packed import PackedFolder
+from compress.quant.packed import PackedFolder
 
 
 def launch(processes, out, model, text_file, *more):

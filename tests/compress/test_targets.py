@@ -11,9 +11,9 @@ from compress.cli import main
 from compress.core.errors import InputError
 from compress.core.source import ModelSource
 from compress.loading import load_model
-from compress.packed import PackedFolder
 from compress.pipeline import run_recipe
 from compress.quant.config import Grid
+from compress.quant.packed import PackedFolder
 from compress.recipe import build_recipe
 from compress.targets import TARGETS, Contents, check_target
 
