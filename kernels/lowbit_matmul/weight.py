@@ -1,0 +1,69 @@
+"""A linear layer as the runtime holds it: dense, or integer codes on a grid.
+
+    y = x Wᵀ + bias          W dense, or  W[o, i] = codes[o, i] * scale[o, i // G] + shift[o, i // G]
+
+Every integer format of a checkpoint becomes this one form: shift = offset - zero_point * scale.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 22  # de-quantized at a time, so that float32 is never a second whole copy
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """Weight [out, in] of a linear layer, and its bias.  Either `dense` or `codes` is there.
+
+    dense       [out, in], any float dtype
+    codes       int8 [out, in], signed, in [-2^(bits-1), 2^(bits-1) - 1]
+    scale       float32 [out, in / group_size]; may be negative
+    shift       float32 [out, in / group_size], or None where it is zero everywhere
+    group_size  input columns that share a scale; divides `in` (`in` itself when dense)
+    bits        of a code; of an element when dense
+    bias        float32 [out], or None
+    """
+
+    dense: Tensor | None
+    codes: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    group_size: int
+    bits: int
+    bias: Tensor | None = None
+
+    @classmethod
+    def of_dense(cls, weight: Tensor, bias: Tensor | None = None) -> "LinearWeight":
+        """A weight [out, in] in a float dtype, without copying it."""
+        bits = 8 * weight.element_size()
+        return cls(weight, None, None, None, weight.shape[1], bits, bias)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)"""
+        stored = self.codes if self.dense is None else self.dense
+        assert stored is not None
+        return stored.shape[0], stored.shape[1]
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] in `dtype`: computed in float32, rounded once.
+
+        A dense weight that is in `dtype` already is returned itself.
+        """
+        if self.dense is not None:
+            return self.dense.to(dtype)
+        assert self.codes is not None
+        assert self.scale is not None
+        rows, columns = self.shape
+        weight = torch.empty(rows, columns, dtype=dtype, device=self.codes.device)
+        step = max(1, CHUNK_ELEMENTS // columns)
+        for start in range(0, rows, step):
+            run = slice(start, start + step)
+            part = self.codes[run].float().view(-1, columns // self.group_size, self.group_size)
+            part *= self.scale[run].unsqueeze(-1)
+            if self.shift is not None:
+                part += self.shift[run].unsqueeze(-1)
+            weight[run] = part.view(-1, columns)
+        return weight
