@@ -61,7 +61,8 @@ def export_model(
     with OutputFolder(out, overwrite) as work:
         work.begin({"export": model, "format": format_name})
         path = gguf_file(model)
-        source = GgufModel(model, path) if path else PackedFolder(resolve_model(model))
+        resolved = resolve_model(model)
+        source = GgufModel(resolved, path) if path else PackedFolder(resolved)
         stored = _stored_dtype(source.config)
         survey = _survey(source, target, format_name, stored)
         if survey.rounded:

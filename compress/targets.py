@@ -192,6 +192,13 @@ def sglang_gptq(contents: Contents) -> Iterator[Objection]:
         )
 
 
+def not_packed(contents: Contents) -> Iterator[Objection]:
+    """compressed-tensors' `int-quantized` with weights alone, which no tool writes by default."""
+    groups = contents.scheme.get("config_groups", {}).values()
+    if "int-quantized" in {contents.scheme.get("format"), *(g.get("format") for g in groups)}:
+        yield Objection("not known", "int-quantized weights without quantized activations")
+
+
 def transformers_zero_points(contents: Contents) -> Iterator[Objection]:
     """Run: compressed-tensors 0.18 to 0.20 makes room for zero points that are not packed."""
     if not all(grid.symmetric for grid in contents.grids.values()):
@@ -229,7 +236,12 @@ TARGETS: Mapping[str, Mapping[str, tuple[list[str], list[Rule]]]] = {
         # compressed_tensors_wNa16.py: 4 and 8 bits; later versions list 2 to 8
         "compressed-tensors": (
             [],
-            [bits_in("not known", (4, 8), "every version"), one_scheme_in_fused, vllm_kernel],
+            [
+                bits_in("not known", (4, 8), "every version"),
+                one_scheme_in_fused,
+                vllm_kernel,
+                not_packed,
+            ],
         ),
         "gptq": ([], [vllm_gptq_grids, marlin_groups, one_scheme_in_fused, vllm_kernel]),
         "awq": ([], [one_scheme_in_fused, awq_groups]),
@@ -243,13 +255,14 @@ TARGETS: Mapping[str, Mapping[str, tuple[list[str], list[Rule]]]] = {
                 one_scheme_in_fused,
                 sglang_symmetric,
                 sglang_marlin,
+                not_packed,
             ],
         ),
         "gptq": ([], [sglang_gptq, one_scheme_in_fused]),
         "awq": ([], [one_scheme_in_fused, awq_groups]),
     },
     "transformers": {
-        "compressed-tensors": (["compressed-tensors"], [transformers_zero_points]),
+        "compressed-tensors": (["compressed-tensors"], [transformers_zero_points, not_packed]),
         # quantizers/quantizer_gptq.py and quantizer_awq.py
         "gptq": (["gptqmodel", "optimum"], [transformers_dynamic]),
         "awq": (["gptqmodel"], []),

@@ -17,7 +17,7 @@ from torch import Tensor
 from compress.core.blocks import BlockModel, linears_of
 from compress.core.errors import InputError
 from compress.core.shards import ShardReader
-from compress.core.source import read_config, resolve_model
+from compress.core.source import ModelSource, read_config
 from compress.quant.config import Grid
 from compress.quant.formats.gguf import BLOCK_BYTES, GROUP, unpack_blocks
 from compress.quant.weight import QuantizedWeight
@@ -26,13 +26,14 @@ from compress.quant.weight import QuantizedWeight
 class GgufModel:
     """A .gguf file with Q4_0, Q4_1 or Q8_0 linears (see PackedFolder for what it offers).
 
-    Everything else comes from the float32 copy that `resolve_model` makes of the file.
+    Everything else comes from the float32 copy that `resolve_model` makes of the file, which is
+    `source`.  Tensors of the file that transformers does not know are `unread`.
     """
 
     format_name = "GGUF"
 
-    def __init__(self, ref: str, path: Path) -> None:
-        self.source = resolve_model(ref)
+    def __init__(self, source: ModelSource, path: Path) -> None:
+        self.source = source
         self.config = read_config(self.source.folder)
         model = BlockModel(self.source, torch.device("cpu"), torch.float32)
         self.skeleton = model.skeleton
@@ -44,9 +45,7 @@ class GgufModel:
         }
         self._read_file(path)
         self.linears = [
-            name
-            for name in linears_of(self.skeleton)
-            if name in inside and self._kind(name) in BLOCK_BYTES
+            name for name in linears_of(self.skeleton) if name in inside and self.holds(name)
         ]
         packed = {f"{name}.weight" for name in self.linears}
         self.others = [name for name in self.reader.names if name not in packed]
@@ -67,6 +66,11 @@ class GgufModel:
         self._tensors: Mapping[str, Any] = {
             names[tensor.name]: tensor for tensor in reader.tensors if tensor.name in names
         }
+        self.unread = [tensor.name for tensor in reader.tensors if tensor.name not in names]
+
+    def holds(self, name: str) -> bool:
+        """Whether `name`, a linear or an embedding, is in the file in blocks that can be read."""
+        return self._kind(name) in BLOCK_BYTES
 
     def _kind(self, name: str) -> str | None:
         tensor = self._tensors.get(f"{name}.weight")
@@ -78,7 +82,7 @@ class GgufModel:
         return Grid(8 if kind == "Q8_0" else 4, GROUP, kind != "Q4_1")
 
     def weight(self, name: str) -> QuantizedWeight:
-        """Unpack a linear and put its rows in the model's order."""
+        """Unpack a linear, or what else it `holds`, and put its rows in the model's order."""
         tensor = self._tensors[f"{name}.weight"]
         blocks = torch.from_numpy(np.array(tensor.data))
         weight = unpack_blocks(blocks, tensor.tensor_type.name)

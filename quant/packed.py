@@ -70,6 +70,9 @@ class PackedFolder:
         if f"{name}.weight_shape" in shapes:
             rows, columns = self.reader.load(f"{name}.weight_shape").tolist()
             return rows, columns
+        if f"{name}.weight" in shapes:
+            rows, columns = shapes[f"{name}.weight"]
+            return rows, columns
         rows = shapes[f"{name}.scales"][1]
         bits = 32 * math.prod(shapes[f"{name}.{self.format.SUFFIXES[0]}"])
         return rows, bits // self.grid(name).bits // rows

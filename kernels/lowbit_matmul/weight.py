@@ -1,6 +1,6 @@
 """A linear layer as the runtime holds it: dense, or integer codes on a grid.
 
-    y = x Wᵀ + bias          W dense, or  W[o, i] = codes[o, i] * scale[o, i // G] + shift[o, i // G]
+    y = x Wᵀ + bias,    W dense, or  W[o, i] = codes[o, i] * scale[o, i // G] + shift[o, i // G]
 
 Every integer format of a checkpoint becomes this one form: shift = offset - zero_point * scale.
 """

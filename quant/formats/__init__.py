@@ -19,7 +19,7 @@ from compress.quant.weight import QuantizedWeight
 class Format(Protocol):
     """What a format module provides.  Linears go by full name.
 
-    SUFFIXES             names of a linear's tensors; the first holds its codes
+    SUFFIXES             names of a linear's tensors; every packed linear has the first
     refusal              why linears of these shapes, (out, in), cannot be packed on these grids:
                          one line, beginning with a linear's name; None if they can.  `reordered`
                          names linears with a `group_of`

@@ -1,6 +1,6 @@
-"""The compressed-tensors `pack-quantized` checkpoint format.
+"""The compressed-tensors checkpoint formats `pack-quantized` and, read only, `int-quantized`.
 
-Each quantized linear is stored as
+In `pack-quantized` each quantized linear is stored as
 
     weight_packed      int32 [out, ceil(in * b / 32)], codes + 2^(b-1), dense, least significant
                        bits first; code k of a row starts at bit k*b of that row
@@ -10,6 +10,12 @@ Each quantized linear is stored as
                        int32 [ceil(out * b / 32), in / group_size]
     weight_g_idx       read, not written: int32 [in], the group of each column (`actorder: group`,
                        which compressed-tensors 0.20 has removed)
+
+and in `int-quantized`, whose codes are not packed, as
+
+    weight             int8 [out, in], codes
+    weight_scale       [out, in / group_size], the model's dtype
+    weight_zero_point  only if asymmetric: int8, as weight_scale
 
 and config.json describes them under `quantization_config`.  Definition: the compressed-tensors
 library, https://github.com/vllm-project/compressed-tensors.  vLLM, SGLang and transformers load it.
@@ -29,9 +35,11 @@ from compress.quant.formats.packing import pack_int32, unpack_int32
 from compress.quant.weight import QuantizedWeight
 
 FORMAT = "pack-quantized"
+UNPACKED = "int-quantized"
 SUFFIXES = (
-    "weight_packed",
     "weight_scale",
+    "weight_packed",
+    "weight",
     "weight_shape",
     "weight_zero_point",
     "weight_g_idx",
@@ -83,6 +91,8 @@ def unpack_weight(
     Raises InputError for 3 bits as they were packed before 2026, 32 // 3 = 10 codes a word.
     """
     bits = grid_of(config, name).bits
+    if "weight_packed" not in tensors:
+        return _of_plain_codes(tensors, bits)
     rows, columns = tensors["weight_shape"].tolist()
     words, found = -(-columns * bits // 32), tensors["weight_packed"].shape[1]
     if words != found:
@@ -103,6 +113,16 @@ def unpack_weight(
         columns // scale.shape[1],
         group_of=tensors.get("weight_g_idx"),
     )
+
+
+def _of_plain_codes(tensors: Mapping[str, Tensor], bits: int) -> QuantizedWeight:
+    """A linear of `int-quantized`."""
+    codes, scale = tensors["weight"], tensors["weight_scale"]
+    if codes.dtype != torch.int8:
+        raise RuntimeError(f"codes are {codes.dtype}, not torch.int8")
+    group_size = codes.shape[1] // scale.shape[1]
+    zero_point = tensors.get("weight_zero_point")
+    return QuantizedWeight(codes, scale, zero_point, bits, group_size)
 
 
 def grid_of(config: Mapping[str, Any], name: str) -> Grid:
@@ -183,9 +203,15 @@ def _config_group(grid: Grid, targets: Sequence[str]) -> dict[str, Any]:
 def foreign(config: Mapping[str, Any]) -> str | None:
     """What makes a checkpoint of this quant_method another layout than the one above, or None."""
     groups = config.get("config_groups", {}).values()
-    others = {config.get("format"), *(group.get("format") for group in groups)} - {FORMAT, None}
+    others = {config.get("format"), *(group.get("format") for group in groups)} - {
+        FORMAT,
+        UNPACKED,
+        None,
+    }
     if others:
         return f"format {others.pop()}"
     if any(group.get("input_activations") for group in groups):
         return "quantized activations"
+    if (config.get("transform_config") or {}).get("config_groups"):
+        return "rotated weights (transform_config)"
     return None

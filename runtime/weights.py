@@ -1,0 +1,191 @@
+"""The weights of a decoder, from any checkpoint that is read, in the form its layers compute with.
+
+q, k and v become one linear layer, and so do gate and up: fewer and larger products.  Codes and
+scales stay as they are stored.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.core.errors import InputError
+from compress.core.progress import say, track
+from compress.core.source import ModelSource
+from compress.kernels.lowbit_matmul import LinearWeight
+from compress.runtime.families import Architecture, architecture_of
+from compress.runtime.stored import StoredModel, with_groups_of
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer.  D model, F ffn, N query heads, K KV heads, H head dim.
+
+    input_norm, post_norm  float32 [D], gains before attention and before the feed-forward network
+    qkv                    [(N + 2K) * H, D], rows of queries, keys, values
+    q_norm, k_norm         float32 [H], gains of the norms on heads of queries and keys, or None
+    out                    [D, N * H]
+    gate_up                [2F, D], rows of gate, then of up
+    down                   [D, F]
+    window                 tokens that a query sees, itself included; None for all
+    """
+
+    input_norm: Tensor
+    post_norm: Tensor
+    qkv: LinearWeight
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: LinearWeight
+    gate_up: LinearWeight
+    down: LinearWeight
+    window: int | None
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    """A whole decoder.
+
+    embedding     [V, D], in the dtype it is stored in (float32 from GGUF)
+    final_norm    float32 [D]
+    head          [V, D]
+    inv_freq      float32 [rotary_dim / 2], radians a position
+    rope_scaling  factor on cosines and sines
+    """
+
+    embedding: Tensor
+    layers: list[LayerWeights]
+    final_norm: Tensor
+    head: LinearWeight
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm_eps: float
+    max_context: int
+    vocab_size: int
+    inv_freq: Tensor
+    rope_scaling: float
+
+
+def load_weights(source: ModelSource, lm_head_bits: int | None = None) -> DecoderWeights:
+    """Read a decoder: a plain or quantized Hugging Face folder, or a .gguf file.
+
+    Plain weights are mapped, not copied, except those that are joined.  `lm_head_bits` = 8 rounds
+    a head of more bits to int8 with one scale a row, max|w| / 127; None leaves it as stored.
+
+    Raises InputError for a model class or a format that the runtime does not serve, and for a
+    checkpoint that lacks tensors, has them in a wrong shape, or holds some that nothing uses.
+    """
+    if lm_head_bits not in (None, 8):
+        raise InputError(f"lm_head_bits = {lm_head_bits} is not possible; give 8, or leave it out")
+    stored = StoredModel(source)
+    facts = architecture_of(stored.skeleton, source.ref)
+    embedding = stored.tensor("model.embed_tokens.weight")
+    numbered = track(list(enumerate(facts.windows)), "Reading weights")
+    layers = [_layer(stored, index, window) for index, window in numbered]
+    final_norm = stored.tensor("model.norm.weight", torch.float32)
+    head = stored.head(embedding)
+    stored.finish()
+    if lm_head_bits and head.bits > lm_head_bits:
+        head = rounded_by_row(head)
+    return _decoder(facts, embedding, layers, final_norm, head)
+
+
+def _decoder(
+    facts: Architecture,
+    embedding: Tensor,
+    layers: list[LayerWeights],
+    final_norm: Tensor,
+    head: LinearWeight,
+) -> DecoderWeights:
+    return DecoderWeights(
+        embedding=embedding,
+        layers=layers,
+        final_norm=final_norm,
+        head=head,
+        heads=facts.heads,
+        kv_heads=facts.kv_heads,
+        head_dim=facts.head_dim,
+        norm_eps=facts.norm_eps,
+        max_context=facts.max_context,
+        vocab_size=facts.vocab_size,
+        inv_freq=facts.inv_freq,
+        rope_scaling=facts.rope_scaling,
+    )
+
+
+def _layer(stored: StoredModel, index: int, window: int | None) -> LayerWeights:
+    name = f"model.layers.{index}"
+
+    def joined(parts: Sequence[str]) -> LinearWeight:
+        return join([stored.linear(f"{name}.{part}") for part in parts], f"{name}: {parts}")
+
+    return LayerWeights(
+        input_norm=stored.tensor(f"{name}.input_layernorm.weight", torch.float32),
+        post_norm=stored.tensor(f"{name}.post_attention_layernorm.weight", torch.float32),
+        qkv=joined(QKV),
+        q_norm=stored.optional(f"{name}.self_attn.q_norm.weight", torch.float32),
+        k_norm=stored.optional(f"{name}.self_attn.k_norm.weight", torch.float32),
+        out=stored.linear(f"{name}.self_attn.o_proj"),
+        gate_up=joined(GATE_UP),
+        down=stored.linear(f"{name}.mlp.down_proj"),
+        window=window,
+    )
+
+
+def join(parts: Sequence[LinearWeight], name: str) -> LinearWeight:
+    """One linear layer with the rows of several that read the same input.
+
+    Quantized parts come to groups of a common divisor, with the same values.  Where some are
+    quantized and some are not, all are de-quantized, in float32, and that is said under `name`.
+    """
+    bias = _joined([part.bias for part in parts], [part.shape[0] for part in parts])
+    dense = [part.dense for part in parts if part.dense is not None]
+    if dense and len(dense) < len(parts):
+        say(f"{name} are not all quantized; they are de-quantized")
+        dense = [part.dequantize(torch.float32) for part in parts]
+    if dense:
+        return LinearWeight.of_dense(torch.cat(dense), bias)
+    size = math.gcd(*(part.group_size for part in parts))
+    parts = [with_groups_of(part, size) for part in parts]
+    return LinearWeight(
+        dense=None,
+        codes=torch.cat([part.codes for part in parts if part.codes is not None]),
+        scale=torch.cat([part.scale for part in parts if part.scale is not None]),
+        shift=_joined([part.shift for part in parts], [part.shape[0] for part in parts]),
+        group_size=size,
+        bits=max(part.bits for part in parts),
+        bias=bias,
+    )
+
+
+def _joined(parts: Sequence[Tensor | None], rows: Sequence[int]) -> Tensor | None:
+    """Tensors one above the other, zeros for those that are None; None where all are."""
+    present = [part for part in parts if part is not None]
+    if not present:
+        return None
+    width = present[0].shape[1:]
+    filled = [
+        torch.zeros(count, *width) if part is None else part
+        for part, count in zip(parts, rows, strict=True)
+    ]
+    return torch.cat(filled)
+
+
+def rounded_by_row(weight: LinearWeight) -> LinearWeight:
+    """A linear layer rounded to int8, codes in [-127, 127], with one scale a row: max|w| / 127."""
+    rows, columns = weight.shape
+    codes = torch.empty(rows, columns, dtype=torch.int8)
+    scale = torch.empty(rows, 1)
+    dense = weight.dequantize(torch.float32) if weight.dense is None else weight.dense
+    step = max(1, (1 << 22) // columns)
+    for start in range(0, rows, step):
+        run = dense[start : start + step].float()
+        largest = run.abs().amax(dim=1, keepdim=True) / 127
+        scale[start : start + step] = torch.where(largest == 0, 1.0, largest)
+        codes[start : start + step] = (run / scale[start : start + step]).round().to(torch.int8)
+    return LinearWeight(None, codes, scale, None, columns, 8, weight.bias)
