@@ -31,10 +31,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.calibration import calibration_tokens
+from compress.core.device import default_device
 from compress.core.errors import InputError
 from compress.core.source import ModelSource, read_config, resolve_model
 from compress.evaluate import TextEvalConfig, cut_windows, score_window, summarize
-from compress.loading import default_device, load_model
+from compress.loading import load_model
 from compress.pipeline import run_recipe
 from compress.recipe import CalibrationConfig, build_recipe
 

@@ -20,10 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from compress.core.device import native_bfloat16
 from compress.core.errors import InputError, reason_of, shown
 from compress.core.progress import say, track
 from compress.core.source import ModelSource
-from compress.loading import load_model, load_tokenizer, native_bfloat16
+from compress.core.tokenizer import load_tokenizer
+from compress.loading import load_model
 from compress.recipe import CalibrationConfig
 
 MAX_TEXT_BYTES = 64 << 20  # more than any calibration set needs; the rest of a file is not read

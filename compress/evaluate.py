@@ -36,10 +36,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compress.core.device import check_dtype
 from compress.core.errors import InputError
 from compress.core.progress import track
 from compress.core.source import read_config
-from compress.loading import check_dtype, load_model, load_tokenizer
+from compress.core.tokenizer import load_tokenizer
+from compress.loading import load_model
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,8 @@ import torch
 
 from compress.core.errors import InputError
 from compress.core.source import ModelSource
-from compress.loading import load_model, load_tokenizer
+from compress.core.tokenizer import load_tokenizer
+from compress.loading import load_model
 
 
 def generate_text(

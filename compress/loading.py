@@ -1,4 +1,4 @@
-"""Loading whole models and tokenizers through transformers, for evaluation and generation.
+"""Loading whole models through transformers, for evaluation and generation.
 
 Compression itself never holds a whole model (see compress.core.blocks).
 """
@@ -8,35 +8,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.core.errors import InputError, nearest, reason_of
+from compress.core.device import check_dtype, default_device
+from compress.core.errors import InputError, reason_of
 from compress.core.progress import say, without_bars
 from compress.core.source import read_config
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from compress.core.shards import ShardReader
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-def default_device() -> torch.device:
-    """The GPU when there is one, else the CPU."""
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def native_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 faster than float32."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
 
 
 def load_model(
@@ -133,25 +114,3 @@ def _decompress(model: PreTrainedModel, shards: ShardReader, zero_points: set[st
         stored = shards.load(name).to(model.device)
         getattr(model.get_submodule(module_name), parameter).data = stored
     compressor.decompress_model(model)
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder; InputError when there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # a broken tokenizer.json can fail anywhere inside tokenizers
-        raise InputError(
-            f"'{folder}' has no usable tokenizer: {reason_of(error)}; copy the original's there"
-        ) from error
-
-
-def check_dtype(dtype: str) -> None:
-    """Raise InputError for a dtype that models cannot be loaded in."""
-    if dtype not in DTYPES:
-        raise InputError(
-            f"dtype '{dtype}' is unknown; allowed are {', '.join(DTYPES)}{nearest(dtype, DTYPES)}"
-        )

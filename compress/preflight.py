@@ -8,6 +8,7 @@ import torch
 
 from compress import calibration
 from compress.core.blocks import BlockModel, linears_of
+from compress.core.device import default_device, native_bfloat16
 from compress.core.errors import InputError
 from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
@@ -16,7 +17,6 @@ from compress.core.resources import free_disk, free_memory, in_words
 from compress.core.shards import SINGLE_FILE_BYTES
 from compress.core.source import resolve_model
 from compress.core.stage import Stage
-from compress.loading import default_device, native_bfloat16
 from compress.quant.config import Grid, settle_grids
 from compress.quant.formats import FORMATS, Format
 from compress.quant.weight import QuantizedWeight

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import InputError, nearest
 from compress.core.source import read_config
-from compress.loading import load_model, load_tokenizer
+from compress.core.tokenizer import load_tokenizer
+from compress.loading import load_model
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -55,7 +55,7 @@ def examine() -> dict[str, Any]:
     import psutil
     import torch
 
-    from compress.loading import default_device, native_bfloat16
+    from compress.core.device import default_device, native_bfloat16
 
     device = default_device()
     memory = psutil.virtual_memory()

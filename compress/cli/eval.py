@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from compress.cli.output import print_json
+from compress.core.device import DTYPES
 from compress.core.errors import InputError, reason_of
 from compress.core.progress import say
 from compress.evaluate import TextEvalConfig, evaluate_text
-from compress.loading import DTYPES
 from compress.tasks import DEFAULT_BATCH_SIZE, evaluate_tasks
 
 

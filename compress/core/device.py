@@ -1,0 +1,38 @@
+"""The device to run on, and the dtypes that models run in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from compress.core.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def default_device() -> torch.device:
+    """The GPU when there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 faster than float32."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise InputError for a dtype that models cannot be loaded in."""
+    if dtype not in DTYPES:
+        raise InputError(
+            f"dtype '{dtype}' is unknown; allowed are {', '.join(DTYPES)}{nearest(dtype, DTYPES)}"
+        )
