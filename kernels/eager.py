@@ -1,0 +1,95 @@
+"""The operations of a decoder one by one in PyTorch: any device and dtype that it knows.
+
+The same names as `compress.kernels.program.Recorder`, so that a model is written once for both.
+Here they compute at once, on the batch of the moment; each chooses its implementation by device
+and dtype (the `__init__.py` of its folder).  Activations are in the model's dtype throughout.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.kernels.lowbit_matmul import LinearWeight, PackedLinear, pack
+from compress.kernels.paged_attention import paged_attention, write_kv
+from compress.kernels.rms_norm import rms_norm
+from compress.kernels.rope import apply_rope, rope_table
+from compress.kernels.silu_mul import silu_mul
+
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True)
+class _Linear:
+    packed: PackedLinear
+    silu_mul: bool
+
+
+class Eager:
+    """The operations on one device; `batch` (compress.runtime.batch.Batch) is what they work on."""
+
+    description = "PyTorch operations"
+    batch: Any
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+
+    def pack(self, weight: LinearWeight, silu_mul: bool = False) -> _Linear:
+        """Lay a weight out for `linear`; with `silu_mul` it is gate over up."""
+        return _Linear(pack(weight, self.dtype, self.device), silu_mul)
+
+    def new_cache(self, num_blocks: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, each [blocks, kv_heads, block_size, head_dim]."""
+        shape = (num_blocks, kv_heads, BLOCK_SIZE, head_dim)
+        kind = {"dtype": self.dtype, "device": self.device}
+        return torch.zeros(shape, **kind), torch.zeros(shape, **kind)
+
+    def embed(self, table: Tensor) -> Tensor:
+        """Look up the tokens' embeddings: the residual stream [tokens, D]."""
+        return table[self.batch.tokens].to(self.dtype)
+
+    def angles(self, inverse_frequency: Tensor, attention_scaling: float) -> Any:
+        """Cosines and sines of the tokens' rotary angles."""
+        positions = self.batch.positions
+        return rope_table(positions, inverse_frequency, attention_scaling, self.dtype)
+
+    def rms_norm(
+        self, hidden: Tensor, delta: Tensor | None, gain: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return hidden + delta and its norm times `gain`."""
+        return rms_norm(hidden, gain, eps, delta)
+
+    def linear(self, name: str, x: Tensor, weight: _Linear) -> Tensor:
+        """Return x Wᵀ + bias; with gate and up in one weight, silu(gate) * up."""
+        y = weight.packed(x)
+        return silu_mul(y) if weight.silu_mul else y
+
+    def attention(
+        self, qkv: Tensor, angles: Any, keys: Tensor, values: Tensor, *, heads: int, kv_heads: int,
+        head_dim: int, q_gain: Tensor | None, k_gain: Tensor | None, eps: float,
+        window: int | None,
+    ) -> Tensor:  # fmt: skip
+        """Turn queries and keys, write keys and values into the cache, attend: [tokens, N H]."""
+        batch = self.batch
+        split = qkv.view(len(qkv), -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+        q, k, v = split  # [T, N, H], [T, K, H], [T, K, H]
+        if q_gain is not None:
+            q = rms_norm(q, q_gain, eps)[1]
+        if k_gain is not None:
+            k = rms_norm(k, k_gain, eps)[1]
+        q, k = apply_rope(q, k, *angles)
+        write_kv(keys, values, k, v, batch.slots)
+        out = paged_attention(
+            q, keys, values, batch.starts, batch.contexts, batch.block_tables, head_dim**-0.5,
+            window,
+        )  # fmt: skip
+        return out.reshape(len(qkv), heads * head_dim)
+
+    def take_rows(self, hidden: Tensor, delta: Tensor) -> Tensor:
+        """The residual stream of the tokens whose logits are wanted."""
+        return (hidden + delta)[self.batch.rows]
+
+    def logits(self, x: Tensor, weight: _Linear) -> Tensor:
+        """Logits float32 [rows, V]."""
+        return weight.packed(x).float()

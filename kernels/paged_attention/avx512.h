@@ -1,0 +1,277 @@
+// Attention over the paged cache, causal, for any number of new tokens a sequence.
+//
+//   out[t, h] = sum_j softmax_j(q[t, h] · k[j, h / G]) v[j, h / G],   j = first..position of t
+//
+// with G = N / K query heads a key head, and first = position - window + 1 under a sliding window.
+// One pass over the blocks with a running maximum (Milakov and Gimelshein, 2018, arXiv:1805.02867),
+// 16 keys, a vector, at a time. The context is cut into parts of 256 positions, each with sums of its
+// own, which are then added up in order (Dao et al., Flash-Decoding, 2023). Probabilities are rounded to the values' dtype, and it is the rounded
+// ones that the sum below the line adds up. Layouts: rope/avx512.h.
+#pragma once
+
+#include <algorithm>
+
+#include "../rope/avx512.h"
+
+namespace compress {
+
+constexpr int PART = 256;           // tokens of a part, always the same ones
+constexpr int MOST_PARTS = 1 << 11;  // parts of a step that threads may share out
+
+template <class T>
+struct PagedAttentionArguments {
+  HeadShape shape;
+  int32_t window;  // 0: none
+  const T *queries, *keys, *values;
+  float* parts;  // [MOST_PARTS, N / K, P + 2]: what threads found in a part
+  T* out;        // [M, N * H]
+};
+
+template <class T>
+struct PagedAttention : Operation, PagedAttentionArguments<T> {
+  using Arguments = PagedAttentionArguments<T>;
+  explicit PagedAttention(const Arguments& a) : Arguments(a) {}
+  using Arguments::shape, Arguments::window, Arguments::queries, Arguments::keys;
+  using Arguments::values, Arguments::parts, Arguments::out;
+
+  // With few tokens threads share out parts of the context, and put them together afterwards;
+  // with many a thread does all parts of a token's head. The sums and their order are the same.
+  int phases() const override { return 2; }
+  void run(const Batch& batch, Worker worker, int phase) override {
+    int items = int(batch.tokens_count) * shape.kv_heads;
+    int most = 0;  // parts of a sequence
+    for (int s = 0; s < batch.sequences; s++)
+      most = std::max(most, (batch.contexts[s] + PART - 1) / PART);
+    bool shared = items < 8 * worker.count && most > 1 && items * most <= MOST_PARTS;
+    if (phase == 1 && !shared) return;
+    int sequence = 0;
+    // Items go round the threads, since later tokens have more keys.
+    for (int item = worker.index; item < items * (phase == 0 && shared ? most : 1); item += worker.count) {
+      int part = phase == 0 && shared ? item % most : -1, at = part < 0 ? item : item / most;
+      int row = at / shape.kv_heads, kv_head = at % shape.kv_heads;
+      while (row >= batch.starts[sequence + 1]) sequence++;
+      int position = int(batch.positions[row]);
+      Query query{batch.block_tables + sequence * batch.table_width, row, position,
+                  window && position >= window ? position - window + 1 : 0, kv_head, 0,
+                  shared ? parts + int64_t(at) * most * part_size() : nullptr, part};
+      if (phase == 1)
+        merge_shared(query);
+      else if (part < 0 || (part <= position / PART && part >= query.first / PART))
+        all_heads(query);
+    }
+  }
+
+ private:
+  struct Query {
+    const int32_t* table;
+    int row, position, first, kv_head, head;
+    float* shared;  // parts of this token and key head, or null
+    int part;       // the one to compute, or -1 for all
+  };
+
+  int vectors_of_head() const { return shape.padded_dim / LANES; }
+  int group() const { return shape.heads / shape.kv_heads; }
+  int64_t part_size() const { return int64_t(group()) * (shape.padded_dim + 2); }
+
+  // What was found in some keys: sum of e^(score - maximum) v, and of e^(score - maximum).
+  template <int MOST>
+  struct Found {
+    __m512 sum[MOST];
+    float below, maximum;
+
+    void add(const __m512* more, float more_below, float more_maximum, int vectors) {
+      float highest = std::max(maximum, more_maximum);
+      __m512 mine = exponential(_mm512_set1_ps(maximum - highest));
+      __m512 theirs = exponential(_mm512_set1_ps(more_maximum - highest));
+      for (int v = 0; v < vectors; v++)
+        sum[v] = _mm512_fmadd_ps(more[v], theirs, _mm512_mul_ps(sum[v], mine));
+      below = below * _mm512_cvtss_f32(mine) + more_below * _mm512_cvtss_f32(theirs);
+      maximum = highest;
+    }
+  };
+
+  // Query heads of one key head, as many at a time as their sums fit into registers.
+  void all_heads(Query query) const {
+    query.head = query.kv_head * group();
+    int end = query.head + group();
+    while (query.head < end) {
+      int left = end - query.head;
+      switch (vectors_of_head()) {
+        case 4: query.head += up_to<4, 4>(left, query); break;
+        case 5: query.head += up_to<3, 5>(left, query); break;
+        case 6: query.head += up_to<3, 6>(left, query); break;
+        case 8: query.head += up_to<2, 8>(left, query); break;
+        case 16: query.head += up_to<1, 16>(left, query); break;
+        default: query.head += up_to<1, 0>(left, query);
+      }
+    }
+  }
+
+  template <int HEADS, int VECTORS>
+  int up_to(int left, const Query& query) const {
+    if constexpr (HEADS > 1)
+      if (left < HEADS) return up_to<HEADS - 1, VECTORS>(left, query);
+    some<HEADS, VECTORS>(query);
+    return HEADS;
+  }
+
+  // HEADS query heads; VECTORS of 16 dimensions, 0 when that is known only at run time.
+  template <int HEADS, int VECTORS>
+  void some(const Query& query) const {
+    constexpr int MOST = VECTORS ? VECTORS : WIDEST / LANES;
+    const int vectors = VECTORS ? VECTORS : vectors_of_head();
+    Found<MOST> all[HEADS], part[HEADS];
+    bool one = query.part >= 0;
+    int from = one ? query.part : query.first / PART;
+    int to = one ? query.part : query.position / PART;
+    for (int p = from; p <= to; p++) {
+      one_part<HEADS, MOST>(query, p, vectors, part);
+      for (int h = 0; h < HEADS; h++) {
+        if (one) {
+          float* room = room_of(query, p, query.head % group() + h);
+          for (int v = 0; v < vectors; v++) _mm512_storeu_ps(room + v * LANES, part[h].sum[v]);
+          room[shape.padded_dim] = part[h].below, room[shape.padded_dim + 1] = part[h].maximum;
+        } else if (p == from) {
+          all[h] = part[h];
+        } else {
+          all[h].add(part[h].sum, part[h].below, part[h].maximum, vectors);
+        }
+      }
+    }
+    if (one) return;
+    for (int h = 0; h < HEADS; h++) write(query.row, query.head + h, all[h].sum, 1.f / all[h].below);
+  }
+
+  float* room_of(const Query& query, int part, int head) const {
+    return query.shared + part * part_size() + head * int64_t(shape.padded_dim + 2);
+  }
+
+  void merge_shared(const Query& query) const {
+    constexpr int MOST = WIDEST / LANES;
+    const int vectors = vectors_of_head();
+    for (int h = 0; h < group(); h++) {
+      Found<MOST> all;
+      for (int p = query.first / PART; p <= query.position / PART; p++) {
+        const float* room = room_of(query, p, h);
+        __m512 sum[MOST];
+        for (int v = 0; v < vectors; v++) sum[v] = load(room + v * LANES);
+        float below = room[shape.padded_dim], maximum = room[shape.padded_dim + 1];
+        if (p > query.first / PART) {
+          all.add(sum, below, maximum, vectors);
+          continue;
+        }
+        for (int v = 0; v < vectors; v++) all.sum[v] = sum[v];
+        all.below = below, all.maximum = maximum;
+      }
+      write(query.row, query.kv_head * group() + h, all.sum, 1.f / all.below);
+    }
+  }
+
+  // The keys of part `p` that the query sees.
+  template <int HEADS, int MOST>
+  void one_part(const Query& query, int p, int vectors, Found<MOST>* found) const {
+    const T* q = queries + (int64_t(query.row) * shape.heads + query.head) * shape.padded_dim;
+    __m512 below[HEADS];  // the sum below the line, by lane
+    __m512 sum[HEADS][MOST];
+    float maximum[HEADS];
+    for (int h = 0; h < HEADS; h++) {
+      below[h] = _mm512_setzero_ps(), maximum[h] = -INFINITY;
+      for (int v = 0; v < vectors; v++) sum[h][v] = _mm512_setzero_ps();
+    }
+    int64_t stride = int64_t(vectors) * LANES * BLOCK;
+    int block = std::max(query.first, p * PART) / BLOCK;
+    int end = std::min(query.position + 1, (p + 1) * PART);
+    for (; block * BLOCK < end; block++) {
+      int64_t at = (int64_t(query.table[block]) * shape.kv_heads + query.kv_head) * stride;
+      if ((block + 1) * BLOCK <= query.position) prefetch(query, block + 1, stride);
+      __m512 score[HEADS];
+      scores<HEADS>(q, keys + at, vectors, score);
+      __mmask16 seen = first_lanes(query.position + 1 - block * BLOCK);
+      if (query.first > block * BLOCK) seen &= ~first_lanes(query.first - block * BLOCK);
+      alignas(64) T weight[HEADS][LANES];
+#pragma GCC unroll 4
+      for (int h = 0; h < HEADS; h++) {
+        score[h] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, score[h]);
+        if (_mm512_cmp_ps_mask(score[h], _mm512_set1_ps(maximum[h]), _CMP_GT_OQ)) {
+          float highest = _mm512_reduce_max_ps(score[h]);
+          __m512 shrink = exponential(_mm512_set1_ps(maximum[h] - highest));
+          below[h] = _mm512_mul_ps(below[h], shrink);
+          for (int v = 0; v < vectors; v++) sum[h][v] = _mm512_mul_ps(sum[h][v], shrink);
+          maximum[h] = highest;
+        }
+        __m512 weights = exponential(_mm512_sub_ps(score[h], _mm512_set1_ps(maximum[h])));
+        store(0xffff, weight[h], _mm512_maskz_mov_ps(seen, weights));
+        below[h] = _mm512_add_ps(below[h], load(weight[h]));
+      }
+      add_values<HEADS, MOST>(values + at, weight, vectors, sum);
+    }
+    for (int h = 0; h < HEADS; h++) {
+      for (int v = 0; v < vectors; v++) found[h].sum[v] = sum[h][v];
+      found[h].below = _mm512_reduce_add_ps(below[h]), found[h].maximum = maximum[h];
+    }
+  }
+
+  // Blocks lie anywhere, which the hardware cannot foresee.
+  void prefetch(const Query& query, int block, int64_t stride) const {
+    int64_t at = (int64_t(query.table[block]) * shape.kv_heads + query.kv_head) * stride;
+    for (int64_t i = 0; i < stride; i += 64 / int64_t(sizeof(T))) {
+      _mm_prefetch(keys + at + i, _MM_HINT_T0);
+      _mm_prefetch(values + at + i, _MM_HINT_T0);
+    }
+  }
+
+  template <int HEADS>
+  static inline __attribute__((always_inline)) void scores(const T* q, const T* block, int vectors,
+                                                           __m512* score) {
+    const int elements = vectors * LANES * int(sizeof(T)) / 4;
+    __m512 odd[HEADS];  // two sums a head, since a multiplication waits for the one before it
+    for (int h = 0; h < HEADS; h++) score[h] = odd[h] = _mm512_setzero_ps();
+    const auto* words = reinterpret_cast<const int32_t*>(q);
+    const auto* bytes = reinterpret_cast<const uint8_t*>(block);
+    for (int e = 0; e < elements; e += 2) {
+      __m512i key[2] = {_mm512_loadu_si512(bytes + e * 64), _mm512_loadu_si512(bytes + e * 64 + 64)};
+#pragma GCC unroll 4
+      for (int h = 0; h < HEADS; h++) {
+        const int32_t* word = words + h * elements + e;
+        score[h] = product(score[h], _mm512_set1_epi32(word[0]), key[0]);
+        odd[h] = product(odd[h], _mm512_set1_epi32(word[1]), key[1]);
+      }
+    }
+    for (int h = 0; h < HEADS; h++) score[h] = _mm512_add_ps(score[h], odd[h]);
+  }
+
+  template <int HEADS, int MOST>
+  static inline __attribute__((always_inline)) void add_values(const T* block,
+                                                               const T (*weight)[LANES],
+                                                               int vectors, __m512 (*sum)[MOST]) {
+    constexpr int STEPS = BLOCK * int(sizeof(T)) / 4;
+    const auto* bytes = reinterpret_cast<const uint8_t*>(block);
+    for (int s = 0; s < STEPS; s++) {
+      __m512i factor[HEADS];
+      for (int h = 0; h < HEADS; h++)
+        factor[h] = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(weight[h])[s]);
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; v++) {
+        __m512i value = _mm512_loadu_si512(bytes + (int64_t(s) * vectors + v) * 64);
+#pragma GCC unroll 4
+        for (int h = 0; h < HEADS; h++) sum[h][v] = product(sum[h][v], factor[h], value);
+      }
+    }
+  }
+
+  static __m512 product(__m512 sum, __m512i a, __m512i b) {
+    if constexpr (sizeof(T) == 4)
+      return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+    else
+      return _mm512_dpbf16_ps(sum, __m512bh(a), __m512bh(b));
+  }
+
+  void write(int row, int head, const __m512* sum, float factor) const {
+    T* to = out + (int64_t(row) * shape.heads + head) * shape.head_dim;
+    for (int i = 0; i < shape.head_dim; i += LANES)
+      store(first_lanes(shape.head_dim - i), to + i,
+            _mm512_mul_ps(sum[i / LANES], _mm512_set1_ps(factor)));
+  }
+};
+
+}  // namespace compress

@@ -1,0 +1,227 @@
+"""A model's step as one call: operations recorded once, then run for every batch (AVX-512 CPUs).
+
+`Recorder` offers the operations of `compress.kernels.eager`, so the model is written once, for
+both.  What goes from one operation to the next here are buffers with room for the largest batch,
+which all layers share: the value of an operation lasts until the same operation comes again.
+`program.cpp` says how a recorded program is run, the headers of the operations what they compute.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.kernels.lowbit_matmul.avx512 import PackedLinear, pack
+from compress.kernels.lowbit_matmul.weight import LinearWeight
+from compress.kernels.program.build import library
+
+OPERATIONS = ("Embed", "Angles", "RmsNorm", "Linear", "RopeAndWrite", "PagedAttention", "TakeRows")
+BLOCK_SIZE = 16  # tokens of a cache block: the lanes of a vector
+MOST_PARTS = 1 << 11  # as in paged_attention/avx512.h
+
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
+
+
+def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+_HEADS = {"heads": _INT, "kv_heads": _INT, "head_dim": _INT, "padded_dim": _INT}
+# The arguments of an operation, field by field as its header has them.
+_ARGUMENTS = {
+    "Embed": _struct("Embed", width=_INT, table=_POINTER, out=_POINTER),
+    "Angles": _struct(
+        "Angles", half=_INT, attention_scaling=_FLOAT, inverse_frequency=_POINTER, out=_POINTER
+    ),
+    "RmsNorm": _struct(
+        "RmsNorm", width=_INT, over_rows=_INT, eps=_FLOAT, delta=_POINTER, gain=_POINTER,
+        residual=_POINTER, out=_POINTER,
+    ),
+    "Linear": _struct(
+        "Linear", kind=_INT, scale_kind=_INT, n=_INT, k=_INT, chunk=_INT, silu_mul=_INT,
+        over_rows=_INT, most_rows=_INT, weight=_POINTER, scale=_POINTER, shift=_POINTER,
+        bias=_POINTER, x=_POINTER, y=_POINTER,
+    ),
+    "RopeAndWrite": _struct(
+        "RopeAndWrite", **_HEADS, half=_INT, eps=_FLOAT, softmax_scale=_FLOAT, angles=_POINTER,
+        qkv=_POINTER, q_gain=_POINTER, k_gain=_POINTER, queries=_POINTER, keys=_POINTER,
+        values=_POINTER,
+    ),
+    "PagedAttention": _struct(
+        "PagedAttention", **_HEADS, window=_INT, queries=_POINTER, keys=_POINTER, values=_POINTER,
+        parts=_POINTER, out=_POINTER,
+    ),
+    "TakeRows": _struct("TakeRows", width=_INT, source=_POINTER, delta=_POINTER, out=_POINTER),
+}  # fmt: skip
+_BATCH = _struct(
+    "Batch", tokens_count=ctypes.c_int64, sequences=ctypes.c_int64, rows_count=ctypes.c_int64,
+    table_width=ctypes.c_int64, tokens=_POINTER, positions=_POINTER, slots=_POINTER,
+    starts=_POINTER, contexts=_POINTER, block_tables=_POINTER, rows=_POINTER, logits=_POINTER,
+)  # fmt: skip
+
+
+class Recorder:
+    """The operations of a decoder, recorded; `run` carries them out.
+
+    Activations are `dtype` (bfloat16 or float32) where they enter a matrix product, float32 in
+    between.  A batch holds at most `most_tokens` tokens, of which `most_rows` give logits.
+    """
+
+    description = "AVX-512 program"
+
+    def __init__(self, dtype: torch.dtype, most_tokens: int, most_rows: int) -> None:
+        self._library = library()
+        self._program = ctypes.c_void_p(self._library.program_new())
+        self.dtype = dtype
+        self._most = {False: most_tokens, True: most_rows}
+        self._buffers: dict[tuple[str, int], Tensor] = {}
+        self._kept: list[Any] = []  # tensors whose addresses the program holds
+        self._parts: Tensor | None = None  # of attention
+        self._over_rows = False
+        self._vocabulary = 0
+
+    def pack(self, weight: LinearWeight, silu_mul: bool = False) -> PackedLinear:
+        """Lay a weight out for `linear`; with `silu_mul` it is gate over up."""
+        return pack(weight, self.dtype, silu_mul)
+
+    def __del__(self) -> None:
+        self._library.program_free(self._program)
+
+    def embed(self, table: Tensor) -> Tensor:
+        """Look up the tokens' embeddings: the residual stream [tokens, D] in float32."""
+        out = self._buffer("hidden", table.shape[1], torch.float32)
+        self._add("Embed", width=table.shape[1], table=table, out=out)
+        return out
+
+    def angles(self, inverse_frequency: Tensor, attention_scaling: float) -> Tensor:
+        """Cosines and sines of the tokens' rotary angles."""
+        half = inverse_frequency.numel()
+        out = self._buffer("angles", 2 * half, torch.float32)
+        self._add(
+            "Angles", half=half, attention_scaling=attention_scaling,
+            inverse_frequency=inverse_frequency.float().contiguous(), out=out,
+        )  # fmt: skip
+        return out
+
+    def rms_norm(
+        self, hidden: Tensor, delta: Tensor | None, gain: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """Add `delta` to the residual stream in place; return it, and its norm times `gain`."""
+        out = self._buffer("normed", hidden.shape[1], self.dtype)
+        self._add(
+            "RmsNorm", width=hidden.shape[1], over_rows=self._over_rows, eps=eps, delta=delta,
+            gain=gain.float().contiguous(), residual=hidden, out=out,
+        )  # fmt: skip
+        return hidden, out
+
+    def linear(self, name: str, x: Tensor, weight: PackedLinear) -> Tensor:
+        """Return x Wᵀ + bias in float32; with gate and up in one weight, silu(gate) * up."""
+        width, dtype = (
+            (weight.rows // 2, self.dtype) if weight.silu_mul else (weight.rows, torch.float32)
+        )
+        out = self._buffer(name, width, dtype)
+        self._linear(x, weight, out)
+        return out
+
+    def logits(self, x: Tensor, weight: PackedLinear) -> None:
+        """The last operation: its product is what `run` returns."""
+        self._vocabulary = weight.rows
+        self._linear(x, weight, None)
+
+    def _linear(self, x: Tensor, weight: PackedLinear, out: Tensor | None) -> None:
+        self._add(
+            "Linear", kind=weight.kind, scale_kind=weight.scale_kind, n=weight.rows,
+            k=weight.columns, chunk=weight.chunk, silu_mul=weight.silu_mul,
+            over_rows=self._over_rows, most_rows=self._most[self._over_rows], weight=weight.codes,
+            scale=weight.scale, shift=weight.shift, bias=weight.bias, x=x, y=out,
+        )  # fmt: skip
+
+    def attention(
+        self, qkv: Tensor, angles: Tensor, keys: Tensor, values: Tensor, *, heads: int,
+        kv_heads: int, head_dim: int, q_gain: Tensor | None, k_gain: Tensor | None, eps: float,
+        window: int | None,
+    ) -> Tensor:  # fmt: skip
+        """Turn queries and keys, write keys and values into the cache, attend: [tokens, N H]."""
+        padded = padded_head(head_dim)
+        shape = {
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "padded_dim": padded,
+        }
+        queries = self._buffer("queries", heads * padded, self.dtype)
+        out = self._buffer("attended", heads * head_dim, self.dtype)
+        if self._parts is None:
+            self._parts = torch.zeros(MOST_PARTS, heads // kv_heads * (padded + 2))
+        gains = {
+            name: None if gain is None else gain.float().contiguous()
+            for name, gain in (("q_gain", q_gain), ("k_gain", k_gain))
+        }
+        self._add(
+            "RopeAndWrite", **shape, half=angles.shape[1] // 2, eps=eps,
+            softmax_scale=head_dim**-0.5, angles=angles, qkv=qkv, **gains, queries=queries,
+            keys=keys, values=values,
+        )  # fmt: skip
+        self._add(
+            "PagedAttention", **shape, window=window or 0, queries=queries, keys=keys,
+            values=values, parts=self._parts, out=out,
+        )  # fmt: skip
+        return out
+
+    def take_rows(self, hidden: Tensor, delta: Tensor) -> Tensor:
+        """The residual stream of the tokens whose logits are wanted; later operations see these."""
+        self._over_rows = True
+        out = self._buffer("taken", hidden.shape[1], torch.float32)
+        self._add("TakeRows", width=hidden.shape[1], source=hidden, delta=delta, out=out)
+        return out
+
+    def new_cache(self, num_blocks: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, [blocks, ...]; the layout is in rope/avx512.h."""
+        size = (num_blocks, kv_heads * padded_head(head_dim) * BLOCK_SIZE)
+        return torch.zeros(size, dtype=self.dtype), torch.zeros(size, dtype=self.dtype)
+
+    def run(self, batch: Any) -> Tensor:
+        """Carry the recorded operations out on a `Batch`: logits float32 [rows, V]."""
+        tokens, rows = len(batch.tokens), len(batch.rows)
+        if tokens > self._most[False] or rows > self._most[True]:
+            raise ValueError(
+                f"{tokens} tokens with {rows} logits in a batch; room is for {self._most[False]} "
+                f"and {self._most[True]}"
+            )
+        logits = torch.empty(rows, self._vocabulary)
+        arguments = _BATCH(
+            tokens, len(batch.contexts), rows, batch.block_tables.shape[1],
+            batch.tokens.data_ptr(), batch.positions.data_ptr(), batch.slots.data_ptr(),
+            batch.starts.data_ptr(), batch.contexts.data_ptr(), batch.block_tables.data_ptr(),
+            batch.rows.data_ptr(), logits.data_ptr(),
+        )  # fmt: skip
+        self._library.program_run(self._program, ctypes.byref(arguments))
+        return logits
+
+    def _buffer(self, name: str, width: int, dtype: torch.dtype) -> Tensor:
+        key = (name + " of rows" * self._over_rows, width)
+        if key not in self._buffers:
+            self._buffers[key] = torch.zeros(self._most[self._over_rows], width, dtype=dtype)
+        return self._buffers[key]
+
+    def _add(self, operation: str, **arguments: Any) -> None:
+        tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+        assert all(tensor.is_contiguous() for tensor in tensors)
+        self._kept += tensors
+        plain = {
+            name: value.data_ptr() if isinstance(value, Tensor) else value
+            for name, value in arguments.items()
+        }
+        struct = _ARGUMENTS[operation](**plain)
+        self._library.program_add(
+            self._program,
+            OPERATIONS.index(operation),
+            self.dtype == torch.float32,
+            ctypes.byref(struct),
+        )
+
+
+def padded_head(head_dim: int) -> int:
+    """The dimensions that a head takes in the cache: whole vectors."""
+    return -(-head_dim // BLOCK_SIZE) * BLOCK_SIZE

@@ -1,0 +1,70 @@
+// A program: the operations of a model's step in order, made once and run for every batch.
+//
+// What a CUDA graph is for a GPU: the model is written once, in Python (compress.runtime.decoder);
+// recording it fills a program, and a step is then one call. All threads go through all operations
+// inside one parallel region, with a barrier after each phase. A C interface for ctypes: all tensors
+// are addresses, which the Python side keeps alive.
+#include <omp.h>
+
+#include <memory>
+
+#include "../lowbit_matmul/avx512.h"
+#include "../paged_attention/avx512.h"
+#include "../rms_norm/avx512.h"
+#include "../rope/avx512.h"
+
+using namespace compress;
+
+namespace {
+
+struct Program {
+  std::vector<std::unique_ptr<Operation>> operations;
+
+  template <class Op>
+  void add(const void* arguments) {
+    operations.push_back(
+        std::make_unique<Op>(*static_cast<const typename Op::Arguments*>(arguments)));
+  }
+
+  template <template <class> class Op>
+  void add(bool in_float, const void* arguments) {
+    in_float ? add<Op<float>>(arguments) : add<Op<bf16>>(arguments);
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+void* program_new() { return new Program(); }
+void program_free(void* program) { delete static_cast<Program*>(program); }
+
+// `arguments` points to the operation's struct of that name; `in_float`: activations are float32,
+// else bfloat16. The order is that of OPERATIONS in __init__.py.
+void program_add(void* program, int operation, int in_float, const void* arguments) {
+  auto& to = *static_cast<Program*>(program);
+  switch (operation) {
+    case 0: return to.add<Embed>(in_float, arguments);
+    case 1: return to.add<Angles>(arguments);
+    case 2: return to.add<RmsNorm>(in_float, arguments);
+    case 3: return to.add<Linear>(arguments);
+    case 4: return to.add<RopeAndWrite>(in_float, arguments);
+    case 5: return to.add<PagedAttention>(in_float, arguments);
+    case 6: return to.add<TakeRows>(arguments);
+  }
+}
+
+void program_run(void* program, const Batch* batch) {
+  auto& operations = static_cast<Program*>(program)->operations;
+#pragma omp parallel
+  {
+    Worker worker{omp_get_thread_num(), omp_get_num_threads()};
+    for (auto& operation : operations)
+      for (int phase = 0; phase < operation->phases(); phase++) {
+        operation->run(*batch, worker, phase);
+#pragma omp barrier
+      }
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,185 @@
+"""The model: Llama and its relatives, written once for every way of computing it.
+
+    h = embedding[tokens]
+    for each layer:  h += out(attention(qkv(norm(h)))) ;  h += down(silu(gate) * up),  of norm(h)
+    logits = head(norm(h))
+
+`Decoder._step` says so with operations.  Recorded (compress.kernels.program) it runs once and
+becomes a program that each batch is one call of; otherwise (compress.kernels.eager) it runs for
+each batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.core.device import check_dtype
+from compress.core.progress import say
+from compress.core.source import ModelSource
+from compress.kernels.eager import BLOCK_SIZE, Eager
+from compress.runtime.batch import Batch
+from compress.runtime.weights import DecoderWeights, load_weights
+
+MOST_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's weights as the operations hold them; the linears are packed."""
+
+    input_norm: Tensor
+    post_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    qkv: Any
+    out: Any
+    gate_up: Any
+    down: Any
+    window: int | None
+
+
+class Decoder:
+    """A model with a paged cache (compress.runtime.batch.Model).
+
+    `most_tokens` is the size of the largest batch that it will be given.  Where the CPU and a
+    compiler allow, bfloat16 and float32 models run as a recorded program.
+    """
+
+    block_size = BLOCK_SIZE
+
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        device: torch.device,
+        dtype: torch.dtype,
+        most_tokens: int = MOST_TOKENS,
+    ) -> None:
+        self.vocab_size, self.max_context = weights.vocab_size, weights.max_context
+        self._most_tokens, self._dtype, self._device = most_tokens, dtype, device
+        self._operations = _operations(dtype, device, most_tokens)
+        self._recorded = not isinstance(self._operations, Eager)
+        self._shape = {
+            "heads": weights.heads,
+            "kv_heads": weights.kv_heads,
+            "head_dim": weights.head_dim,
+            "eps": weights.norm_eps,
+        }
+        pack = self._operations.pack
+        self._embedding = weights.embedding.to(device, dtype).contiguous()
+        self._final_norm = weights.final_norm.to(device)
+        self._inv_freq, self._rope_scaling = weights.inv_freq.to(device), weights.rope_scaling
+        self._head = pack(weights.head)
+        self._layers = []
+        while weights.layers:  # a layer's own tensors go as their packed ones come
+            layer = weights.layers.pop(0)
+            self._layers.append(
+                _Layer(
+                    layer.input_norm.to(device),
+                    layer.post_norm.to(device),
+                    None if layer.q_norm is None else layer.q_norm.to(device),
+                    None if layer.k_norm is None else layer.k_norm.to(device),
+                    pack(layer.qkv),
+                    pack(layer.out),
+                    pack(layer.gate_up, silu_mul=True),
+                    pack(layer.down),
+                    layer.window,
+                )
+            )
+        self._cache: list[tuple[Tensor, Tensor]] = []
+
+    @classmethod
+    def load(
+        cls,
+        source: ModelSource,
+        device: torch.device,
+        dtype: str,
+        lm_head_bits: int | None = None,
+        most_tokens: int = MOST_TOKENS,
+    ) -> Decoder:
+        """Read a model; InputError when the runtime does not serve it (see load_weights)."""
+        check_dtype(dtype)
+        return cls(
+            load_weights(source, lm_head_bits), device, getattr(torch, dtype), most_tokens
+        )
+
+    @property
+    def description(self) -> str:
+        """How it is computed, for people."""
+        return self._operations.description
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Keys and values of one block, all layers."""
+        keys, values = self._new_cache(1)
+        return len(self._layers) * (keys.nbytes + values.nbytes)
+
+    @property
+    def weight_bytes(self) -> int:
+        """What a step reads of the weights, whatever the batch: all linears, and the head."""
+        return sum(
+            packed.bytes
+            for layer in self._layers
+            for packed in (layer.qkv, layer.out, layer.gate_up, layer.down)
+        ) + self._head.bytes
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make the cache."""
+        self._cache = [self._new_cache(num_blocks) for _ in self._layers]
+        if self._recorded:
+            self._operations = _operations(self._dtype, self._device, self._most_tokens)
+            self._step(self._operations)
+
+    def _new_cache(self, num_blocks: int) -> tuple[Tensor, Tensor]:
+        return self._operations.new_cache(
+            num_blocks, self._shape["kv_heads"], self._shape["head_dim"]
+        )
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy each (source, target) in turn, in all layers."""
+        for source, target in pairs:
+            for keys, values in self._cache:
+                keys[target] = keys[source]
+                values[target] = values[source]
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """The logits of `batch.rows`, float32 [R, V]."""
+        if self._recorded:
+            return self._operations.run(batch)
+        self._operations.batch = batch
+        return self._step(self._operations)
+
+    def _step(self, do: Any) -> Any:
+        """One step, in operations; what it returns are logits, or nothing when it is recorded."""
+        eps = self._shape["eps"]
+        hidden, delta = do.embed(self._embedding), None
+        angles = do.angles(self._inv_freq, self._rope_scaling)
+        for layer, (keys, values) in zip(self._layers, self._cache, strict=True):
+            hidden, x = do.rms_norm(hidden, delta, layer.input_norm, eps)
+            attended = do.attention(
+                do.linear("qkv", x, layer.qkv), angles, keys, values, **self._shape,
+                q_gain=layer.q_norm, k_gain=layer.k_norm, window=layer.window,
+            )  # fmt: skip
+            delta = do.linear("out", attended, layer.out)
+            hidden, x = do.rms_norm(hidden, delta, layer.post_norm, eps)
+            delta = do.linear("down", do.linear("gate_up", x, layer.gate_up), layer.down)
+        hidden = do.take_rows(hidden, delta)
+        return do.logits(do.rms_norm(hidden, None, self._final_norm, eps)[1], self._head)
+
+
+def _operations(dtype: torch.dtype, device: torch.device, most_tokens: int) -> Any:
+    """The fastest operations for a dtype on a device."""
+    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float32):
+        from compress.kernels.program.build import reason_against
+
+        reason = reason_against()
+        if reason is None:
+            from compress.kernels.program import Recorder
+
+            return Recorder(dtype, most_tokens, most_tokens)
+        say(f"CPU kernels: PyTorch's ({reason})")
+    return Eager(dtype, device)
