@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.core.errors import InputError
-from compress.core.progress import say, track
+from compress.core.progress import say
 from compress.core.source import ModelSource
 from compress.kernels.lowbit_matmul import LinearWeight
 from compress.runtime.families import Architecture, architecture_of
@@ -85,8 +85,7 @@ def load_weights(source: ModelSource, lm_head_bits: int | None = None) -> Decode
     stored = StoredModel(source)
     facts = architecture_of(stored.skeleton, source.ref)
     embedding = stored.tensor("model.embed_tokens.weight")
-    numbered = track(list(enumerate(facts.windows)), "Reading weights")
-    layers = [_layer(stored, index, window) for index, window in numbered]
+    layers = [_layer(stored, index, window) for index, window in enumerate(facts.windows)]
     final_norm = stored.tensor("model.norm.weight", torch.float32)
     head = stored.head(embedding)
     stored.finish()
@@ -122,7 +121,9 @@ def _layer(stored: StoredModel, index: int, window: int | None) -> LayerWeights:
     name = f"model.layers.{index}"
 
     def joined(parts: Sequence[str]) -> LinearWeight:
-        return join([stored.linear(f"{name}.{part}") for part in parts], f"{name}: {parts}")
+        return join(
+            [stored.linear(f"{name}.{part}") for part in parts], f"{name} {', '.join(parts)}"
+        )
 
     return LayerWeights(
         input_norm=stored.tensor(f"{name}.input_layernorm.weight", torch.float32),
