@@ -19,6 +19,7 @@ from compress.runtime.families import Architecture, architecture_of
 from compress.runtime.stored import StoredModel, with_groups_of
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+CHUNK_ELEMENTS = 1 << 22  # rounded at a time, so that float32 is never a whole copy
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 
@@ -121,9 +122,8 @@ def _layer(stored: StoredModel, index: int, window: int | None) -> LayerWeights:
     name = f"model.layers.{index}"
 
     def joined(parts: Sequence[str]) -> LinearWeight:
-        return join(
-            [stored.linear(f"{name}.{part}") for part in parts], f"{name} {', '.join(parts)}"
-        )
+        linears = [stored.linear(f"{name}.{part}") for part in parts]
+        return join(linears, f"{name}: {' and '.join(parts)}")
 
     return LayerWeights(
         input_norm=stored.tensor(f"{name}.input_layernorm.weight", torch.float32),
@@ -178,14 +178,14 @@ def _joined(parts: Sequence[Tensor | None], rows: Sequence[int]) -> Tensor | Non
 
 
 def rounded_by_row(weight: LinearWeight) -> LinearWeight:
-    """A linear layer rounded to int8, codes in [-127, 127], with one scale a row: max|w| / 127."""
+    """A dense linear layer rounded to int8, codes in [-127, 127], with one scale a row: max|w| / 127."""
+    assert weight.dense is not None
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.int8)
     scale = torch.empty(rows, 1)
-    dense = weight.dequantize(torch.float32) if weight.dense is None else weight.dense
-    step = max(1, (1 << 22) // columns)
+    step = max(1, CHUNK_ELEMENTS // columns)
     for start in range(0, rows, step):
-        run = dense[start : start + step].float()
+        run = weight.dense[start : start + step].float()
         largest = run.abs().amax(dim=1, keepdim=True) / 127
         scale[start : start + step] = torch.where(largest == 0, 1.0, largest)
         codes[start : start + step] = (run / scale[start : start + step]).round().to(torch.int8)
