@@ -178,7 +178,7 @@ def _joined(parts: Sequence[Tensor | None], rows: Sequence[int]) -> Tensor | Non
 
 
 def rounded_by_row(weight: LinearWeight) -> LinearWeight:
-    """A dense linear layer rounded to int8, codes in [-127, 127], with one scale a row: max|w| / 127."""
+    """A dense layer in int8, codes in [-127, 127], with one scale a row: max|w| / 127."""
     assert weight.dense is not None
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.int8)
