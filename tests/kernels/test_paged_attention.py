@@ -1,0 +1,98 @@
+"""Attention on a paged cache, against attention on contiguous tensors, and cpu.py against it."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from compress.kernels.paged_attention import cpu, reference, write_kv
+
+BLOCK = 16
+
+
+def make(sequences, heads, kv_heads, head_dim, dtype, seed=0):
+    """Sequences of (tokens before, new tokens): a batch on a cache that is NaN where not written.
+
+    Returns the arguments of paged_attention, up to block_tables, and the contiguous (k, v) of each.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    contexts = [before + new for before, new in sequences]
+    counts = [-(-context // BLOCK) for context in contexts]
+    free = torch.randperm(sum(counts) + 3, generator=generator).tolist()
+    k_cache = torch.full((len(free), kv_heads, BLOCK, head_dim), float("nan"), dtype=dtype)
+    v_cache = k_cache.clone()
+    tables = torch.zeros(len(sequences), max(counts) + 1, dtype=torch.int32)
+    contiguous = []
+    for row, (context, count) in enumerate(zip(contexts, counts, strict=True)):
+        tables[row, :count] = torch.tensor([free.pop() for _ in range(count)])
+        k, v = torch.randn(2, context, kv_heads, head_dim, generator=generator).to(dtype)
+        places = torch.arange(context)
+        slots = tables[row, places // BLOCK].long() * BLOCK + places % BLOCK
+        write_kv(k_cache, v_cache, k, v, slots)
+        contiguous.append((k, v))
+    new = torch.tensor([0] + [new for _, new in sequences])
+    starts = new.cumsum(0).to(torch.int32)
+    q = torch.randn(int(starts[-1]), heads, head_dim, generator=generator).to(dtype)
+    batch = (q, k_cache, v_cache, starts, torch.tensor(contexts, dtype=torch.int32), tables)
+    return batch, contiguous
+
+
+def plain(q, k, v, scale, window):
+    """One sequence in float64: q [t, N, H], k and v [context, K, H]."""
+    context, times = len(k), q.shape[1] // k.shape[1]
+    q, k, v = q.double(), *(x.double().repeat_interleave(times, dim=1) for x in (k, v))
+    positions = torch.arange(context)
+    distance = positions[context - len(q) :, None] - positions
+    seen = (distance >= 0) & (distance < (window or context))
+    arguments = (x.transpose(0, 1) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*arguments, attn_mask=seen, scale=scale).transpose(0, 1)
+
+
+MIXED = [(0, 1), (0, 37), (15, 1), (16, 1), (100, 20), (299, 1), (63, 2), (31, 1), (40, 16)]
+
+
+@pytest.mark.parametrize("window", [None, 1, 16, 23, 1000])
+@pytest.mark.parametrize("sizes", [(9, 3, 64), (6, 2, 8), (4, 4, 128), (3, 1, 48)])
+def test_float32_against_contiguous(sizes, window):
+    """Sums of a few hundred terms in float32: 1e-5 of values of order 1."""
+    batch, contiguous = make(MIXED, *sizes, torch.float32)
+    starts = batch[3].tolist()
+    for implementation in (reference, cpu):
+        found = implementation.paged_attention(*batch, 0.3, window)
+        for row, (k, v) in enumerate(contiguous):
+            run = slice(starts[row], starts[row + 1])
+            expected = plain(batch[0][run], k, v, 0.3, window)
+            torch.testing.assert_close(found[run].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 23])
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2**-9), (torch.float16, 2**-12)])
+def test_cpu_against_the_reference_in_16_bits(dtype, unit, window):
+    """One query: the same arithmetic in float32, so the results differ by one step (four
+    units) where they fall on two sides of a rounding.
+    Runs: weights are rounded too, and sums of values of order 1 with them; 8 units are allowed."""
+    batch, _ = make(MIXED, 9, 3, 64, dtype)
+    found = cpu.paged_attention(*batch, 0.125, window)
+    expected = reference.paged_attention(*batch, 0.125, window)
+    assert found.dtype == dtype
+    singles = [start for (_, new), start in zip(MIXED, batch[3].tolist(), strict=False) if new == 1]
+    close = {"rtol": 4 * unit, "atol": unit / 8}
+    torch.testing.assert_close(found[singles].float(), expected[singles].float(), **close)
+    torch.testing.assert_close(found.float(), expected.float(), rtol=8 * unit, atol=8 * unit)
+
+
+def test_many_sequences_of_one_token():
+    """Every context from one token to past four blocks, in one batch."""
+    batch, _ = make([(before, 1) for before in range(70)], 4, 2, 16, torch.float32)
+    for window in (None, 5, 32):
+        found = cpu.paged_attention(*batch, 0.25, window)
+        expected = reference.paged_attention(*batch, 0.25, window)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_writing_leaves_other_places_alone():
+    k_cache, v_cache = torch.zeros(2, 3, 2, BLOCK, 8)
+    k, v = torch.ones(2, 2, 2, 8)
+    write_kv(k_cache, v_cache, k, 2 * v, torch.tensor([5, 2 * BLOCK + 15]))
+    assert k_cache.sum() == k.sum()
+    assert torch.equal(v_cache[0, :, 5], 2 * v[0])
+    assert torch.equal(v_cache[2, :, 15], 2 * v[1])
