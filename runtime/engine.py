@@ -22,7 +22,7 @@ from compress.runtime.batch_builder import build_batch
 from compress.runtime.block_pool import BlockPool
 from compress.runtime.detokenizer import Detokenizer
 from compress.runtime.outputs import Increment, TokenLogprob
-from compress.runtime.sampler import SamplingState, log_probabilities, sample
+from compress.runtime.sampler import SamplingState, log_probability, sample
 from compress.runtime.sampling_params import SamplingParams
 from compress.runtime.scheduler import Scheduler
 from compress.runtime.sequence import Request, Sequence
@@ -240,9 +240,10 @@ class Engine:
         """Take the prompt's log-probabilities from the first rows; return how many."""
         positions, request = sequence.prompt_rows(), sequence.request
         if positions and request.prompt_logprobs is not None:
-            following = sequence.tokens[positions.start + 1 : positions.stop + 1].tolist()
-            tops = [request.params.prompt_logprobs or 0] * len(positions)
-            request.prompt_logprobs += log_probabilities(logits[: len(positions)], following, tops)
+            following = sequence.tokens[positions.start + 1 : positions.stop + 1]
+            top = request.params.prompt_logprobs or 0
+            for row, token in zip(logits[: len(positions)].cpu().numpy(), following, strict=True):
+                request.prompt_logprobs.append(log_probability(row, token, top))
         return len(positions)
 
     def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Increment:

@@ -2,8 +2,10 @@
 
 A draw takes one uniform number, which is a hash of (seed, index of the output, tokens produced so
 far), and inverts the distribution function with it.  So what a request draws depends neither on
-the batch around it nor on its having been preempted, and no generator has a state to keep.  Every
-operation works row by row, and rows that go through one call together differ in nothing but data.
+the batch around it nor on its having been preempted, and no generator has a state to keep.
+
+Each filter is a least logit, so none needs the tokens in order, only the values: numpy sorts
+49,152 of them in 0.1 ms, where torch takes 3.  Tokens that tie with the last one kept stay too.
 
 Log-probabilities are the model's own: of the logits as they come, before penalties and temperature.
 """
@@ -16,13 +18,11 @@ import struct
 from array import array
 from collections.abc import Sequence as Items
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from compress.runtime.outputs import TokenLogprob
 from compress.runtime.sampling_params import SamplingParams
-
-CANDIDATES = 1024  # how many of the likeliest are sorted first where only top_p cuts
 
 
 class SamplingState:
@@ -46,13 +46,13 @@ class SamplingState:
         self.seed = seed
         self.index = index
         self.produced = 0
-        self.stop_ids = torch.tensor(sorted(stop_ids)) if params.min_tokens else None
-        self._counts: Tensor | None = None  # float32 [V], of the output
-        self._seen: Tensor | None = None  # bool [V], in prompt or output
+        self.stop_ids = list(stop_ids)
+        self._counts: np.ndarray | None = None  # float32 [V], of the output
+        self._seen: np.ndarray | None = None  # bool [V], in prompt or output
         if params.penalized:
-            self._counts = torch.zeros(vocab_size)
-            self._seen = torch.zeros(vocab_size, dtype=torch.bool)
-            self._seen[torch.tensor(prompt)] = True
+            self._counts = np.zeros(vocab_size, np.float32)
+            self._seen = np.zeros(vocab_size, bool)
+            self._seen[prompt] = True
         self._plain = params.greedy and not params.penalized and params.logprobs is None
 
     @property
@@ -67,21 +67,23 @@ class SamplingState:
             self._counts[token] += 1
             self._seen[token] = True
 
-    def adjust(self, row: Tensor) -> None:
-        """Apply penalties and min_tokens to `row`, float32 [V], in place.
+    def adjusted(self, row: np.ndarray) -> np.ndarray:
+        """Return `row`, float32 [V], after penalties and min_tokens.
 
         Repetition as in CTRL (Keskar et al. 2019, section 4.1) with the sign rule of transformers;
         presence and frequency as in OpenAI's API.
         """
+        params = self.params
         if self._counts is not None and self._seen is not None:
-            penalty = self.params.repetition_penalty
-            penalized = torch.where(row > 0, row / penalty, row * penalty)
-            row.copy_(torch.where(self._seen.to(row.device), penalized, row))
-            counts = self._counts.to(row.device)
-            row -= self.params.frequency_penalty * counts
-            row -= self.params.presence_penalty * (counts > 0)
-        if self.stop_ids is not None and self.produced < self.params.min_tokens:
-            row[self.stop_ids] = -math.inf
+            penalty = params.repetition_penalty
+            penalized = np.where(row > 0, row / penalty, row * penalty)
+            row = np.where(self._seen, penalized, row)
+            row -= params.frequency_penalty * self._counts
+            row -= params.presence_penalty * (self._counts > 0)
+        if self.produced < params.min_tokens and self.stop_ids:
+            row = row.copy()
+            row[self.stop_ids] = -np.inf
+        return row
 
     def uniform(self) -> float:
         """The number in [0, 1) that decides the next draw."""
@@ -89,89 +91,73 @@ class SamplingState:
         digest = hashlib.blake2b(key, digest_size=8).digest()
         return (int.from_bytes(digest, "little") >> 11) / 2**53
 
-    def cut(self, vocab_size: int) -> tuple[str, int]:
-        """Which setting calls for sorted candidates, and how many of them are sorted at first."""
-        if 0 < self.params.top_k < vocab_size:
-            return "top_k", self.params.top_k
-        if self.params.top_p < 1:
-            return "top_p", min(CANDIDATES, vocab_size)
-        return "none", vocab_size
-
 
 def sample(
     logits: Tensor, states: Items[SamplingState]
 ) -> tuple[list[int], list[TokenLogprob | None]]:
-    """Draw a token for each row of `logits`, float32 [R, V], and say how likely it was if asked."""
-    none: list[TokenLogprob | None] = [None] * len(states)
-    if all(state.takes_argmax for state in states):
-        return logits.argmax(-1).tolist(), none
-    adjusted = logits.clone()
-    for row, state in zip(adjusted, states, strict=True):
-        state.adjust(row)
-    tokens: list[int] = adjusted.argmax(-1).tolist()
-    groups: dict[tuple[str, int], list[int]] = {}
-    for row, state in enumerate(states):
-        if not state.params.greedy:
-            groups.setdefault(state.cut(logits.shape[1]), []).append(row)
-    for (cut, width), rows in groups.items():
-        drawn = _draw(adjusted[rows], [states[row] for row in rows], cut, width)
-        for row, token in zip(rows, drawn, strict=True):
-            tokens[row] = token
-    asking = [row for row, state in enumerate(states) if state.params.logprobs is not None]
-    if asking:
-        chosen = [tokens[row] for row in asking]
-        tops = [states[row].params.logprobs or 0 for row in asking]
-        for row, entry in zip(asking, log_probabilities(logits[asking], chosen, tops), strict=True):
-            none[row] = entry
-    return tokens, none
+    """Draw a token for each row of `logits`, float32 [R, V], and say how likely it was if asked.
 
-
-def log_probabilities(
-    logits: Tensor, tokens: list[int], tops: Items[int]
-) -> list[TokenLogprob | None]:
-    """How likely each row of `logits` [R, V] makes its token, and its `tops` likeliest."""
-    logprobs = torch.log_softmax(logits, -1)
-    most = min(max(tops), logits.shape[1])
-    values, ids = (part.tolist() for part in logprobs.topk(most))
-    own = logprobs[range(len(tokens)), tokens].tolist()
-    return [
-        TokenLogprob(token, own[row], tuple(zip(ids[row][:top], values[row][:top], strict=True)))
-        for row, (token, top) in enumerate(zip(tokens, tops, strict=True))
-    ]
-
-
-def _draw(logits: Tensor, states: list[SamplingState], cut: str, width: int) -> list[int]:
-    """Draw from each row of `logits` [R, V] as its state's temperature and filters say.
-
-    `cut` and `width` are what `SamplingState.cut` gave, the same for all rows.
+    Raises ArithmeticError when the logits hold NaN.
     """
-    params = [state.params for state in states]
-    temperature = _column([p.temperature for p in params], logits)
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature  # the likeliest has 0
-    ids, short = None, []
-    if cut == "none":
-        weights = scaled.double().exp()
-    else:
-        norm = scaled.logsumexp(-1, keepdim=True)
-        scaled, ids = scaled.topk(width)  # [R, width], likeliest first
-        weights = scaled.double().softmax(-1) if cut == "top_k" else (scaled - norm).double().exp()
-        top_p = _column([p.top_p if p.top_p < 1 else math.inf for p in params], weights)
-        held = weights.cumsum(-1)
-        if cut == "top_p" and width < logits.shape[1]:
-            short = (held[:, -1:] < top_p)[:, 0].nonzero()[:, 0].tolist()
-        weights = weights * (held - weights < top_p)  # likelier tokens hold less than top_p
-    least = _column([math.log(p.min_p) if p.min_p else -math.inf for p in params], scaled)
-    cdf = (weights * (scaled >= least)).cumsum(-1)
-    target = cdf[:, -1:] * _column([state.uniform() for state in states], cdf)
-    places = torch.searchsorted(cdf, target, right=True)
-    drawn = (places if ids is None else ids.gather(-1, places))[:, 0].tolist()
-    if short:  # flat distributions: sort everything
-        again = _draw(logits[short], [states[row] for row in short], cut, logits.shape[1])
-        for row, token in zip(short, again, strict=True):
-            drawn[row] = token
-    return drawn
+    logprobs: list[TokenLogprob | None] = [None] * len(states)
+    if all(state.takes_argmax for state in states):
+        return _likeliest(logits), logprobs
+    tokens = []
+    for place, (row, state) in enumerate(zip(logits.cpu().numpy(), states, strict=True)):
+        tokens.append(_draw(state.adjusted(row), state))
+        if state.params.logprobs is not None:
+            logprobs[place] = log_probability(row, tokens[-1], state.params.logprobs)
+    return tokens, logprobs
 
 
-def _column(values: list[float], like: Tensor) -> Tensor:
-    """`values` as a column [R, 1] in the dtype and on the device of `like`."""
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+def log_probability(row: np.ndarray, token: int, top: int) -> TokenLogprob:
+    """How likely a row of logits, float32 [V], makes `token`, and its `top` likeliest tokens."""
+    highest = row.max()
+    norm = highest + math.log(np.exp(row - highest).sum(dtype=np.float64))
+    top = min(top, len(row))
+    ids = np.argpartition(row, len(row) - top)[len(row) - top :] if top else np.empty(0, np.int64)
+    ids = ids[np.lexsort((ids, -row[ids]))]  # likeliest first; of equals the smaller id
+    pairs = zip(ids.tolist(), (row[ids] - norm).tolist(), strict=True)
+    return TokenLogprob(token, float(row[token] - norm), tuple(pairs))
+
+
+def _likeliest(logits: Tensor) -> list[int]:
+    if logits.device.type != "cpu":
+        return logits.argmax(-1).tolist()
+    rows = logits.numpy()  # its argmax takes a tenth of torch's time
+    tokens = rows.argmax(-1)  # the first NaN, if there is one
+    if np.isnan(rows[np.arange(len(rows)), tokens]).any():
+        raise ArithmeticError("the model's logits hold NaN")
+    return tokens.tolist()
+
+
+def _draw(row: np.ndarray, state: SamplingState) -> int:
+    """Draw from `row`, adjusted logits [V], as temperature and filters say."""
+    params = state.params
+    likeliest = int(row.argmax())
+    if math.isnan(row[likeliest]):
+        raise ArithmeticError("the model's logits hold NaN")
+    if params.greedy:
+        return likeliest
+    scaled = (row - row[likeliest]) / np.float32(params.temperature)  # the likeliest has 0
+    weights = np.exp(scaled)
+    if (least := _least(scaled, params)) > -math.inf:
+        weights[scaled < least] = 0
+    cdf = weights.cumsum(dtype=np.float64)
+    return int(cdf.searchsorted(state.uniform() * cdf[-1], side="right"))
+
+
+def _least(scaled: np.ndarray, params: SamplingParams) -> float:
+    """The least logit that top_k, then top_p, then min_p keep.  `scaled` [V] is at most 0."""
+    least = -math.inf
+    if 0 < params.top_k < len(scaled):
+        place = len(scaled) - params.top_k
+        least = float(np.partition(scaled, place)[place])
+    if params.top_p < 1:
+        below = np.negative(scaled if least == -math.inf else scaled[scaled >= least])
+        below.sort()  # likeliest first
+        held = np.exp(-below).cumsum(dtype=np.float64)  # by a token and all that are likelier
+        least = -float(below[held.searchsorted(params.top_p * held[-1])])
+    if params.min_p:
+        least = max(least, math.log(params.min_p))
+    return least

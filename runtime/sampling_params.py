@@ -17,7 +17,7 @@ class SamplingParams:
     """
 
     max_tokens: int | None = 256  # None: as many as context and cache hold
-    temperature: float = 1.0  # 0 takes the likeliest token
+    temperature: float = 1.0  # 0, or below 1e-5, takes the likeliest token
     top_p: float = 1.0  # the fewest tokens that hold this much probability; 1 is off
     top_k: int = 0  # the k likeliest tokens; 0 or -1 is off
     min_p: float = 0.0  # only tokens at least this likely, relative to the likeliest; 0 is off
@@ -66,7 +66,7 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken."""
-        return self.temperature == 0
+        return self.temperature < 1e-5
 
     @property
     def penalized(self) -> bool:
