@@ -1,0 +1,58 @@
+"""The tensors of one step from the sequences in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+
+import numpy as np
+import torch
+
+from compress.runtime.batch import Batch
+from compress.runtime.sequence import Sequence
+
+
+def build_batch(step: Items[Sequence], block_size: int) -> Batch:
+    """Lay out the `count` next tokens of each sequence, one sequence after another.
+
+    Logits are wanted of the last known token of each sequence, and of what `prompt_rows` names.
+    """
+    total = sum(sequence.count for sequence in step)
+    flat = np.empty((3, total), np.int64)  # tokens, positions, slots
+    tokens, positions, slots = flat
+    spans = np.empty(2 * len(step) + 1, np.int32)
+    starts, contexts = spans[: len(step) + 1], spans[len(step) + 1 :]
+    tables = np.zeros((len(step), max(len(s.blocks) for s in step)), np.int32)
+    rows: list[int] = []
+    begin = 0
+    for place, sequence in enumerate(step):
+        computed, count, blocks = sequence.computed, sequence.count, sequence.blocks
+        end = begin + count
+        tables[place, : len(blocks)] = blocks
+        starts[place] = begin
+        contexts[place] = computed + count
+        if count == 1:
+            tokens[begin] = sequence.tokens[computed]
+            positions[begin] = computed
+            slots[begin] = blocks[computed // block_size] * block_size + computed % block_size
+        else:
+            tokens[begin:end] = sequence.tokens[computed : computed + count]
+            span = np.arange(computed, computed + count)
+            positions[begin:end] = span
+            first = tables[place].astype(np.int64)
+            slots[begin:end] = first[span // block_size] * block_size + span % block_size
+        rows += [begin + position - computed for position in sequence.prompt_rows()]
+        if count == sequence.remaining:
+            rows.append(end - 1)
+        begin = end
+    starts[-1] = total
+    packed = torch.from_numpy(flat)
+    lengths = torch.from_numpy(spans)
+    return Batch(
+        tokens=packed[0],
+        positions=packed[1],
+        slots=packed[2],
+        starts=lengths[: len(step) + 1],
+        contexts=lengths[len(step) + 1 :],
+        block_tables=torch.from_numpy(tables),
+        rows=torch.tensor(rows, dtype=torch.int64),
+    )

@@ -1,0 +1,285 @@
+"""The engine: requests in, increments of their outputs out, one step at a time.
+
+    schedule -> copy blocks, forward -> sample -> publish blocks, append tokens, end what has ended
+
+Not safe for threads; `compress.runtime.engine_loop` gives it one of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.core.errors import InputError, shown
+from compress.runtime.batch import Model
+from compress.runtime.batch_builder import build_batch
+from compress.runtime.block_pool import BlockPool
+from compress.runtime.detokenizer import Detokenizer
+from compress.runtime.outputs import Increment, TokenLogprob
+from compress.runtime.sampler import SamplingState, log_probability, sample
+from compress.runtime.sampling_params import SamplingParams
+from compress.runtime.scheduler import Scheduler
+from compress.runtime.sequence import Request, Sequence
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Counts since the engine was made, and its state now."""
+
+    steps: int
+    computed_tokens: int  # what forward passes were given, prompts and what was preempted
+    prompt_tokens: int  # of requests whose prompt is computed
+    cached_prompt_tokens: int  # of these, found in the prefix cache
+    generated_tokens: int
+    preemptions: int
+    running: int
+    waiting: int
+    blocks_in_use: int
+    blocks_cached: int
+    blocks_free: int
+
+
+class Engine:
+    """Runs requests on `model`, whose cache it makes with `num_blocks` blocks.
+
+    `eos_ids` end an output unless a request says otherwise.  Without a `tokenizer` increments hold
+    no text, and stop strings are refused.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        num_blocks: int,
+        *,
+        max_tokens_per_step: int = 512,
+        max_sequences: int = 64,
+        seed: int = 0,
+        prefix_caching: bool = True,
+        tokenizer: Any = None,
+        eos_ids: Iterable[int] = (),
+    ) -> None:
+        if num_blocks < 1:
+            raise InputError(
+                f"a cache of {num_blocks} blocks holds nothing; one block of {model.block_size} "
+                f"tokens takes {model.bytes_per_block:,} bytes, so give it more memory"
+            )
+        self.model = model
+        self.pool = BlockPool(num_blocks, model.block_size, prefix_caching)
+        self.scheduler = Scheduler(self.pool, max_tokens_per_step, max_sequences)
+        self.requests: dict[str, Request] = {}  # unfinished
+        self._tokenizer = tokenizer
+        self._eos_ids = frozenset(eos_ids)
+        self._seed = seed
+        self._arrived = 0
+        self._steps = self._computed = self._prompt = self._cached = self._generated = 0
+        self._pending: list[Increment] = []  # of aborted requests
+        model.allocate(num_blocks)
+
+    def add_request(self, request_id: str, prompt: list[int], params: SamplingParams) -> Request:
+        """Queue a prompt's token ids.  InputError, at once, for what can never run."""
+        if request_id in self.requests:
+            raise InputError(f"request '{request_id}' is running already; give another name")
+        if params.stop and self._tokenizer is None:
+            raise InputError(f"stop = {shown(params.stop)} needs a tokenizer; give stop_token_ids")
+        limit = self._limit(prompt, params)
+        request = Request(request_id, self._arrived, params, len(prompt), limit)
+        self._arrived += 1
+        eos = frozenset() if params.ignore_eos else self._eos_ids
+        request.stop_ids = eos.union(params.stop_token_ids)
+        if params.prompt_logprobs is not None:
+            request.prompt_logprobs = [None]
+        request.sequences = [self._new_sequence(request, 0, array("q", prompt))]
+        self.requests[request_id] = request
+        self.scheduler.waiting.append(request.sequences[0])
+        return request
+
+    def abort(self, request_id: str) -> None:
+        """End a request and release its blocks; one that has ended already is left alone.
+
+        The next step's increments say so, with finish reason "abort".
+        """
+        request = self.requests.pop(request_id, None)
+        if request is None:
+            return
+        indices = [sequence.index for sequence in request.sequences]
+        if request.sequences[0].stands_for_all:
+            indices = list(range(request.params.n))
+        for sequence in request.sequences:
+            self.scheduler.remove(sequence)
+        self._pending += [Increment(request_id, index, [], "", "abort") for index in indices]
+
+    def has_work(self) -> bool:
+        """Whether a step has anything to do."""
+        return bool(self.requests or self._pending)
+
+    @torch.inference_mode()
+    def step(self) -> list[Increment]:
+        """Compute one batch; return what it added to outputs, in no particular order."""
+        increments, self._pending = self._pending, []
+        step = self.scheduler.schedule()
+        if not step:
+            return increments
+        if self.scheduler.copies:
+            self.model.copy_blocks(self.scheduler.copies)
+        batch = build_batch(step, self.pool.block_size)
+        logits = self.model.forward(batch)
+        self._steps += 1
+        self._computed += len(batch.tokens)
+        sampled, rows = self._advance(step, logits)
+        if not sampled:
+            return increments
+        if rows != list(range(len(logits))):
+            logits = logits[rows]
+        tokens, logprobs = sample(logits, [sequence.sampling for sequence in sampled])
+        for sequence, token, logprob in zip(sampled, tokens, logprobs, strict=True):
+            increments.append(self._append(sequence, token, logprob))
+        return increments
+
+    def statistics(self) -> Statistics:
+        """Return counts since the start, and who holds what now."""
+        return Statistics(
+            steps=self._steps,
+            computed_tokens=self._computed,
+            prompt_tokens=self._prompt,
+            cached_prompt_tokens=self._cached,
+            generated_tokens=self._generated,
+            preemptions=self.scheduler.preemptions,
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            blocks_in_use=self.pool.in_use,
+            blocks_cached=self.pool.cached,
+            blocks_free=self.pool.free,
+        )
+
+    def check(self) -> None:
+        """AssertionError where the accounting of blocks is wrong; takes time, for tests."""
+        self.pool.check(sequence.blocks for sequence in self.scheduler.running)
+
+    def _limit(self, prompt: list[int], params: SamplingParams) -> int:
+        """Most tokens the request may get; InputError when it can never run.
+
+        The context ends an output early, as elsewhere.  A cache too small does not: another
+        setting would hold the request, so it is refused.
+        """
+        vocab, context = self.model.vocab_size, self.model.max_context
+        if not prompt:
+            raise InputError("the prompt holds no token; give some text")
+        if min(prompt) < 0 or max(prompt) >= vocab:
+            raise InputError(f"the prompt holds a token outside 0 to {vocab - 1}")
+        if wrong := [token for token in params.stop_token_ids if token >= vocab]:
+            raise InputError(f"stop_token_ids = {wrong[0]}; allowed is 0 to {vocab - 1}")
+        if len(prompt) >= context:
+            raise InputError(
+                f"a prompt of {len(prompt)} tokens leaves no room in the model's context of "
+                f"{context}; shorten it"
+            )
+        if params.n > self.scheduler.max_sequences:
+            raise InputError(
+                f"n = {params.n} is more than max_sequences = {self.scheduler.max_sequences}"
+            )
+        room = self.pool.num_blocks * self.pool.block_size
+        limit = context - len(prompt)
+        if params.max_tokens is None:
+            limit = max(1, min(limit, room + 1 - len(prompt)))
+        else:
+            limit = min(limit, params.max_tokens)
+        if (needed := len(prompt) + limit - 1) > room:  # the last token is not read again
+            raise InputError(
+                f"a prompt of {len(prompt)} tokens and {limit} new ones need a cache of {needed}, "
+                f"and it holds {room}; lower max_tokens or give the cache more memory"
+            )
+        return limit
+
+    def _new_sequence(self, request: Request, index: int, tokens: array[int]) -> Sequence:
+        params, prompt = request.params, tokens[: request.prompt_length]
+        seed = params.seed
+        if seed is None:
+            digest = hashlib.blake2b(f"{self._seed} {request.number}".encode(), digest_size=8)
+            seed = int.from_bytes(digest.digest(), "little")
+        vocab = self.model.vocab_size
+        sampling = SamplingState(params, seed, index, prompt, request.stop_ids, vocab)
+        detokenizer = None
+        if self._tokenizer is not None:
+            detokenizer = Detokenizer(self._tokenizer, prompt, params.stop)
+        return Sequence(request, index, tokens, sampling, detokenizer)
+
+    def _advance(self, step: list[Sequence], logits: Tensor) -> tuple[list[Sequence], list[int]]:
+        """Take note of what was computed; return who gets a token, and from which row.
+
+        A prompt that is complete makes its n sequences, which all draw from its one row.
+        """
+        sampled, rows, row = [], [], 0
+        for sequence in step:
+            if sequence.request.prompt_logprobs is not None:
+                row += self._note_prompt(sequence, logits[row:])
+            sequence.advance(self.pool)
+            if sequence.remaining:
+                continue
+            request = sequence.request
+            sampled.append(sequence)
+            rows.append(row)
+            if sequence.stands_for_all:
+                self._prompt += request.prompt_length
+                self._cached += request.cached_tokens or 0
+                for index in range(1, request.params.n):
+                    sibling = self._new_sequence(request, index, sequence.tokens[:])
+                    request.sequences.append(sibling)
+                    self.scheduler.fork(sequence, sibling)
+                    sampled.append(sibling)
+                    rows.append(row)
+            row += 1
+        return sampled, rows
+
+    def _note_prompt(self, sequence: Sequence, logits: Tensor) -> int:
+        """Take the prompt's log-probabilities from the first rows; return how many."""
+        positions, request = sequence.prompt_rows(), sequence.request
+        if positions and request.prompt_logprobs is not None:
+            following = sequence.tokens[positions.start + 1 : positions.stop + 1]
+            top = request.params.prompt_logprobs or 0
+            for row, token in zip(logits[: len(positions)].cpu().numpy(), following, strict=True):
+                request.prompt_logprobs.append(log_probability(row, token, top))
+        return len(positions)
+
+    def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Increment:
+        """Give a sequence its new token, and end it if that was its last."""
+        request = sequence.request
+        sequence.tokens.append(token)
+        sequence.sampling.record(token)
+        self._generated += 1
+        increment = Increment(request.id, sequence.index, [token], "")
+        if logprob is not None:
+            increment.logprobs = [logprob]
+        if token in request.stop_ids:
+            increment.finish_reason = "stop"
+        elif len(sequence.tokens) - request.prompt_length >= request.limit:
+            increment.finish_reason = "length"
+        if sequence.detokenizer is not None:
+            try:
+                self._detokenize(sequence.detokenizer, token, increment)
+            except Exception as error:  # a tokenizer's; the other requests go on
+                increment.finish_reason = "error"
+                increment.error = f"cannot turn tokens into text: {error!r}"
+        if increment.finish_reason:
+            self._end(sequence)
+        return increment
+
+    def _detokenize(self, detokenizer: Detokenizer, token: int, increment: Increment) -> None:
+        if increment.finish_reason != "stop":
+            increment.text = detokenizer.push(token)
+        if increment.finish_reason and not detokenizer.stopped:
+            increment.text += detokenizer.finish()
+        if detokenizer.stopped:
+            increment.finish_reason = "stop"
+
+    def _end(self, sequence: Sequence) -> None:
+        request = sequence.request
+        self.scheduler.remove(sequence)
+        request.sequences.remove(sequence)
+        if not request.sequences:
+            del self.requests[request.id]

@@ -1,0 +1,65 @@
+"""What requests give back: increments as they arise, and the whole at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of a token under the model's own distribution, before any setting."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the likeliest tokens, likeliest first
+
+
+@dataclass(slots=True)
+class Increment:
+    """What one step added to one output of a request."""
+
+    request_id: str
+    index: int  # which of the n outputs
+    token_ids: list[int]
+    text: str  # may lag behind the tokens: part of a character, or of a stop string
+    finish_reason: str | None = None  # "stop", "length", "abort", "error"
+    logprobs: list[TokenLogprob] | None = None
+    error: str | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One of the n outputs of a request."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)  # a stop token included
+    finish_reason: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+    error: str | None = None  # what went wrong, where finish_reason is "error"
+
+    def add(self, increment: Increment) -> None:
+        """Append what a step gave."""
+        self.text += increment.text
+        self.token_ids += increment.token_ids
+        if increment.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + increment.logprobs
+        self.finish_reason = increment.finish_reason
+        self.error = increment.error
+
+
+@dataclass
+class RequestOutput:
+    """A request and all its outputs."""
+
+    request_id: str
+    prompt: str | None  # None when token ids were given
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprob | None] | None = None  # None for the first token
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+
+    @property
+    def finished(self) -> bool:
+        """Whether every output has ended."""
+        return all(output.finish_reason for output in self.outputs)

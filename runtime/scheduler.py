@@ -1,0 +1,184 @@
+"""Which tokens the next step computes: continuous batching with chunked prefill.
+
+Every step, in this order, under one budget of tokens:
+
+1. each running sequence that decodes gets its one token, so a long prompt holds nobody up;
+2. running sequences with more to compute (prompts, and what preemption took away) get chunks;
+3. waiting sequences are admitted in order of arrival, if the cache has room for what they bring.
+
+When a sequence that decodes finds no block, the youngest running sequence is preempted: it gives
+up its blocks, keeps its tokens, waits at the head of the queue, and is computed again later.
+Every waiting sequence is younger than every running one.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import insort
+from collections import deque
+
+from compress.core.errors import InputError
+from compress.runtime.block_pool import BlockPool
+from compress.runtime.sequence import Sequence
+
+
+class Scheduler:
+    """Holds all unfinished sequences; hands out the blocks of `pool`."""
+
+    def __init__(self, pool: BlockPool, max_tokens_per_step: int, max_sequences: int) -> None:
+        if not 1 <= max_sequences <= max_tokens_per_step:
+            raise InputError(
+                f"max_sequences = {max_sequences} with max_tokens_per_step = {max_tokens_per_step};"
+                " allowed is 1 or more, and no more sequences than tokens in a step"
+            )
+        self.pool = pool
+        self.max_tokens_per_step = max_tokens_per_step
+        self.max_sequences = max_sequences
+        self.running: list[Sequence] = []  # oldest first
+        self.waiting: deque[Sequence] = deque()  # oldest first
+        self.copies: list[tuple[int, int]] = []  # blocks to copy before the step, in order
+        self.preemptions = 0
+        self._refused: tuple[Sequence, int] | None = None  # who found no room, among how many
+
+    def schedule(self) -> list[Sequence]:
+        """Return the sequences of the next step, each with `count` set to its new tokens."""
+        self.copies = []
+        step = self._decodes()
+        budget = self.max_tokens_per_step - len(step)
+        if len(step) < len(self.running):
+            budget = self._prefills(step, budget)
+        if self.waiting and budget:
+            self._admissions(step, budget)
+        return step
+
+    def fork(self, sequence: Sequence, sibling: Sequence) -> None:
+        """Let `sibling` run, on the blocks of `sequence`."""
+        sibling.share_cache(sequence, self.pool)
+        insort(self.running, sibling, key=lambda other: other.order)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Drop a sequence that has ended, and release its blocks."""
+        (self.running if sequence.blocks else self.waiting).remove(sequence)
+        self._evict(sequence)
+
+    def _decodes(self) -> list[Sequence]:
+        """One token for each sequence that needs just one; makes room by preemption."""
+        step, at = [], 0
+        while at < len(self.running):
+            sequence = self.running[at]
+            at += 1
+            if sequence.remaining != 1:
+                continue
+            while (missing := self._missing(sequence, 1)) > self.pool.available:
+                if self._preempt_youngest() is sequence:
+                    break
+            else:
+                if missing:
+                    self._grow(sequence, 1)
+                sequence.count = 1
+                step.append(sequence)
+        return step
+
+    def _prefills(self, step: list[Sequence], budget: int) -> int:
+        """Chunks for running sequences; returns what is left of the budget.
+
+        Preempts only who is younger and not in this step: those in it will end, and free blocks.
+        """
+        at = 0
+        while at < len(self.running) and budget:
+            sequence = self.running[at]
+            at += 1
+            if sequence.count:
+                continue
+            count = min(budget, sequence.remaining)
+            while self._missing(sequence, count) > self.pool.available:
+                youngest = self.running[-1]
+                if youngest is sequence or youngest.count:
+                    room = len(sequence.blocks) + self.pool.available
+                    count = room * self.pool.block_size - sequence.computed
+                    break
+                self._preempt_youngest()
+            if count:
+                self._grow(sequence, count)
+                sequence.count = count
+                step.append(sequence)
+                budget -= count
+        return budget
+
+    def _admissions(self, step: list[Sequence], budget: int) -> None:
+        """First chunks for waiting sequences, as long as all of their tokens find room."""
+        seats = sum(sequence.seats for sequence in self.running)
+        owed = sum(self._missing(s, s.remaining) for s in self.running if s.remaining > s.count)
+        while self.waiting and budget:
+            sequence = self.waiting[0]
+            seats += sequence.seats
+            if seats > self.max_sequences or not self._find_room(sequence, owed):
+                return
+            self.running.append(self.waiting.popleft())
+            count = min(budget, sequence.remaining)
+            self._grow(sequence, count)
+            sequence.count = count
+            step.append(sequence)
+            budget -= count
+            owed += self._missing(sequence, sequence.remaining)
+
+    def _find_room(self, sequence: Sequence, owed: int) -> bool:
+        """Give a waiting sequence its cached prefix, if its other tokens will find room too.
+
+        `owed` is the number of blocks that others have yet to get.  After a refusal the prefix is
+        looked up again only once there are more blocks, since that takes time with its length.
+        """
+        pool = self.pool
+        if self._refused and self.running:
+            refused, available = self._refused
+            if refused is sequence and pool.available <= available:
+                return False
+        if sequence.request.prompt_logprobs is None:
+            blocks, identity = pool.match(sequence.tokens)
+        else:  # wants the logits of every token
+            blocks, identity = array("i"), sequence.identity
+        idle = sum(map(pool.is_idle, blocks))
+        missing = -(-len(sequence.tokens) // pool.block_size) - len(blocks)
+        if pool.available - idle < missing + owed:
+            self._refused = (sequence, pool.available)
+            return False
+        self._refused = None
+        pool.share(blocks)
+        sequence.blocks, sequence.identity = blocks, identity
+        sequence.published = len(blocks)
+        sequence.computed = len(blocks) * pool.block_size
+        if sequence.request.cached_tokens is None:
+            sequence.request.cached_tokens = sequence.computed
+        return True
+
+    def _missing(self, sequence: Sequence, count: int) -> int:
+        """Blocks to allocate before `count` more tokens can be written."""
+        blocks, size = sequence.blocks, self.pool.block_size
+        first = sequence.computed // size
+        missing = (sequence.computed + count + size - 1) // size - len(blocks)
+        if first < len(blocks) and self.pool.is_shared(blocks[first]):
+            missing += 1
+        return missing
+
+    def _grow(self, sequence: Sequence, count: int) -> None:
+        """Allocate what `_missing` counts; a shared block that will be written is copied."""
+        blocks, pool = sequence.blocks, self.pool
+        first = sequence.computed // pool.block_size
+        if first < len(blocks) and pool.is_shared(blocks[first]):
+            target = pool.allocate()
+            self.copies.append((blocks[first], target))
+            pool.release(blocks[first : first + 1])
+            blocks[first] = target
+        while len(blocks) * pool.block_size < sequence.computed + count:
+            blocks.append(pool.allocate())
+
+    def _preempt_youngest(self) -> Sequence:
+        sequence = self.running.pop()
+        self._evict(sequence)
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+        return sequence
+
+    def _evict(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.forget()

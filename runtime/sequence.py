@@ -1,0 +1,127 @@
+"""A request and its sequences: the tokens, where they are in the cache, what is yet to compute."""
+
+from __future__ import annotations
+
+from array import array
+
+from compress.runtime.block_pool import ROOT, BlockPool
+from compress.runtime.detokenizer import Detokenizer
+from compress.runtime.outputs import TokenLogprob
+from compress.runtime.sampler import SamplingState
+from compress.runtime.sampling_params import SamplingParams
+
+
+class Request:
+    """A prompt, its settings, and the n sequences that continue it."""
+
+    __slots__ = (
+        "cached_tokens",
+        "id",
+        "limit",
+        "number",
+        "params",
+        "prompt_length",
+        "prompt_logprobs",
+        "sequences",
+        "stop_ids",
+    )
+
+    def __init__(
+        self, request_id: str, number: int, params: SamplingParams, prompt_length: int, limit: int
+    ) -> None:
+        self.id = request_id
+        self.number = number  # in order of arrival
+        self.params = params
+        self.prompt_length = prompt_length
+        self.limit = limit  # most tokens of one output
+        self.stop_ids: frozenset[int] = frozenset()
+        self.sequences: list[Sequence] = []  # one until the prompt is computed, then n
+        self.prompt_logprobs: list[TokenLogprob | None] | None = None
+        self.cached_tokens: int | None = None  # of the prompt, when it was first scheduled
+
+
+class Sequence:
+    """Prompt and output of one of a request's n outputs, and its place in the cache."""
+
+    __slots__ = (
+        "blocks",
+        "computed",
+        "count",
+        "detokenizer",
+        "identity",
+        "index",
+        "published",
+        "request",
+        "sampling",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        request: Request,
+        index: int,
+        tokens: array[int],
+        sampling: SamplingState,
+        detokenizer: Detokenizer | None,
+    ) -> None:
+        self.request = request
+        self.index = index
+        self.tokens = tokens  # int64, prompt and output
+        self.sampling = sampling
+        self.detokenizer = detokenizer
+        self.count = 0  # tokens in the step under way
+        self.forget()
+
+    def forget(self) -> None:
+        """Be in the cache no longer; the blocks must have been released."""
+        self.blocks: array[int] = array("i")  # the block table
+        self.computed = 0  # tokens whose keys and values are in the cache
+        self.published = 0  # full blocks offered to other requests
+        self.identity = ROOT  # of the last of these
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens that are not in the cache; a sequence that decodes has one."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Age: the smaller came first."""
+        return self.request.number, self.index
+
+    @property
+    def stands_for_all(self) -> bool:
+        """Whether nothing is drawn yet: the request's n sequences are still one."""
+        return len(self.tokens) == self.request.prompt_length
+
+    @property
+    def seats(self) -> int:
+        """How many sequences this one is, or will be once its prompt is computed."""
+        return self.request.params.n if self.stands_for_all else 1
+
+    def prompt_rows(self) -> range:
+        """Positions in this step whose logits say how likely the prompt's next token was."""
+        done = self.request.prompt_logprobs
+        if done is None:
+            return range(0)
+        end = min(self.computed + self.count, self.request.prompt_length - 1)
+        return range(max(self.computed, len(done) - 1), end)
+
+    def advance(self, pool: BlockPool) -> None:
+        """Note that the step's tokens are in the cache, and publish the blocks they filled."""
+        self.computed += self.count
+        self.count = 0
+        size = pool.block_size
+        while (self.published + 1) * size <= self.computed:
+            block = self.blocks[self.published]
+            start = self.published * size
+            self.identity = pool.publish(block, self.identity, self.tokens, start)
+            self.published += 1
+
+    def share_cache(self, other: Sequence, pool: BlockPool) -> None:
+        """Take over the cache of `other`, which begins with the same tokens."""
+        pool.share(other.blocks)
+        self.blocks = other.blocks[:]
+        self.computed = other.computed
+        self.published = other.published
+        self.identity = other.identity

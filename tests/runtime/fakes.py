@@ -1,0 +1,113 @@
+"""A model whose cache holds tokens, so that every read can be checked, and the naive loop."""
+
+import hashlib
+
+import numpy as np
+import torch
+
+from compress.runtime.batch import Batch
+from compress.runtime.sampler import SamplingState, sample
+
+VOCAB = 97
+BLOCK = 4
+
+
+def logits_of(tokens: list[int]) -> torch.Tensor:
+    """float32 [V], a function of the whole prefix: no two prefixes look alike."""
+    digest = hashlib.blake2b(np.array(tokens, np.int64).tobytes(), digest_size=8).digest()
+    generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+    return torch.from_numpy(generator.standard_normal(VOCAB, np.float32) * 2)
+
+
+class FakeModel:
+    """Keeps (token, position) where a real one keeps keys and values, and looks at every read."""
+
+    def __init__(self, max_context: int = 200, block_size: int = BLOCK) -> None:
+        self.vocab_size = VOCAB
+        self.max_context = max_context
+        self.block_size = block_size
+        self.bytes_per_block = 16 * block_size
+        self.expected: dict[tuple[int, ...], None] = {}
+        self.batches: list[Batch] = []
+        self.fail_on: int | None = None  # a token that makes forward raise
+
+    def allocate(self, num_blocks: int) -> None:
+        self.cache = np.full((num_blocks, self.block_size, 2), -1)  # poisoned
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        for source, target in pairs:
+            self.cache[target] = self.cache[source]
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        check_layout(batch)
+        self.batches.append(batch)
+        if self.fail_on is not None and (batch.tokens == self.fail_on).any():
+            raise RuntimeError("the model broke")
+        flat = self.cache.reshape(-1, 2)
+        slots = batch.slots.numpy()
+        assert len(set(slots.tolist())) == len(slots), "two tokens in one slot"
+        flat[slots, 0] = batch.tokens.numpy()
+        flat[slots, 1] = batch.positions.numpy()
+        wanted, out = set(batch.rows.tolist()), []
+        starts = batch.starts.tolist()
+        for place, context in enumerate(batch.contexts.tolist()):
+            table = batch.block_tables[place].numpy()
+            read = self.cache[table].reshape(-1, 2)[:context]
+            assert (read[:, 1] == np.arange(context)).all(), "a position read is not its own"
+            for row in range(starts[place], starts[place + 1]):
+                position = int(batch.positions[row])
+                assert int(read[position, 0]) == int(batch.tokens[row])
+                if row in wanted:
+                    out.append(logits_of(read[: position + 1, 0].tolist()))
+        return torch.stack(out) if out else torch.empty(0, self.vocab_size)
+
+
+def check_layout(batch: Batch) -> None:
+    """The contract's dtypes and shapes."""
+    count, sequences = len(batch.tokens), len(batch.contexts)
+    for name in ("tokens", "positions", "slots", "rows"):
+        assert getattr(batch, name).dtype == torch.int64
+        assert getattr(batch, name).is_contiguous()
+    for name in ("starts", "contexts", "block_tables"):
+        assert getattr(batch, name).dtype == torch.int32
+        assert getattr(batch, name).is_contiguous()
+    assert len(batch.positions) == len(batch.slots) == count
+    assert len(batch.starts) == sequences + 1
+    assert batch.starts[0] == 0
+    assert batch.starts[-1] == count
+    assert len(batch.block_tables) == sequences
+    ends = batch.positions[batch.starts[1:].long() - 1] + 1
+    assert torch.equal(ends.int(), batch.contexts)
+    assert torch.equal(batch.rows.sort().values, batch.rows)
+
+
+def naive(prompt, params, seed=None, index=0, limit=None, eos=()) -> list[int]:
+    """What a request must give: the whole prefix computed anew for each token."""
+    from array import array
+
+    seed = params.seed if seed is None else seed
+    stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else set(eos))
+    state = SamplingState(params, seed or 0, index, array("q", prompt), stops, VOCAB)
+    tokens: list[int] = []
+    while len(tokens) < (limit or params.max_tokens):
+        drawn, _ = sample(logits_of(list(prompt) + tokens)[None], [state])
+        tokens.append(drawn[0])
+        state.record(drawn[0])
+        if drawn[0] in stops:
+            break
+    return tokens
+
+
+def run(engine, check=True) -> dict[tuple[str, int], list]:
+    """Step until idle; the increments of each output, in order."""
+    got: dict[tuple[str, int], list] = {}
+    while engine.has_work():
+        for increment in engine.step():
+            got.setdefault((increment.request_id, increment.index), []).append(increment)
+        if check:
+            engine.check()
+    return got
+
+
+def tokens_of(increments) -> list[int]:
+    return [token for increment in increments for token in increment.token_ids]

@@ -1,0 +1,71 @@
+"""Every output equals the naive loop's, whatever else is in the batch or happens to the cache."""
+
+import random
+
+import pytest
+
+from compress.runtime.engine import Engine
+from compress.runtime.sampling_params import SamplingParams
+from tests.runtime.fakes import BLOCK, VOCAB, FakeModel, naive, run, tokens_of
+
+GREEDY = SamplingParams(max_tokens=12, temperature=0)
+SAMPLED = SamplingParams(max_tokens=12, temperature=0.9, top_p=0.9, top_k=40, seed=7)
+PENALIZED = SamplingParams(
+    max_tokens=12, seed=3, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.4
+)
+
+
+def prompts_of(count, longest=40, seed=0):
+    source = random.Random(seed)
+    return [
+        [source.randrange(VOCAB) for _ in range(source.randint(1, longest))] for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, PENALIZED])
+@pytest.mark.parametrize(
+    ("blocks", "budget", "together"),
+    [(500, 512, 32), (500, 5, 4), (20, 64, 8), (16, 7, 5), (500, 1, 1)],
+    ids=["batch", "chunks", "preempted", "preempted in chunks", "alone"],
+)
+def test_outputs_equal_the_naive_loop(params, blocks, budget, together):
+    engine = Engine(FakeModel(), blocks, max_tokens_per_step=budget, max_sequences=together, seed=1)
+    prompts = prompts_of(32)
+    for number, prompt in enumerate(prompts):
+        engine.add_request(str(number), prompt, params)
+    got = run(engine)
+    for number, prompt in enumerate(prompts):
+        assert tokens_of(got[str(number), 0]) == naive(prompt, params), number
+    assert engine.statistics().generated_tokens == 32 * 12
+    assert bool(engine.statistics().preemptions) == (blocks < 500)
+
+
+def test_a_prefix_hit_changes_nothing_and_computes_less():
+    model = FakeModel()
+    engine = Engine(model, 100)
+    prompt = prompts_of(1, longest=40, seed=5)[0] + list(range(33))
+    first = engine.add_request("a", prompt, GREEDY)
+    a = run(engine)
+    second = engine.add_request("b", prompt, GREEDY)
+    b = run(engine)
+    assert tokens_of(a["a", 0]) == tokens_of(b["b", 0]) == naive(prompt, GREEDY)
+    assert first.cached_tokens == 0
+    assert second.cached_tokens == (len(prompt) - 1) // BLOCK * BLOCK
+    assert engine.statistics().cached_prompt_tokens == second.cached_tokens
+
+
+@pytest.mark.parametrize("length", [8, 9, 11])
+@pytest.mark.parametrize("blocks", [200, 9])
+def test_forks_compute_the_prompt_once(length, blocks):
+    params = SamplingParams(max_tokens=9, n=5, seed=4)
+    engine = Engine(FakeModel(), blocks)
+    prompt = list(range(length))
+    engine.add_request("a", prompt, params)
+    got = run(engine)
+    outputs = [tokens_of(got["a", index]) for index in range(5)]
+    assert outputs == [naive(prompt, params, index=index) for index in range(5)]
+    assert len({tuple(output) for output in outputs}) == 5
+    if blocks == 200:
+        assert engine.statistics().computed_tokens == length + 5 * 8
+    else:
+        assert engine.statistics().preemptions > 0
