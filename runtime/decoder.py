@@ -102,9 +102,7 @@ class Decoder:
     ) -> Decoder:
         """Read a model; InputError when the runtime does not serve it (see load_weights)."""
         check_dtype(dtype)
-        return cls(
-            load_weights(source, lm_head_bits), device, getattr(torch, dtype), most_tokens
-        )
+        return cls(load_weights(source, lm_head_bits), device, getattr(torch, dtype), most_tokens)
 
     @property
     def description(self) -> str:
@@ -120,11 +118,14 @@ class Decoder:
     @property
     def weight_bytes(self) -> int:
         """What a step reads of the weights, whatever the batch: all linears, and the head."""
-        return sum(
-            packed.bytes
-            for layer in self._layers
-            for packed in (layer.qkv, layer.out, layer.gate_up, layer.down)
-        ) + self._head.bytes
+        return (
+            sum(
+                packed.bytes
+                for layer in self._layers
+                for packed in (layer.qkv, layer.out, layer.gate_up, layer.down)
+            )
+            + self._head.bytes
+        )
 
     def allocate(self, num_blocks: int) -> None:
         """Make the cache."""
