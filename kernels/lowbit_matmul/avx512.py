@@ -61,7 +61,9 @@ def pack(weight: LinearWeight, dtype: torch.dtype, silu_mul: bool = False) -> Pa
         return PackedLinear(
             kind, NO_SCALE, rows, columns, WIDEST_CHUNK, silu_mul, layout, None, None, bias
         )
-    assert weight.codes is not None and weight.scale is not None and chunk is not None
+    assert weight.codes is not None
+    assert weight.scale is not None
+    assert chunk is not None
     codes = _by_row(weight.codes, order)
     scales = [weight.scale] if weight.shift is None else [weight.scale, weight.shift]
     scale_dtype = _least_exact(scales)
