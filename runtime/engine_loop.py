@@ -58,10 +58,7 @@ class EngineLoop:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not (
-                    self._arrived or self._aborted or self._closed or self._engine.has_work()
-                ):
-                    self._changed.wait()
+                self._changed.wait_for(self._has_something_to_do)
                 arrived, self._arrived = self._arrived, []
                 aborted, self._aborted = self._aborted, []
             for request, listener in arrived:
@@ -77,6 +74,9 @@ class EngineLoop:
                 self._fail(error)
                 continue
             self._tell(increments)
+
+    def _has_something_to_do(self) -> bool:
+        return bool(self._arrived or self._aborted or self._closed or self._engine.has_work())
 
     def _add(self, request: Request, listener: Listener) -> None:
         try:
