@@ -97,6 +97,7 @@ def _answer_prompt(
 
     with choice.load(max_sequences=max(64, params.n)) as llm:
         tokens = prompt_tokens(llm, [{"role": "user", "content": prompt}] if chat else prompt)
+        llm.engine.prepare("check", tokens, params)  # refuses before anything is printed
         start = "" if chat else prompt
         streams = not as_json and params.n == 1
         if streams:
