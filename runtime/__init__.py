@@ -1,1 +1,1 @@
-"""The decode runtime: paged KV cache, scheduler, engine, server.  Nothing here yet."""
+"""The decode runtime: paged KV cache, scheduler, engine, server."""

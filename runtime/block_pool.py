@@ -129,6 +129,13 @@ class BlockPool:
         self._next_identity += 1
         return self._identities[block]
 
+    def clear(self) -> None:
+        """Forget what cached blocks hold."""
+        for block in self._cached:
+            self._withdraw(block)
+        self._free.extend(self._cached)
+        self._cached.clear()
+
     def key(self, before: int, tokens: array[int], start: int) -> Key:
         """What the block with `tokens[start:start + block_size]` is published under."""
         return before, tokens[start : start + self.block_size].tobytes()

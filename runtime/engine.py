@@ -81,22 +81,32 @@ class Engine:
         self._pending: list[Increment] = []  # of aborted requests
         model.allocate(num_blocks)
 
-    def add_request(self, request_id: str, prompt: list[int], params: SamplingParams) -> Request:
-        """Queue a prompt's token ids.  InputError, at once, for what can never run."""
-        if request_id in self.requests:
-            raise InputError(f"request '{request_id}' is running already; give another name")
+    def prepare(self, request_id: str, prompt: list[int], params: SamplingParams) -> Request:
+        """Make a request of a prompt's token ids.  InputError for what can never run.
+
+        Changes nothing in the engine, so any thread may call it.
+        """
         if params.stop and self._tokenizer is None:
             raise InputError(f"stop = {shown(params.stop)} needs a tokenizer; give stop_token_ids")
         limit = self._limit(prompt, params)
-        request = Request(request_id, self._arrived, params, len(prompt), limit)
-        self._arrived += 1
         eos = frozenset() if params.ignore_eos else self._eos_ids
-        request.stop_ids = eos.union(params.stop_token_ids)
-        if params.prompt_logprobs is not None:
-            request.prompt_logprobs = [None]
-        request.sequences = [self._new_sequence(request, 0, array("q", prompt))]
-        self.requests[request_id] = request
+        stop_ids = eos.union(params.stop_token_ids)
+        return Request(request_id, array("q", prompt), params, limit, stop_ids)
+
+    def add(self, request: Request) -> None:
+        """Queue a request that `prepare` made."""
+        if request.id in self.requests:
+            raise InputError(f"request '{request.id}' is running already; give another name")
+        request.number = self._arrived
+        self._arrived += 1
+        request.sequences = [self._new_sequence(request, 0, request.prompt[:])]
+        self.requests[request.id] = request
         self.scheduler.waiting.append(request.sequences[0])
+
+    def add_request(self, request_id: str, prompt: list[int], params: SamplingParams) -> Request:
+        """Prepare and add at once."""
+        request = self.prepare(request_id, prompt, params)
+        self.add(request)
         return request
 
     def abort(self, request_id: str) -> None:
@@ -113,6 +123,12 @@ class Engine:
         for sequence in request.sequences:
             self.scheduler.remove(sequence)
         self._pending += [Increment(request_id, index, [], "", "abort") for index in indices]
+
+    def reset(self) -> None:
+        """Drop every request without a word, as after a step that failed; the cache goes too."""
+        self.requests.clear()
+        self._pending.clear()
+        self.scheduler.reset()
 
     def has_work(self) -> bool:
         """Whether a step has anything to do."""
@@ -197,7 +213,7 @@ class Engine:
         return limit
 
     def _new_sequence(self, request: Request, index: int, tokens: array[int]) -> Sequence:
-        params, prompt = request.params, tokens[: request.prompt_length]
+        params, prompt = request.params, request.prompt
         seed = params.seed
         if seed is None:
             digest = hashlib.blake2b(f"{self._seed} {request.number}".encode(), digest_size=8)

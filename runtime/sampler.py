@@ -24,6 +24,8 @@ from torch import Tensor
 from compress.runtime.outputs import TokenLogprob
 from compress.runtime.sampling_params import SamplingParams
 
+NEAR = -8.0  # below this a token has less than 1/2,900 of the likeliest's probability
+
 
 class SamplingState:
     """What draws the tokens of one sequence: settings, key, and counts where penalties want them.
@@ -141,23 +143,38 @@ def _draw(row: np.ndarray, state: SamplingState) -> int:
         return likeliest
     scaled = (row - row[likeliest]) / np.float32(params.temperature)  # the likeliest has 0
     weights = np.exp(scaled)
-    if (least := _least(scaled, params)) > -math.inf:
+    if (least := _least(scaled, weights, params)) > -math.inf:
         weights[scaled < least] = 0
     cdf = weights.cumsum(dtype=np.float64)
     return int(cdf.searchsorted(state.uniform() * cdf[-1], side="right"))
 
 
-def _least(scaled: np.ndarray, params: SamplingParams) -> float:
-    """The least logit that top_k, then top_p, then min_p keep.  `scaled` [V] is at most 0."""
+def _least(scaled: np.ndarray, weights: np.ndarray, params: SamplingParams) -> float:
+    """The least logit that top_k, then top_p, then min_p keep.
+
+    `scaled` [V] is at most 0, and `weights` [V] are its exponentials.
+    """
     least = -math.inf
     if 0 < params.top_k < len(scaled):
         place = len(scaled) - params.top_k
         least = float(np.partition(scaled, place)[place])
     if params.top_p < 1:
-        below = np.negative(scaled if least == -math.inf else scaled[scaled >= least])
-        below.sort()  # likeliest first
-        held = np.exp(-below).cumsum(dtype=np.float64)  # by a token and all that are likelier
-        least = -float(below[held.searchsorted(params.top_p * held[-1])])
+        held = float(weights[scaled >= least].sum(dtype=np.float64))
+        least = _least_of_nucleus(scaled, least, params.top_p * held)
     if params.min_p:
         least = max(least, math.log(params.min_p))
     return least
+
+
+def _least_of_nucleus(scaled: np.ndarray, least: float, mass: float) -> float:
+    """The least of the fewest logits, none below `least`, whose exponentials sum to `mass`.
+
+    What is far below the likeliest is sorted only where the rest does not hold enough.
+    """
+    for floor in (max(least, NEAR), least):
+        ordered = np.negative(scaled[scaled >= floor])
+        ordered.sort()  # likeliest first
+        held = np.exp(-ordered).cumsum(dtype=np.float64)
+        if held[-1] >= mass:
+            return -float(ordered[held.searchsorted(mass)])
+    return least  # by rounding all of them fall short

@@ -61,6 +61,14 @@ class Scheduler:
         (self.running if sequence.blocks else self.waiting).remove(sequence)
         self._evict(sequence)
 
+    def reset(self) -> None:
+        """Drop every sequence, and what is cached: a step that failed may not have filled it."""
+        for sequence in self.running:
+            self._evict(sequence)
+        self.running.clear()
+        self.waiting.clear()
+        self.pool.clear()
+
     def _decodes(self) -> list[Sequence]:
         """One token for each sequence that needs just one; makes room by preemption."""
         step, at = [], 0

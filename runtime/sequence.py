@@ -20,6 +20,7 @@ class Request:
         "limit",
         "number",
         "params",
+        "prompt",
         "prompt_length",
         "prompt_logprobs",
         "sequences",
@@ -27,16 +28,24 @@ class Request:
     )
 
     def __init__(
-        self, request_id: str, number: int, params: SamplingParams, prompt_length: int, limit: int
+        self,
+        request_id: str,
+        prompt: array[int],
+        params: SamplingParams,
+        limit: int,
+        stop_ids: frozenset[int],
     ) -> None:
         self.id = request_id
-        self.number = number  # in order of arrival
+        self.number = 0  # in order of arrival, once it has arrived
+        self.prompt = prompt  # int64
+        self.prompt_length = len(prompt)
         self.params = params
-        self.prompt_length = prompt_length
         self.limit = limit  # most tokens of one output
-        self.stop_ids: frozenset[int] = frozenset()
+        self.stop_ids = stop_ids
         self.sequences: list[Sequence] = []  # one until the prompt is computed, then n
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
+        if params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
         self.cached_tokens: int | None = None  # of the prompt, when it was first scheduled
 
 

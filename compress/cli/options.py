@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from compress.cli.output import print_json, print_plan, print_report
+from compress.core.errors import InputError
+from compress.core.resources import parse_size
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
-
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 
 
 class Size(click.ParamType):
@@ -23,10 +21,10 @@ class Size(click.ParamType):
     name = "size"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", str(value).lower())
-        if not found:
-            self.fail(f"'{value}' is no size; give a number and a unit, such as 500MB or 2GiB")
-        return int(float(found[1]) * UNITS[found[2]])
+        try:
+            return parse_size(value)
+        except InputError as error:
+            self.fail(str(error))
 
 
 def run_options(command: Callable[..., None]) -> Callable[..., None]:

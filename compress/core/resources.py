@@ -1,10 +1,15 @@
 """What this machine has left: memory and disk space."""
 
+import re
 import shutil
 from pathlib import Path
 
 import psutil
 
+from compress.core.errors import InputError
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -40,6 +45,14 @@ def _free_in_cgroups() -> list[int]:
         except (OSError, ValueError, KeyError):
             continue  # not limited, or not a version 2 group
     return free
+
+
+def parse_size(value: int | str) -> int:
+    """Bytes from a number with or without a unit: `500MB`, `2GB`, `1.5GiB`."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", str(value).lower())
+    if not found:
+        raise InputError(f"'{value}' is no size; give a number and a unit, such as 500MB or 2GiB")
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 def in_words(count: float) -> str:

@@ -1,0 +1,277 @@
+"""`LLM`: load a model, give it prompts, get text; all at once, or as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import queue
+import weakref
+from collections.abc import AsyncIterator, Mapping
+from collections.abc import Sequence as Items
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.core.device import check_dtype, default_device, native_bfloat16
+from compress.core.errors import InputError, reason_of, shown
+from compress.core.progress import track
+from compress.core.resources import free_memory, parse_size
+from compress.core.source import read_config, resolve_model
+from compress.core.tokenizer import load_tokenizer
+from compress.runtime.batch import Model
+from compress.runtime.engine import Engine, Statistics
+from compress.runtime.engine_loop import EngineLoop, Listener
+from compress.runtime.outputs import CompletionOutput, Increment, RequestOutput
+from compress.runtime.sampling_params import SamplingParams
+from compress.runtime.sequence import Request
+
+Prompt = str | list[int]  # text, or token ids
+Message = Mapping[str, Any]  # {"role": ..., "content": ...}
+
+# Of the memory that is free once the model is loaded, what the cache may take.
+SHARE_OF_MEMORY = {"cpu": 0.3, "cuda": 0.85}
+
+
+class LLM:
+    """A model ready to answer any number of requests at once, from any number of threads.
+
+    `kv_cache_memory` is in bytes, or text such as "2GiB"; left out, it is a share of the free
+    memory, at most what `max_sequences` of full context fill.  Raises InputError for a model that
+    cannot be loaded.  Use it in a `with` statement, or `close` it, to end its thread early.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        kv_cache_memory: int | str | None = None,
+        max_tokens_per_step: int = 512,
+        max_sequences: int = 64,
+        seed: int = 0,
+        lm_head_bits: int | None = None,
+        prefix_caching: bool = True,
+    ) -> None:
+        from compress.runtime.decoder import Decoder
+
+        source = resolve_model(model)
+        place = _device(device)
+        if dtype == "auto":
+            dtype = "bfloat16" if native_bfloat16(place) else "float32"
+        check_dtype(dtype)
+        tokenizer = load_tokenizer(source.folder)
+        decoder = Decoder.load(source, place, dtype, lm_head_bits)
+        engine = Engine(
+            decoder,
+            _num_blocks(decoder, place, kv_cache_memory, max_sequences),
+            max_tokens_per_step=max_tokens_per_step,
+            max_sequences=max_sequences,
+            seed=seed,
+            prefix_caching=prefix_caching,
+            tokenizer=tokenizer,
+            eos_ids=stop_tokens(source.folder, tokenizer),
+        )
+        self._set_up(engine, tokenizer)
+
+    @classmethod
+    def from_engine(cls, engine: Engine, tokenizer: Any = None) -> LLM:
+        """Wrap an engine that was made by hand, with the tokenizer that it has, if any."""
+        llm = cls.__new__(cls)
+        llm._set_up(engine, tokenizer)
+        return llm
+
+    def _set_up(self, engine: Engine, tokenizer: Any) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self._loop = EngineLoop(engine)
+        self._numbers = itertools.count()
+        self._finalizer = weakref.finalize(self, self._loop.close)
+
+    def generate(
+        self,
+        prompts: Prompt | Items[Prompt],
+        params: SamplingParams | Items[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Complete prompts together; outputs come in the order of the prompts.
+
+        `params` are for all prompts, or one for each.  Raises InputError before anything runs if
+        one of the requests never can; other errors end the whole call.
+        """
+        several = _as_list(prompts)
+        settings = _one_each(params, len(several))
+        requests = [self._prepare(*pair) for pair in zip(several, settings, strict=True)]
+        outputs = [_empty_output(*pair) for pair in zip(several, requests, strict=True)]
+        finished: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        listeners = [_collector(output, finished) for output in outputs]
+        self._loop.submit(zip(requests, listeners, strict=True))
+        waits = range(len(outputs))
+        try:
+            for _ in track(waits, "Generating") if progress else waits:
+                if (error := finished.get()) is not None:
+                    raise error
+        except BaseException:  # an interrupt too: nothing goes on behind the caller's back
+            self._loop.abort(request.id for request in requests)
+            raise
+        for output, request in zip(outputs, requests, strict=True):
+            output.prompt_logprobs = request.prompt_logprobs
+            output.num_cached_tokens = request.cached_tokens or 0
+        return outputs
+
+    def chat(
+        self,
+        messages: Items[Message] | Items[Items[Message]],
+        params: SamplingParams | Items[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of several, through the tokenizer's chat template."""
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if one else messages
+        prompts = [self.chat_prompt(conversation) for conversation in conversations]
+        return self.generate(prompts, params, progress=progress)
+
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> AsyncIterator[Increment]:
+        """Yield what each step adds, until all outputs have ended.
+
+        When the consumer goes away (closes the iterator, or is cancelled) the request is aborted,
+        and its blocks are free before the next step.
+        """
+        request = self._prepare(prompt, params or SamplingParams())
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[Increment | Exception] = asyncio.Queue()
+
+        def listen(item: Increment | Exception) -> None:
+            loop.call_soon_threadsafe(arrived.put_nowait, item)
+
+        unfinished = request.params.n
+        self._loop.submit([(request, listen)])
+        try:
+            while unfinished:
+                item = await arrived.get()
+                if isinstance(item, Exception):
+                    raise item
+                unfinished -= item.finish_reason is not None
+                yield item
+        finally:
+            if unfinished:
+                self._loop.abort([request.id])
+
+    def chat_prompt(self, messages: Items[Message]) -> list[int]:
+        """Token ids of a conversation, with the beginning of the answer's turn."""
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise InputError("the tokenizer has no chat template; use generate instead")
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # templates are programs of any origin
+            raise InputError(f"the chat template refuses this: {reason_of(error)}") from error
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def statistics(self) -> Statistics:
+        """Return the engine's counts; while it runs they may be of different steps."""
+        return self.engine.statistics()
+
+    def close(self) -> None:
+        """End the engine's thread.  Unfinished requests fail."""
+        self._finalizer()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _prepare(self, prompt: Prompt, params: SamplingParams) -> Request:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InputError("a prompt of text needs a tokenizer; give token ids")
+            prompt = self.tokenizer(prompt, verbose=False)["input_ids"]
+        return self.engine.prepare(str(next(self._numbers)), prompt, params)
+
+
+def stop_tokens(folder: Path, tokenizer: Any) -> set[int]:
+    """Tokens that end a text, by generation_config.json, config.json and the tokenizer."""
+    given = [read_config(folder).get("eos_token_id"), tokenizer.eos_token_id]
+    path = folder / "generation_config.json"
+    if path.is_file():
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            given.append(settings.get("eos_token_id"))
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(f"cannot read {path}: {error}; download it again") from None
+    flat = itertools.chain(*(value if isinstance(value, list) else [value] for value in given))
+    return {value for value in flat if isinstance(value, int)}
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return default_device()
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device '{name}' is unknown; allowed are auto, cpu, cuda") from None
+
+
+def _num_blocks(
+    model: Model, device: torch.device, memory: int | str | None, max_sequences: int
+) -> int:
+    """Blocks that fit in `memory`, or in a share of what is free; no more than can be used."""
+    if memory is not None:
+        size = parse_size(memory)
+    elif device.type == "cuda":
+        size = int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_MEMORY["cuda"])
+    else:
+        size = int(free_memory() * SHARE_OF_MEMORY["cpu"])
+    most = max_sequences * -(-model.max_context // model.block_size)
+    return min(size // model.bytes_per_block, most)
+
+
+def _as_list(prompts: Prompt | Items[Prompt]) -> list[Prompt]:
+    """A list of prompts from one or several."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _one_each(
+    params: SamplingParams | Items[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    """Settings for each prompt."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise InputError(f"{len(params)} params for {count} prompts; give one, or one for each")
+    if wrong := [entry for entry in params if not isinstance(entry, SamplingParams)]:
+        raise InputError(f"params = {shown(wrong[0])}; give SamplingParams")
+    return list(params)
+
+
+def _empty_output(prompt: Prompt, request: Request) -> RequestOutput:
+    return RequestOutput(
+        request_id=request.id,
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_token_ids=request.prompt.tolist(),
+        outputs=[CompletionOutput(index) for index in range(request.params.n)],
+    )
+
+
+def _collector(output: RequestOutput, finished: queue.SimpleQueue[Exception | None]) -> Listener:
+    """A listener that fills `output`, and says when it is whole, or what went wrong."""
+
+    def listen(item: Increment | Exception) -> None:
+        if isinstance(item, Exception):
+            finished.put(item)
+            return
+        output.outputs[item.index].add(item)
+        if item.finish_reason and output.finished:
+            finished.put(None)
+
+    return listen

@@ -1,0 +1,189 @@
+"""Whole calls, streams and cancellation, on the fake model and on a real tokenizer."""
+
+import asyncio
+import gc
+import json
+import threading
+import time
+
+import pytest
+
+from compress.core.errors import InputError
+from compress.runtime.engine import Engine
+from compress.runtime.llm import LLM, stop_tokens
+from compress.runtime.sampling_params import SamplingParams
+from tests.runtime.fakes import VOCAB, FakeModel, naive
+
+GREEDY = SamplingParams(max_tokens=10, temperature=0)
+
+
+class Letters:
+    """One token a character, which is enough to see what text goes where."""
+
+    chat_template = "yes"
+    eos_token_id = 0
+
+    def __call__(self, text, **_):
+        return {"input_ids": [ord(c) % VOCAB for c in text]}
+
+    def decode(self, tokens, **_):
+        return "".join(chr(0x4E00 + token) for token in tokens)
+
+    def apply_chat_template(self, messages, **_):
+        return "".join(f"{m['role'][0]}:{m['content']}\n" for m in messages) + "a:"
+
+
+@pytest.fixture
+def llm():
+    tokenizer = Letters()
+    with LLM.from_engine(Engine(FakeModel(), 60, seed=3, tokenizer=tokenizer), tokenizer) as made:
+        yield made
+
+
+def test_generate_keeps_the_order(llm):
+    prompts = ["hello there", [1, 2, 3], "x" * 50]
+    params = [GREEDY, SamplingParams(max_tokens=25, seed=1, n=2), GREEDY]
+    outputs = llm.generate(prompts, params, progress=True)
+    assert [output.prompt for output in outputs] == ["hello there", None, "x" * 50]
+    for output, setting in zip(outputs, params, strict=True):
+        for completion in output.outputs:
+            expected = naive(output.prompt_token_ids, setting, index=completion.index)
+            assert completion.token_ids == expected
+            assert completion.text == Letters().decode(expected)
+            assert completion.finish_reason == "length"
+    again = llm.generate("x" * 50, GREEDY)
+    assert again[0].num_cached_tokens == 48
+    assert again[0].outputs == outputs[2].outputs
+
+
+def test_seeds_come_from_the_engine_and_the_number_of_the_request():
+    def texts(seed):
+        with LLM.from_engine(Engine(FakeModel(), 60, seed=seed)) as made:
+            return [o.outputs[0].token_ids for o in made.generate([[1, 2]] * 3)]
+
+    assert texts(1) == texts(1)
+    assert texts(1) != texts(2)
+    assert len({tuple(tokens) for tokens in texts(1)}) == 3
+
+
+def test_one_bad_request_runs_none(llm):
+    with pytest.raises(InputError, match="leaves no room"):
+        llm.generate(["fine", "x" * 500], GREEDY)
+    with pytest.raises(InputError, match="2 params for 1 prompts"):
+        llm.generate("fine", [GREEDY, GREEDY])
+    assert llm.statistics().steps == 0
+
+
+def test_chat_goes_through_the_template(llm):
+    (output,) = llm.chat([{"role": "user", "content": "hi"}], GREEDY)
+    assert output.prompt_token_ids == Letters()("u:hi\na:")["input_ids"]
+    assert len(llm.chat([[{"role": "user", "content": "hi"}]] * 2, GREEDY)) == 2
+
+
+def test_streams_run_together_and_equal_generate(llm):
+    async def collect(prompt):
+        return [increment async for increment in llm.stream(prompt, GREEDY)]
+
+    async def all_of_them():
+        return await asyncio.gather(*(collect([n, n + 1]) for n in range(8)))
+
+    for number, increments in enumerate(asyncio.run(all_of_them())):
+        tokens = [token for increment in increments for token in increment.token_ids]
+        assert tokens == naive([number, number + 1], GREEDY)
+        assert increments[-1].finish_reason == "length"
+        assert all(increment.finish_reason is None for increment in increments[:-1])
+
+
+@pytest.mark.parametrize("way", ["close", "cancel"])
+def test_a_consumer_that_goes_away_frees_its_blocks(llm, way):
+    slow = llm.engine.model.forward
+
+    def forward(batch):
+        time.sleep(0.002)
+        return slow(batch)
+
+    llm.engine.model.forward = forward
+    endless = SamplingParams(max_tokens=150, n=2, seed=0)
+
+    async def closes():
+        stream = llm.stream([1, 2, 3], endless)
+        async for _ in stream:
+            break
+        await stream.aclose()
+
+    async def is_cancelled():
+        async def consume():
+            async for _ in llm.stream([1, 2, 3], endless):
+                pass
+
+        task = asyncio.create_task(consume())
+        await asyncio.sleep(0.02)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def main():
+        await (closes() if way == "close" else is_cancelled())
+        for _ in range(200):
+            if not llm.engine.has_work():
+                return
+            await asyncio.sleep(0.005)
+
+    asyncio.run(main())
+    assert not llm.engine.has_work()
+    llm.engine.check()
+    assert llm.statistics().blocks_in_use == 0
+    assert 0 < llm.statistics().generated_tokens < 300
+    assert not llm._loop._listeners
+
+
+def test_a_broken_model_ends_the_call_and_not_the_engine(llm):
+    llm.engine.model.fail_on = 96
+    with pytest.raises(RuntimeError, match="the model broke"):
+        llm.generate([[1, 2], [96]], GREEDY)
+    llm.engine.model.fail_on = None
+    assert llm.generate([1, 2], GREEDY)[0].outputs[0].token_ids == naive([1, 2], GREEDY)
+    llm.engine.check()
+
+
+def test_a_broken_tokenizer_ends_one_request():
+    expected = naive([1, 2], GREEDY)
+    bad_token = next(token for token in range(3, VOCAB) if token not in expected)
+
+    class Breaks(Letters):
+        def decode(self, tokens, **_):
+            if bad_token in tokens and len(tokens) > 1:
+                raise ValueError("no such token")
+            return super().decode(tokens)
+
+    with LLM.from_engine(Engine(FakeModel(), 60, tokenizer=Breaks()), Breaks()) as made:
+        bad, good = made.generate([[bad_token], [1, 2]], GREEDY)
+    assert bad.outputs[0].finish_reason == "error"
+    assert "no such token" in bad.outputs[0].error
+    assert good.outputs[0].token_ids == expected
+
+
+def test_dropping_the_model_ends_its_thread():
+    made = LLM.from_engine(Engine(FakeModel(), 60))
+    made.generate([1], GREEDY)
+    thread = made._loop._thread
+    assert thread in threading.enumerate()
+    del made
+    gc.collect()
+    thread.join(2)
+    assert not thread.is_alive()
+
+
+def test_a_closed_model_says_so(llm):
+    llm.close()
+    with pytest.raises(InputError, match="closed"):
+        llm.generate("x", GREEDY)
+
+
+def test_stop_tokens_come_from_all_three_places(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))
+    assert stop_tokens(tmp_path, Letters()) == {0, 5}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    assert stop_tokens(tmp_path, Letters()) == {0, 5, 7, 8}
+    (tmp_path / "generation_config.json").write_text("[")
+    with pytest.raises(InputError, match=r"generation_config\.json"):
+        stop_tokens(tmp_path, Letters())
