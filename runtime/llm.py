@@ -63,7 +63,7 @@ class LLM:
             dtype = "bfloat16" if native_bfloat16(place) else "float32"
         check_dtype(dtype)
         tokenizer = load_tokenizer(source.folder)
-        decoder = Decoder.load(source, place, dtype, lm_head_bits)
+        decoder = Decoder.load(source, place, dtype, lm_head_bits, max_tokens_per_step)
         engine = Engine(
             decoder,
             _num_blocks(decoder, place, kv_cache_memory, max_sequences),

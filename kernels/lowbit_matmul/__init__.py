@@ -12,7 +12,12 @@ __all__ = ["LinearWeight", "PackedLinear", "pack"]
 
 
 class PackedLinear(Protocol):
-    """A linear layer in the layout of one implementation, which `kind` names."""
+    """A linear layer in the layout of one implementation, which `kind` names.
+
+    `bytes` is what a product with few rows of x reads.
+    """
+
+    bytes: int
 
     @property
     def kind(self) -> str: ...

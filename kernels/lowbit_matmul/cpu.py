@@ -38,6 +38,7 @@ class DenseLinear:
     def __init__(self, weight: LinearWeight, dtype: torch.dtype) -> None:
         self._weight = weight.dequantize(dtype)
         self._bias = None if weight.bias is None else weight.bias.to(dtype)
+        self.bytes = self._weight.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, out]"""
@@ -66,6 +67,7 @@ class Int4Linear:
         self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1)
         self._grid = F.pad(grid, (0, 0, 0, 0, 0, padding)).transpose(0, 1).contiguous()
         self._bias = None if weight.bias is None else weight.bias.to(torch.bfloat16)
+        self.bytes = self._packed.nbytes + self._grid.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """x bfloat16 [T, in] -> [T, out]"""
@@ -93,6 +95,7 @@ class Int8Linear:
         self._codes = weight.codes.contiguous()
         self._scale = weight.scale.squeeze(1).to(torch.bfloat16)  # [out]
         self._bias = None if weight.bias is None else weight.bias.to(torch.bfloat16)
+        self.bytes = self._codes.nbytes + self._scale.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """x bfloat16 [T, in] -> [T, out]"""
