@@ -115,7 +115,7 @@ class _Shallow:
     """A model and its children, for transformers' search of names, without what is inside those.
 
     The search makes the whole table of names anew for every module of the tree, and finds nothing
-    more below the children: 5 seconds for 30 layers.
+    more below the children: 4 seconds for 30 layers.
     """
 
     def __init__(self, module: nn.Module, levels: int = 1) -> None:
