@@ -19,8 +19,7 @@ class PackedLinear(Protocol):
 
     bytes: int
 
-    @property
-    def kind(self) -> str: ...
+    kind: str
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] in the dtype it was packed for -> [T, out] in that dtype, bias added."""
