@@ -74,7 +74,7 @@ class Engine:
         self.scheduler = Scheduler(self.pool, max_tokens_per_step, max_sequences)
         self.requests: dict[str, Request] = {}  # unfinished
         self._tokenizer = tokenizer
-        self._eos_ids = frozenset(eos_ids)
+        self._eos_ids = frozenset(token for token in eos_ids if token < model.vocab_size)
         self._seed = seed
         self._arrived = 0
         self._steps = self._computed = self._prompt = self._cached = self._generated = 0

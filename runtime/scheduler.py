@@ -38,7 +38,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()  # oldest first
         self.copies: list[tuple[int, int]] = []  # blocks to copy before the step, in order
         self.preemptions = 0
-        self._refused: tuple[Sequence, int] | None = None  # who found no room, among how many
+        self._refused: tuple[Sequence, int] | None = None  # who found no room, in how many blocks
 
     def schedule(self) -> list[Sequence]:
         """Return the sequences of the next step, each with `count` set to its new tokens."""
@@ -137,9 +137,10 @@ class Scheduler:
         looked up again only once there are more blocks, since that takes time with its length.
         """
         pool = self.pool
+        room = pool.available - owed
         if self._refused and self.running:
-            refused, available = self._refused
-            if refused is sequence and pool.available <= available:
+            refused, least = self._refused
+            if refused is sequence and room <= least:
                 return False
         if sequence.request.prompt_logprobs is None:
             blocks, identity = pool.match(sequence.tokens)
@@ -147,8 +148,8 @@ class Scheduler:
             blocks, identity = array("i"), sequence.identity
         idle = sum(map(pool.is_idle, blocks))
         missing = -(-len(sequence.tokens) // pool.block_size) - len(blocks)
-        if pool.available - idle < missing + owed:
-            self._refused = (sequence, pool.available)
+        if room - idle < missing:
+            self._refused = (sequence, room)
             return False
         self._refused = None
         pool.share(blocks)
