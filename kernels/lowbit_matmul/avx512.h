@@ -118,6 +118,7 @@ struct Linear : Operation, LinearArguments {
   int phases() const override { return 2; }
   void run(const Batch& batch, Worker worker, int phase) override {
     int m = rows(batch);
+    if (m == 0) return;  // a chunk in the middle of a prompt wants no logits
     if (phase == 0) return pack(m, worker);
     switch (kind) {
       case INT4: return multiply<Int4>(batch, m, worker);
@@ -171,6 +172,7 @@ struct Linear : Operation, LinearArguments {
   }
 
   __m512 scale_at(const uint8_t* from, int tile, int c, int vector) const {
+    if (scale_kind == NO_SCALE) return _mm512_set1_ps(1.f);
     int64_t at = (int64_t(tile) * chunks + c) * TILE + vector * LANES;
     if (scale_kind == SCALE_FP32) return load(reinterpret_cast<const float*>(from) + at);
     if (scale_kind == SCALE_BF16) return load(reinterpret_cast<const bf16*>(from) + at);
@@ -208,17 +210,22 @@ struct Linear : Operation, LinearArguments {
         }
       }
     }
+#pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) {
-      int at = tile + v / 2;
-      __m512 factor = scale_kind == NO_SCALE ? _mm512_set1_ps(1.f) : scale_at(scale, at, c, v % 2);
+      __m512 factor = scale_at(scale, tile + v / 2, c, v % 2);
+#pragma GCC unroll 12
       for (int r = 0; r < COUNT; r++) {
         float* to = total + (r * VECTORS + v) * LANES;
-        __m512 value = _mm512_fmadd_ps(factor, sum[r][v], load(to));
-        if (shift) {
-          __m512 of_x = _mm512_set1_ps(sums[int64_t(first_row + r) * chunks + c]);
-          value = _mm512_fmadd_ps(scale_at(shift, at, c, v % 2), of_x, value);
-        }
-        _mm512_storeu_ps(to, value);
+        _mm512_storeu_ps(to, _mm512_fmadd_ps(factor, sum[r][v], load(to)));
+      }
+    }
+    if (!shift) return;
+    for (int v = 0; v < VECTORS; v++) {
+      __m512 offset = scale_at(shift, tile + v / 2, c, v % 2);
+      for (int r = 0; r < COUNT; r++) {
+        float* to = total + (r * VECTORS + v) * LANES;
+        __m512 of_x = _mm512_set1_ps(sums[int64_t(first_row + r) * chunks + c]);
+        _mm512_storeu_ps(to, _mm512_fmadd_ps(offset, of_x, load(to)));
       }
     }
   }
