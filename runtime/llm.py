@@ -215,9 +215,12 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return default_device()
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise InputError(f"device '{name}' is unknown; allowed are auto, cpu, cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device '{name}': torch finds no GPU here; use cpu")
+    return device
 
 
 def _num_blocks(
