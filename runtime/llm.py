@@ -21,9 +21,9 @@ from compress.core.resources import free_memory, parse_size
 from compress.core.source import read_config, resolve_model
 from compress.core.tokenizer import load_tokenizer
 from compress.runtime.batch import Model
-from compress.runtime.engine import Engine, Statistics
+from compress.runtime.engine import Engine
 from compress.runtime.engine_loop import EngineLoop, Listener
-from compress.runtime.outputs import CompletionOutput, Increment, RequestOutput
+from compress.runtime.outputs import CompletionOutput, Increment, RequestOutput, Statistics
 from compress.runtime.sampling_params import SamplingParams
 from compress.runtime.sequence import Request
 
