@@ -1,4 +1,4 @@
-"""What requests give back: increments as they arise, and the whole at the end; and the engine's counts."""
+"""What requests give back, as it arises and as a whole, and the counts of the engine."""
 
 from __future__ import annotations
 
