@@ -25,6 +25,10 @@ class _Linear:
     packed: PackedLinear
     silu_mul: bool
 
+    @property
+    def bytes(self) -> int:
+        return self.packed.bytes
+
 
 class Eager:
     """The operations on one device; `batch` (compress.runtime.batch.Batch) is what they work on."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.core.blocks import BlockModel, linears_of
 from compress.core.errors import InputError
@@ -62,7 +62,7 @@ class GgufModel:
         reader = GGUFReader(path)
         architecture = reader.fields["general.architecture"].contents()
         self._processor: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(self.config)
-        names = get_gguf_hf_weights_map(self.skeleton, self._processor)
+        names = get_gguf_hf_weights_map(_Shallow(self.skeleton), self._processor)
         self._tensors: Mapping[str, Any] = {
             names[tensor.name]: tensor for tensor in reader.tensors if tensor.name in names
         }
@@ -109,3 +109,19 @@ class GgufModel:
         """Linears of the model that are not packed."""
         packed = set(self.linears)
         return [name for name in linears_of(self.skeleton) if name not in packed]
+
+
+class _Shallow:
+    """A model and its children, for transformers' search of names, without what is inside those.
+
+    The search makes the whole table of names anew for every module of the tree, and finds nothing
+    more below the children: 4 seconds for 30 layers.
+    """
+
+    def __init__(self, module: nn.Module, levels: int = 1) -> None:
+        self.config: Any = getattr(module, "config", None)
+        self.state_dict = module.state_dict
+        self._children = dict(module.named_children()) if levels else {}
+
+    def named_children(self) -> list[tuple[str, "_Shallow"]]:
+        return [(name, _Shallow(child, 0)) for name, child in self._children.items()]

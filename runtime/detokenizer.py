@@ -8,12 +8,14 @@ replacement character, a character may be incomplete, and nothing is released.
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from typing import Any
 
 INCOMPLETE = "\ufffd"
 MOST_HELD = 8  # tokens; no character is longer, so what they spell is not UTF-8
 CONTEXT = 6  # tokens of the prompt that the first window begins with
+LONGEST = 32  # tokens of a window; so many without text are special ones
 
 
 class Detokenizer:
@@ -22,9 +24,8 @@ class Detokenizer:
     def __init__(self, tokenizer: Any, prompt: array[int], stop: tuple[str, ...]) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
-        self._window = list(prompt[-CONTEXT:])
-        self._known = len(self._window)  # tokens of the window whose text is out
-        self._known_text = self._decode(self._window)
+        # the window; how many of its tokens have their text out; and that text
+        self._window, self._known, self._known_text = self._end_of(prompt)
         self._held = ""  # could yet become a stop string
         self.stopped = False  # a stop string was met
 
@@ -44,11 +45,24 @@ class Detokenizer:
         held, self._held = self._held, ""
         return text if self.stopped else text + held
 
+    def _end_of(self, prompt: array[int]) -> tuple[list[int], int, str]:
+        """Tokens that end the prompt, from one character's beginning on, as the first window.
+
+        Those after the last whole character do not count as known.
+        """
+        for end, more in itertools.product(range(len(prompt), -1, -1)[:4], range(4)):
+            begin = max(0, end - CONTEXT - more)
+            text = self._decode(prompt[begin:end].tolist())
+            if not text.startswith(INCOMPLETE) and not text.endswith(INCOMPLETE):
+                return prompt[begin:].tolist(), end - begin, text
+        window = prompt[-CONTEXT:].tolist()  # not UTF-8
+        return window, len(window), self._decode(window)
+
     def _release(self, text: str) -> str:
         """Move the window on past `text`, which it decodes to; return what is new and certain."""
         new = text[len(self._known_text) :]
-        if new:
-            del self._window[: self._known]
+        if new or len(self._window) > LONGEST:
+            del self._window[: self._known if new else -CONTEXT]
             self._known_text = self._decode(self._window)
         self._known = len(self._window)
         return self._until_stop(new) if self._stop else new

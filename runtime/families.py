@@ -1,8 +1,8 @@
 """The model classes that the runtime serves, and what it needs to know of a config.
 
 They share one computation: RMSNorm, rotary attention with grouped queries, a gated SiLU network.
-Biases, and norms on queries and keys, are there where the class has parameters for them; which
-layers see a sliding window is the one thing that differs by class, and `FAMILIES` says how.
+Biases, and norms on queries and keys, are there where transformers' class has parameters for them;
+which layers see a sliding window is the one thing that differs by class, and `FAMILIES` says how.
 """
 
 from collections.abc import Callable, Mapping

@@ -21,9 +21,9 @@ from compress.core.resources import free_memory, parse_size
 from compress.core.source import read_config, resolve_model
 from compress.core.tokenizer import load_tokenizer
 from compress.runtime.batch import Model
-from compress.runtime.engine import Engine, Statistics
+from compress.runtime.engine import Engine
 from compress.runtime.engine_loop import EngineLoop, Listener
-from compress.runtime.outputs import CompletionOutput, Increment, RequestOutput
+from compress.runtime.outputs import CompletionOutput, Increment, RequestOutput, Statistics
 from compress.runtime.sampling_params import SamplingParams
 from compress.runtime.sequence import Request
 
@@ -63,7 +63,7 @@ class LLM:
             dtype = fastest_dtype(place)
         check_dtype(dtype)
         tokenizer = load_tokenizer(source.folder)
-        decoder = Decoder.load(source, place, dtype, lm_head_bits)
+        decoder = Decoder.load(source, place, dtype, lm_head_bits, max_tokens_per_step)
         engine = Engine(
             decoder,
             _num_blocks(decoder, place, kv_cache_memory, max_sequences),
@@ -215,9 +215,12 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return default_device()
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise InputError(f"device '{name}' is unknown; allowed are auto, cpu, cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device '{name}': torch finds no GPU here; use cpu")
+    return device
 
 
 def _num_blocks(

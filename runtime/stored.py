@@ -40,6 +40,7 @@ class StoredModel:
                 f"'{self.ref}' holds {self._gguf.unread[0]}, which transformers cannot read from "
                 "GGUF; give the model as a Hugging Face folder"
             )
+        self.skeleton: Any
         if self._packed:
             self.reader, self.skeleton = self._packed.reader, self._packed.skeleton
         else:
@@ -70,14 +71,18 @@ class StoredModel:
         return tensor if dtype is None else tensor.to(dtype)
 
     def optional(self, name: str, dtype: torch.dtype) -> Tensor | None:
-        """A tensor, or None where neither the checkpoint nor the model has it."""
-        if name in self.reader or self._expected(name) is not None:
-            return self.tensor(name, dtype)
-        return None
+        """A tensor, or None where the model class has no parameter of this name."""
+        return None if self._expected(name) is None else self.tensor(name, dtype)
 
     def linear(self, name: str) -> LinearWeight:
-        """A linear layer with its bias, quantized where it is stored so."""
-        bias = self.optional(f"{name}.bias", torch.float32)
+        """A linear layer with its bias, quantized where it is stored so.
+
+        GPTQ tools store biases of zeros for classes that have none: these may be left out.
+        """
+        bias_name = f"{name}.bias"
+        bias = self.optional(bias_name, torch.float32)
+        if bias is None and bias_name in self.reader and not self.reader.load(bias_name).any():
+            self._left.discard(bias_name)
         if name not in self._linears:
             return LinearWeight.of_dense(self.tensor(f"{name}.weight"), bias)
         assert self._packed is not None
@@ -130,7 +135,7 @@ class StoredModel:
             )
 
     def _expected(self, name: str) -> tuple[int, ...] | None:
-        """The shape of a parameter, or of a bias that its class may be stored with; else None."""
+        """The shape of a parameter of the model; None where it has none of this name."""
         owner, _, leaf = name.rpartition(".")
         try:
             module: Any = self.skeleton.get_submodule(owner)

@@ -12,10 +12,14 @@ __all__ = ["LinearWeight", "PackedLinear", "pack"]
 
 
 class PackedLinear(Protocol):
-    """A linear layer in the layout of one implementation, which `kind` names."""
+    """A linear layer in the layout of one implementation, which `kind` names.
 
-    @property
-    def kind(self) -> str: ...
+    `bytes` is what a product with few rows of x reads.
+    """
+
+    bytes: int
+
+    kind: str
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] in the dtype it was packed for -> [T, out] in that dtype, bias added."""

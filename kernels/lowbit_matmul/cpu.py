@@ -16,8 +16,6 @@ at 64, against 0.5 ms for de-quantizing and 0.3 and 0.5 ms for the product.  The
 int8 for that, which makes 1.5 bytes a weight with Int4's own copy.
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,11 +31,12 @@ INT8_COLUMNS = 16
 class DenseLinear:
     """A weight that is de-quantized once, in the dtype of the activations."""
 
-    kind: ClassVar[str] = "dense"
+    kind = "dense"
 
     def __init__(self, weight: LinearWeight, dtype: torch.dtype) -> None:
         self._weight = weight.dequantize(dtype)
         self._bias = None if weight.bias is None else weight.bias.to(dtype)
+        self.bytes = self._weight.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, out]"""
@@ -47,7 +46,7 @@ class DenseLinear:
 class Int4Linear:
     """Codes of up to 4 bits in groups, for bfloat16 activations."""
 
-    kind: ClassVar[str] = "int4 (aten)"
+    kind = "int4 (aten)"
 
     def __init__(self, weight: LinearWeight) -> None:
         assert weight.codes is not None
@@ -66,6 +65,7 @@ class Int4Linear:
         self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1)
         self._grid = F.pad(grid, (0, 0, 0, 0, 0, padding)).transpose(0, 1).contiguous()
         self._bias = None if weight.bias is None else weight.bias.to(torch.bfloat16)
+        self.bytes = self._packed.nbytes + self._grid.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """x bfloat16 [T, in] -> [T, out]"""
@@ -85,7 +85,7 @@ class Int4Linear:
 class Int8Linear:
     """Codes of up to 8 bits with one scale a row, for bfloat16 activations."""
 
-    kind: ClassVar[str] = "int8 (aten)"
+    kind = "int8 (aten)"
 
     def __init__(self, weight: LinearWeight) -> None:
         assert weight.codes is not None
@@ -93,6 +93,7 @@ class Int8Linear:
         self._codes = weight.codes.contiguous()
         self._scale = weight.scale.squeeze(1).to(torch.bfloat16)  # [out]
         self._bias = None if weight.bias is None else weight.bias.to(torch.bfloat16)
+        self.bytes = self._codes.nbytes + self._scale.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """x bfloat16 [T, in] -> [T, out]"""

@@ -38,6 +38,12 @@ def paged_attention(
         else:
             out[first:last] = _run(q[first:last], cache, block_tables[row], context, scale, window)
     for rows in single.values():
+        if len(rows) == 1:
+            (row,) = rows
+            place = firsts[row]
+            context = int(contexts[row])
+            out[place] = _lone(q[place], cache, block_tables[row], context, scale, window)
+            continue
         chosen = torch.tensor(rows)
         places = starts[chosen]
         out[places] = _singles(
@@ -75,6 +81,22 @@ def _singles(
     return (weights @ values).flatten(1, 2).to(q.dtype)
 
 
+def _lone(
+    q: Tensor,
+    cache: tuple[Tensor, Tensor],
+    block_table: Tensor,
+    context: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """One query of one sequence, which needs no mask: q [N, H] -> [N, H]."""
+    keys, values, length = _spanned(cache, block_table, context, window or context)
+    begin = 0 if window is None else max(0, length - window)
+    queries = (q.float() * scale).unflatten(0, (len(keys), -1))  # [K, N / K, H]
+    weights = (queries @ keys[:, begin:].float().transpose(1, 2)).softmax(dim=-1)
+    return (weights @ values[:, begin:].float()).flatten(0, 1).to(q.dtype)
+
+
 def _run(
     q: Tensor,
     cache: tuple[Tensor, Tensor],
@@ -84,21 +106,30 @@ def _run(
     window: int | None,
 ) -> Tensor:
     """Attention of the last t tokens of one sequence: q [t, N, H] -> [t, N, H]."""
-    block_size, count = cache[0].shape[2], len(q)
-    begin = 0 if window is None else max(0, context - count + 1 - window)
-    first = begin // block_size  # whole blocks before the window of the first query are skipped
-    blocks = block_table[first : -(-context // block_size)]
-    length = context - first * block_size
-    keys, values = (
-        part[blocks].transpose(0, 1).flatten(1, 2)[:, :length].to(q.dtype) for part in cache
-    )
+    reach = context if window is None else window + len(q) - 1
+    keys, values, length = _spanned(cache, block_table, context, reach)
+    keys, values = keys.to(q.dtype), values.to(q.dtype)
     queries = by_kv_head(q, len(keys))  # [K, N / K, t, H]
     shape = (len(keys), queries.shape[1], -1, -1)
     attended = F.scaled_dot_product_attention(
         queries,
         keys[:, None].expand(shape),
         values[:, None].expand(shape),
-        attn_mask=visible(count, length, window, q.device),
+        attn_mask=visible(len(q), length, window, q.device),
         scale=scale,
     )
     return attended.flatten(0, 1).transpose(0, 1)
+
+
+def _spanned(
+    cache: tuple[Tensor, Tensor], block_table: Tensor, context: int, reach: int
+) -> tuple[Tensor, Tensor, int]:
+    """Keys and values [K, length, H] of a sequence's last blocks, which hold its last `reach`
+    positions, and the length: up to one block more than that.
+    """
+    block_size = cache[0].shape[2]
+    first = max(0, context - reach) // block_size
+    blocks = block_table[first : -(-context // block_size)]
+    length = context - first * block_size
+    keys, values = (part[blocks].transpose(0, 1).flatten(1, 2)[:, :length] for part in cache)
+    return keys, values, length

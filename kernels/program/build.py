@@ -42,11 +42,15 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-@cache
 def reason_against() -> str | None:
-    """Why the AVX-512 kernels cannot run here, or None when they can."""
+    """Why the AVX-512 kernels do not run here, or None when they can."""
     if os.environ.get("COMPRESS_CPU_KERNELS") == "torch":
-        return "COMPRESS_CPU_KERNELS=torch asks for PyTorch's operations"
+        return "COMPRESS_CPU_KERNELS=torch asks for PyTorch's"
+    return _obstacle()
+
+
+@cache
+def _obstacle() -> str | None:
     lacking = [flag for flag in NEEDED if flag not in _processor_flags()]
     if lacking:
         return f"the processor lacks {', '.join(lacking)}"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -180,6 +181,31 @@ def test_scales_out_of_range_are_refused(model_folder, tmp_path):
         with pytest.raises(InputError, match=f"gptq cannot hold {name}: its scales.*{message}"):
             export(start, tmp_path / "out", "gptq")
     assert not (tmp_path / "out").exists()
+
+
+def test_codes_that_are_not_packed_are_read(model_folder, tmp_path):
+    """compressed-tensors' `int-quantized`, made by hand: the same weights in other formats."""
+    start = tmp_path / "start"
+    quantize(model_folder("llama", torch.float16), start, bits=8, symmetric=False)
+    whole, tensors = packed(start), tensors_of(start)
+    for name in whole.linears:
+        weight = whole.weight(name)
+        del tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_shape"]
+        tensors[f"{name}.weight"] = weight.codes
+        tensors[f"{name}.weight_zero_point"] = weight.zero_point
+    plain = tmp_path / "plain"
+    shutil.copytree(start, plain)
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    config = (start / "config.json").read_text().replace("pack-quantized", "int-quantized")
+    (plain / "config.json").write_text(config)
+    assert_same_tensors(export(plain, tmp_path / "back", "compressed-tensors"), start)
+    facts = inspect_folder(plain)["quantization"]
+    assert (facts["quantized_linears"], facts["format"]) == (14, "int-quantized")
+    config = json.loads(config)
+    config["quantization_config"]["transform_config"] = {"config_groups": {"R1": {}}}
+    (plain / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"rotated weights \(transform_config\), a layout"):
+        packed(plain)
 
 
 def activation_ordered(folder, out, format_name="gptq"):

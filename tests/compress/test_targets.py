@@ -116,6 +116,16 @@ def test_transformers_does_what_is_said(bits, symmetric, model_folder, tmp_path)
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)  # float32 sums
 
 
+def test_codes_that_are_not_packed_are_not_known():
+    for formats in TARGETS.values():
+        _, rules = formats["compressed-tensors"]
+        scheme = {"format": "int-quantized", "config_groups": {"group_0": {}}}
+        grids = {"model.layers.0.mlp.down_proj": Grid(8, None, True)}
+        whole = Contents(grids, dict.fromkeys(grids, (128, 256)), [], scheme, "bfloat16")
+        objections = [objection.kind for rule in rules for objection in rule(whole)]
+        assert objections == ["not known"]
+
+
 def run(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
 

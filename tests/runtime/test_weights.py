@@ -240,6 +240,10 @@ def test_what_nobody_uses_is_refused(model_folder, tmp_path, capsys):
     extra = {f"model.layers.2.{n}": torch.ones(1) for n in ("a", "b")}
     with pytest.raises(InputError, match=r"holds 2 tensors .* such as model\.layers\.2\.a"):
         load_weights(source_of(change(folder, tmp_path / "layers", extra)))
+    bias = {f"{name}.bias": torch.zeros(48)}  # as GPTQ tools store for classes without biases
+    assert load_weights(source_of(change(folder, tmp_path / "z", bias))).layers[0].qkv.bias is None
+    with pytest.raises(InputError, match=f"does not use, such as {name}.bias"):
+        load_weights(source_of(change(folder, tmp_path / "b", {f"{name}.bias": torch.ones(48)})))
     table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     load_weights(source_of(change(folder, tmp_path / "table", table)))
     assert "1 stored tables of rotary frequencies are computed anew" in capsys.readouterr().err
