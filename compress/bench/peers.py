@@ -74,7 +74,7 @@ def transformers_peer(subject: Subject, prompt_tokens: int, new_tokens: int) -> 
     """The same folder in transformers, in the same dtype, on the same threads."""
     facts = {
         "dtype": subject.dtype,
-        "weights": "the same folder, de-quantized once on loading where it is quantized",
+        "weights": "the same folder",
     }
     options = ["--dtype", subject.dtype]
     model = str(subject.source.folder)
