@@ -1,59 +1,97 @@
-"""Writing text with a model through transformers, to see that a checkpoint still speaks."""
+"""Writing text with the decode runtime: an answer as it comes, and what it is in JSON."""
 
+from __future__ import annotations
+
+import asyncio
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from compress.core.errors import InputError
-from compress.core.source import ModelSource
-from compress.core.tokenizer import load_tokenizer
-from compress.loading import load_model
+from compress.runtime.llm import LLM
+from compress.runtime.outputs import CompletionOutput, Increment
+from compress.runtime.sampling_params import SamplingParams
 
 
-def generate_text(
-    source: ModelSource,
-    prompt: str,
-    max_tokens: int = 64,
-    temperature: float = 0.0,
-    chat: bool = False,
-    seed: int = 0,
-    dtype: str = "float32",
-) -> dict[str, Any]:
-    """Continue `prompt`; greedy at temperature 0.
+@dataclass(frozen=True)
+class Answer:
+    """What a prompt got, and how long it took: `seconds` in all, `first` to the first token."""
 
-    `chat` puts the prompt through the tokenizer's chat template.  Raises InputError when there is
-    no such template, or the prompt holds no token.
+    prompt_tokens: int
+    outputs: list[CompletionOutput]
+    seconds: float
+    first: float
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of all outputs."""
+        return sum(len(output.token_ids) for output in self.outputs)
+
+    @property
+    def timing(self) -> dict[str, Any]:
+        """Tokens, times and speed, for scripts."""
+        return {
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 4),
+            "time_to_first_token": round(self.first, 4),
+            "tokens_per_second": round(self.tokens / self.seconds, 1),
+        }
+
+
+def answer(
+    llm: LLM, prompt: list[int], params: SamplingParams, write: Callable[[str], None] | None = None
+) -> Answer:
+    """Answer token ids; `write` gets the text of the first output as it comes.
+
+    On an interrupt the request is aborted before KeyboardInterrupt goes on.  Raises InputError for
+    a prompt that cannot be answered.
     """
-    tokenizer: Any = load_tokenizer(source.folder)
-    if chat and not tokenizer.chat_template:
-        raise InputError(f"the tokenizer of '{source.ref}' has no chat template; leave out --chat")
-    text = prompt
-    if chat:
-        message = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    encoded = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)
-    if encoded.input_ids.shape[1] == 0:
-        raise InputError("prompt '' holds no token; give some text")
-    model: Any = load_model(source.folder, dtype)
-    torch.manual_seed(seed)
+    outputs = [CompletionOutput(index) for index in range(params.n)]
+    first: float | None = None
+
+    def take(increment: Increment) -> None:
+        nonlocal first
+        first = time.monotonic() if first is None else first
+        outputs[increment.index].add(increment)
+        if increment.error:
+            raise InputError(increment.error)
+        if write is not None and increment.index == 0:
+            write(increment.text)
+
+    async def listen() -> None:
+        async for increment in llm.stream(prompt, params):
+            take(increment)
+
     started = time.monotonic()
-    output = model.generate(
-        encoded.input_ids.to(model.device),
-        attention_mask=encoded.attention_mask.to(model.device),
-        max_new_tokens=max_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-    )
-    seconds = time.monotonic() - started
-    new = output[0, encoded.input_ids.shape[1] :]
-    return {
-        "prompt": prompt,
-        "text": tokenizer.decode(new, skip_special_tokens=True),
-        "tokens": len(new),
-        "seconds": round(seconds, 2),
-        "tokens_per_second": round(len(new) / seconds, 1),
+    asyncio.run(listen())
+    ended = time.monotonic()
+    return Answer(len(prompt), outputs, ended - started, (first or ended) - started)
+
+
+def prompt_tokens(llm: LLM, prompt: str | Sequence[dict[str, Any]]) -> list[int]:
+    """Token ids of a text, or of a conversation through the chat template.
+
+    Raises InputError when there is no such template, or it does not take the conversation.
+    """
+    if isinstance(prompt, str):
+        return llm.tokenizer(prompt, verbose=False)["input_ids"]
+    if not llm.tokenizer.chat_template:
+        raise InputError("the model's tokenizer has no chat template; give plain text to continue")
+    return llm.chat_prompt(prompt)
+
+
+def as_record(prompt_tokens: int, outputs: Sequence[CompletionOutput]) -> dict[str, Any]:
+    """Outputs as JSON: of one its text and why it ended, of several a list of these."""
+    if len(outputs) == 1:
+        return {"prompt_tokens": prompt_tokens, **_completion(outputs[0])}
+    return {"prompt_tokens": prompt_tokens, "outputs": [_completion(o) for o in outputs]}
+
+
+def _completion(output: CompletionOutput) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "completion_tokens": len(output.token_ids),
+        "finish_reason": output.finish_reason,
+        "text": output.text,
     }
+    return found | ({"error": output.error} if output.error else {})

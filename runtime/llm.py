@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from compress.core.device import check_dtype, default_device, native_bfloat16
+from compress.core.device import check_dtype, default_device, fastest_dtype
 from compress.core.errors import InputError, reason_of, shown
 from compress.core.progress import track
 from compress.core.resources import free_memory, parse_size
@@ -60,7 +60,7 @@ class LLM:
         source = resolve_model(model)
         place = _device(device)
         if dtype == "auto":
-            dtype = "bfloat16" if native_bfloat16(place) else "float32"
+            dtype = fastest_dtype(place)
         check_dtype(dtype)
         tokenizer = load_tokenizer(source.folder)
         decoder = Decoder.load(source, place, dtype, lm_head_bits, max_tokens_per_step)

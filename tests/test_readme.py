@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import click
 import pytest
 
 from compress.cli import main
@@ -30,10 +31,14 @@ def test_newcomers_commands_are_makefile_targets():
 def test_command_parses(line, tmp_path, monkeypatch):
     """All flags exist and all values are of the right type; the command itself is not run."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "wiki.txt").touch()
+    for file in ("wiki.txt", "prompts.jsonl", "requests.jsonl"):
+        (tmp_path / file).touch()
     _, name, *arguments = shlex.split(line)
     command = main.get_command(main.make_context("compress", [], resilient_parsing=True), name)
     assert command is not None, f"no command {name}"
+    if isinstance(command, click.Group):
+        name, *arguments = arguments
+        command = command.commands[name]
     command.make_context(name, arguments)
 
 

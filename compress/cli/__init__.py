@@ -21,6 +21,8 @@ COMMANDS = {
     "export": ("compress.cli.export", "export_command"),
     "eval": ("compress.cli.eval", "eval_command"),
     "generate": ("compress.cli.generate", "generate_command"),
+    "chat": ("compress.cli.chat", "chat_command"),
+    "bench": ("compress.cli.bench", "bench_command"),
     "inspect": ("compress.cli.inspect", "inspect_command"),
     "doctor": ("compress.cli.doctor", "doctor_command"),
 }

@@ -30,6 +30,11 @@ def native_bfloat16(device: torch.device) -> bool:
     )
 
 
+def fastest_dtype(device: torch.device) -> str:
+    """What `auto` means: bfloat16 where the device multiplies it natively, else float32."""
+    return "bfloat16" if native_bfloat16(device) else "float32"
+
+
 def check_dtype(dtype: str) -> None:
     """Raise InputError for a dtype that models cannot be loaded in."""
     if dtype not in DTYPES:

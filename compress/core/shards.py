@@ -63,6 +63,15 @@ def hashed(data: bytes) -> str:
     return xxhash.xxh3_128(data).hexdigest()
 
 
+def hashed_file(path: Path) -> str:
+    """`hashed` of a file's contents, read in pieces."""
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            state.update(chunk)
+    return state.hexdigest()
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds no NaN and no infinity.
 

@@ -1,0 +1,1 @@
+"""How fast the runtime is on this machine: one request, many, and beside what others would use."""

@@ -1,0 +1,97 @@
+"""The model under measurement, and the prompts it is measured on."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import psutil
+import torch
+
+from compress.core.device import default_device, fastest_dtype
+from compress.core.errors import InputError
+from compress.core.source import resolve_model
+from compress.runtime.decoder import MOST_TOKENS, Decoder
+from compress.runtime.engine import Engine
+
+PROMPT_SEED = 0
+MOST_SEQUENCES = MOST_TOKENS // 2  # so that at least half of a step is left for prompts
+
+
+class Subject:
+    """A model, loaded once; engines with caches of any size are made on it.
+
+    `threads` None leaves PyTorch's number.  Raises InputError for a model that the runtime does
+    not serve.
+    """
+
+    def __init__(self, model: str, dtype: str, head_bits: int | None, threads: int | None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        device = default_device()
+        self.model = model
+        self.source = resolve_model(model)
+        self.dtype = fastest_dtype(device) if dtype == "auto" else dtype
+        self.head_bits = head_bits
+        started = time.perf_counter()
+        self.decoder = Decoder.load(self.source, device, self.dtype, head_bits)
+        self.load_seconds = time.perf_counter() - started
+        self._device = device
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What ran, for a report."""
+        return {
+            "model": self.model,
+            "dtype": self.dtype,
+            "head_bits": self.head_bits,
+            "device": str(self._device),
+            "kernels": self.decoder.description,
+            "threads": torch.get_num_threads(),
+            "prompts": f"random token ids, seed {PROMPT_SEED}",
+            "load_seconds": round(self.load_seconds, 3),
+            "weight_bytes": self.decoder.weight_bytes,
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+        }
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values of one token, all layers."""
+        return self.decoder.bytes_per_block // self.decoder.block_size
+
+    def check(self, sequences: int, tokens: int) -> None:
+        """Raise InputError for what `engine` cannot hold."""
+        if not 1 <= sequences <= MOST_SEQUENCES:
+            raise InputError(f"a batch of {sequences} is not measured; give 1 to {MOST_SEQUENCES}")
+        if tokens > self.decoder.max_context:
+            raise InputError(
+                f"prompt and new tokens, {tokens} in all, are more than the model's context of "
+                f"{self.decoder.max_context}; lower --prompt-tokens or --new-tokens"
+            )
+
+    def engine(self, sequences: int, tokens: int) -> Engine:
+        """An engine for so many sequences at once, of up to `tokens` each.
+
+        It finds no prefix again, so that a repeated run computes all, and makes no text.  Raises
+        InputError when a sequence does not fit in the model's context.
+        """
+        self.check(sequences, tokens)
+        blocks = sequences * -(-tokens // self.decoder.block_size)
+        return Engine(
+            self.decoder,
+            blocks,
+            max_tokens_per_step=MOST_TOKENS,
+            max_sequences=sequences,
+            prefix_caching=False,
+        )
+
+    def prompts(self, lengths: list[int]) -> list[list[int]]:
+        """Random token ids, the same at each call."""
+        generator = torch.Generator().manual_seed(PROMPT_SEED)
+        vocab = self.decoder.vocab_size
+        return [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+def memory_bytes() -> int:
+    """What this process has in memory now."""
+    return psutil.Process().memory_info().rss
