@@ -118,6 +118,7 @@ struct Linear : Operation, LinearArguments {
   int phases() const override { return 2; }
   void run(const Batch& batch, Worker worker, int phase) override {
     int m = rows(batch);
+    if (m == 0) return;  // a step that is the middle of a long prompt wants no logits
     if (phase == 0) return pack(m, worker);
     switch (kind) {
       case INT4: return multiply<Int4>(batch, m, worker);
