@@ -341,23 +341,35 @@ def test_vocabularies_that_do_not_fit(model: Path, text: Path, tmp_path: Path) -
 def test_broken_models(model: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no config\.json"):
         evaluate(tmp_path, config_for(text))
-    bare, partial, nan = tmp_path / "bare", tmp_path / "partial", tmp_path / "nan"
+    bare = tmp_path / "bare"
     tiny_llama(seed=0).save_pretrained(bare)
     with pytest.raises(InputError, match="no usable tokenizer"):
         evaluate(bare, config_for(text))
 
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ("runtime", r"no tensor model\.layers\.1\.mlp\.up_proj\.weight"),
+        ("transformers", r"lacks 1 tensors .*layers\.1\.mlp\.up_proj\.weight"),
+    ],
+)
+def test_a_tensor_that_is_missing(engine: str, message: str, text: Path, tmp_path: Path) -> None:
     weights = tiny_llama(seed=0)
     state = weights.state_dict()
     del state["model.layers.1.mlp.up_proj.weight"]
-    weights.save_pretrained(partial, state_dict=state)
-    save_tokenizer(partial, WORDS)
-    with pytest.raises(InputError, match=r"lacks 1 tensors .*layers\.1\.mlp\.up_proj\.weight"):
-        evaluate(partial, config_for(text))
+    weights.save_pretrained(tmp_path, state_dict=state)
+    save_tokenizer(tmp_path, WORDS)
+    with pytest.raises(InputError, match=message):
+        evaluate(tmp_path, config_for(text, engine=engine))
 
+
+@pytest.mark.parametrize("engine", ["runtime", "transformers"])
+def test_logits_that_are_no_numbers(engine: str, text: Path, tmp_path: Path) -> None:
     weights = tiny_llama(seed=0)
     with torch.no_grad():
-        weights.model.norm.weight[0] = float("nan")
-    weights.save_pretrained(nan)
-    save_tokenizer(nan, WORDS)
+        weights.model.norm.weight.fill_(3e38)
+    weights.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, WORDS)
     with pytest.raises(InputError, match="NaN or infinite logits"):
-        evaluate(nan, config_for(text))
+        evaluate(tmp_path, config_for(text, engine=engine))
