@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,28 +20,11 @@ from compress.runtime.batch import Model
 from compress.runtime.batch_builder import build_batch
 from compress.runtime.block_pool import BlockPool
 from compress.runtime.detokenizer import Detokenizer
-from compress.runtime.outputs import Increment, TokenLogprob
+from compress.runtime.outputs import Increment, Statistics, TokenLogprob
 from compress.runtime.sampler import SamplingState, log_probability, sample
 from compress.runtime.sampling_params import SamplingParams
 from compress.runtime.scheduler import Scheduler
 from compress.runtime.sequence import Request, Sequence
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Counts since the engine was made, and its state now."""
-
-    steps: int
-    computed_tokens: int  # what forward passes were given, prompts and what was preempted
-    prompt_tokens: int  # of requests whose prompt is computed
-    cached_prompt_tokens: int  # of these, found in the prefix cache
-    generated_tokens: int
-    preemptions: int
-    running: int
-    waiting: int
-    blocks_in_use: int
-    blocks_cached: int
-    blocks_free: int
 
 
 class Engine:

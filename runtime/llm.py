@@ -21,9 +21,9 @@ from compress.core.resources import free_memory, parse_size
 from compress.core.source import read_config, resolve_model
 from compress.core.tokenizer import load_tokenizer
 from compress.runtime.batch import Model
-from compress.runtime.engine import Engine, Statistics
+from compress.runtime.engine import Engine
 from compress.runtime.engine_loop import EngineLoop, Listener
-from compress.runtime.outputs import CompletionOutput, Increment, RequestOutput
+from compress.runtime.outputs import CompletionOutput, Increment, RequestOutput, Statistics
 from compress.runtime.sampling_params import SamplingParams
 from compress.runtime.sequence import Request
 
@@ -215,9 +215,12 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return default_device()
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise InputError(f"device '{name}' is unknown; allowed are auto, cpu, cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device '{name}': torch finds no GPU here; use cpu")
+    return device
 
 
 def _num_blocks(

@@ -1,4 +1,4 @@
-"""What requests give back: increments as they arise, and the whole at the end."""
+"""What requests give back, as it arises and as a whole, and the counts of the engine."""
 
 from __future__ import annotations
 
@@ -63,3 +63,20 @@ class RequestOutput:
     def finished(self) -> bool:
         """Whether every output has ended."""
         return all(output.finish_reason for output in self.outputs)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Counts since the engine was made, and its state now."""
+
+    steps: int
+    computed_tokens: int  # what forward passes were given, prompts and what was preempted
+    prompt_tokens: int  # of requests whose prompt is computed
+    cached_prompt_tokens: int  # of these, found in the prefix cache
+    generated_tokens: int
+    preemptions: int
+    running: int
+    waiting: int
+    blocks_in_use: int
+    blocks_cached: int
+    blocks_free: int

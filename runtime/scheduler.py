@@ -3,8 +3,9 @@
 Every step, in this order, under one budget of tokens:
 
 1. each running sequence that decodes gets its one token, so a long prompt holds nobody up;
-2. running sequences with more to compute (prompts, and what preemption took away) get chunks;
-3. waiting sequences are admitted in order of arrival, if the cache has room for what they bring.
+2. a prompt that was begun goes on;
+3. waiting sequences are admitted in order of arrival, if the cache has room for what they bring;
+   the last may get a part of its prompt, so only the youngest running sequence is ever in parts.
 
 When a sequence that decodes finds no block, the youngest running sequence is preempted: it gives
 up its blocks, keeps its tokens, waits at the head of the queue, and is computed again later.
@@ -45,8 +46,8 @@ class Scheduler:
         self.copies = []
         step = self._decodes()
         budget = self.max_tokens_per_step - len(step)
-        if len(step) < len(self.running):
-            budget = self._prefills(step, budget)
+        if self.running and not self.running[-1].count:
+            budget = self._go_on(self.running[-1], step, budget)
         if self.waiting and budget:
             self._admissions(step, budget)
         return step
@@ -77,70 +78,44 @@ class Scheduler:
             at += 1
             if sequence.remaining != 1:
                 continue
-            while (missing := self._missing(sequence, 1)) > self.pool.available:
+            while self._missing(sequence, 1) > self.pool.available:
                 if self._preempt_youngest() is sequence:
                     break
             else:
-                if missing:
-                    self._grow(sequence, 1)
-                sequence.count = 1
-                step.append(sequence)
+                self._add(sequence, 1, step)
         return step
 
-    def _prefills(self, step: list[Sequence], budget: int) -> int:
-        """Chunks for running sequences; returns what is left of the budget.
-
-        Preempts only who is younger and not in this step: those in it will end, and free blocks.
-        """
-        at = 0
-        while at < len(self.running) and budget:
-            sequence = self.running[at]
-            at += 1
-            if sequence.count:
-                continue
-            count = min(budget, sequence.remaining)
-            while self._missing(sequence, count) > self.pool.available:
-                youngest = self.running[-1]
-                if youngest is sequence or youngest.count:
-                    room = len(sequence.blocks) + self.pool.available
-                    count = room * self.pool.block_size - sequence.computed
-                    break
-                self._preempt_youngest()
-            if count:
-                self._grow(sequence, count)
-                sequence.count = count
-                step.append(sequence)
-                budget -= count
-        return budget
+    def _go_on(self, sequence: Sequence, step: list[Sequence], budget: int) -> int:
+        """The next chunk of what was begun, as far as there is room; returns the budget left."""
+        room = (len(sequence.blocks) + self.pool.available) * self.pool.block_size
+        count = min(budget, sequence.remaining, room - sequence.computed)
+        if count:
+            self._add(sequence, count, step)
+        return budget - count
 
     def _admissions(self, step: list[Sequence], budget: int) -> None:
         """First chunks for waiting sequences, as long as all of their tokens find room."""
         seats = sum(sequence.seats for sequence in self.running)
-        owed = sum(self._missing(s, s.remaining) for s in self.running if s.remaining > s.count)
         while self.waiting and budget:
             sequence = self.waiting[0]
             seats += sequence.seats
-            if seats > self.max_sequences or not self._find_room(sequence, owed):
+            if seats > self.max_sequences or not self._find_room(sequence):
                 return
             self.running.append(self.waiting.popleft())
             count = min(budget, sequence.remaining)
-            self._grow(sequence, count)
-            sequence.count = count
-            step.append(sequence)
+            self._add(sequence, count, step)
             budget -= count
-            owed += self._missing(sequence, sequence.remaining)
 
-    def _find_room(self, sequence: Sequence, owed: int) -> bool:
+    def _find_room(self, sequence: Sequence) -> bool:
         """Give a waiting sequence its cached prefix, if its other tokens will find room too.
 
-        `owed` is the number of blocks that others have yet to get.  After a refusal the prefix is
-        looked up again only once there are more blocks, since that takes time with its length.
+        After a refusal the prefix is looked up again only once there are more blocks available,
+        since that takes time with its length.
         """
         pool = self.pool
-        room = pool.available - owed
         if self._refused and self.running:
-            refused, least = self._refused
-            if refused is sequence and room <= least:
+            refused, available = self._refused
+            if refused is sequence and pool.available <= available:
                 return False
         if sequence.request.prompt_logprobs is None:
             blocks, identity = pool.match(sequence.tokens)
@@ -148,8 +123,8 @@ class Scheduler:
             blocks, identity = array("i"), sequence.identity
         idle = sum(map(pool.is_idle, blocks))
         missing = -(-len(sequence.tokens) // pool.block_size) - len(blocks)
-        if room - idle < missing:
-            self._refused = (sequence, room)
+        if pool.available - idle < missing:
+            self._refused = (sequence, pool.available)
             return False
         self._refused = None
         pool.share(blocks)
@@ -159,6 +134,13 @@ class Scheduler:
         if sequence.request.cached_tokens is None:
             sequence.request.cached_tokens = sequence.computed
         return True
+
+    def _add(self, sequence: Sequence, count: int, step: list[Sequence]) -> None:
+        """Take the sequence's next tokens into the step; there must be room."""
+        if self._missing(sequence, count):
+            self._grow(sequence, count)
+        sequence.count = count
+        step.append(sequence)
 
     def _missing(self, sequence: Sequence, count: int) -> int:
         """Blocks to allocate before `count` more tokens can be written."""

@@ -28,8 +28,8 @@
 namespace compress {
 
 constexpr int TILE = 2 * LANES;
-constexpr int MAX_ROWS = 12;  // rows of a register block: 12 x 2 sums, 2 weights
-constexpr int ROWS_AT_ONCE = 96;  // their totals, x and weights of a chunk fit into the first cache
+constexpr int MAX_ROWS = 8;      // of a block: sums and what decoding needs are registers
+constexpr int MAX_DECODED = 12;  // of a block where the weights are decoded already
 constexpr int DECODE_FIRST = 64;  // rows from which a tile is decoded once, not for each block
 
 enum WeightKind { INT4 = 0, INT8 = 1, BF16 = 2, FP32 = 3 };
@@ -95,7 +95,7 @@ struct LinearArguments {
 struct Linear : Operation, LinearArguments {
   using Arguments = LinearArguments;
   int elements, chunk_elements, chunks, tiles;
-  std::vector<uint32_t> packed;  // x as [M / 12][elements][12], for more than one row
+  std::vector<uint32_t> packed;  // x as [blocks of rows][elements][rows], for more than one row
   std::vector<float> sums;       // sum of x by row and chunk, for shifts
   std::vector<std::vector<uint8_t>> decoded;  // a thread's tiles in bfloat16
 
@@ -118,7 +118,7 @@ struct Linear : Operation, LinearArguments {
   int phases() const override { return 2; }
   void run(const Batch& batch, Worker worker, int phase) override {
     int m = rows(batch);
-    if (m == 0) return;  // a step that is the middle of a long prompt wants no logits
+    if (m == 0) return;  // a chunk in the middle of a prompt wants no logits
     if (phase == 0) return pack(m, worker);
     switch (kind) {
       case INT4: return multiply<Int4>(batch, m, worker);
@@ -146,7 +146,7 @@ struct Linear : Operation, LinearArguments {
 
   // Rows are cut into blocks of about one size: a small rest would be slow.
   static int rows_of_block(int m) {
-    int most = m < DECODE_FIRST ? 8 : MAX_ROWS;  // decoding needs registers too
+    int most = m < DECODE_FIRST ? MAX_ROWS : MAX_DECODED;
     int blocks = (m + most - 1) / most;
     return (m + blocks - 1) / blocks;
   }
@@ -172,6 +172,7 @@ struct Linear : Operation, LinearArguments {
   }
 
   __m512 scale_at(const uint8_t* from, int tile, int c, int vector) const {
+    if (scale_kind == NO_SCALE) return _mm512_set1_ps(1.f);
     int64_t at = (int64_t(tile) * chunks + c) * TILE + vector * LANES;
     if (scale_kind == SCALE_FP32) return load(reinterpret_cast<const float*>(from) + at);
     if (scale_kind == SCALE_BF16) return load(reinterpret_cast<const bf16*>(from) + at);
@@ -179,58 +180,71 @@ struct Linear : Operation, LinearArguments {
         _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 2 * at)));
   }
 
-  // One chunk of COUNT rows by TILES tiles, added to total [COUNT][TILES * 32].
+  // COUNT rows by TILES tiles, into out [COUNT][TILES * 32].
   template <class Weight, int COUNT, int TILES>
-  void chunk_of(const uint8_t* const* weights, const uint32_t* rows, int first_row, int tile, int c,
-                float* total) const {
+  void block(const uint8_t* const* weights, const uint32_t* rows, int first_row, int tile,
+             float* out) const {
     constexpr int VECTORS = 2 * TILES;
     const int64_t ahead = TILES * tile_bytes();  // a tile is too short a stream for the hardware
-    __m512 sum[COUNT][VECTORS];
-    for (int r = 0; r < COUNT; r++)
-      for (int v = 0; v < VECTORS; v++) sum[r][v] = _mm512_setzero_ps();
-    int end = std::min(elements, (c + 1) * chunk_elements);
-    for (int e = c * chunk_elements; e < end; e += Weight::ELEMENTS) {
-      __m512i raw[VECTORS];
-      for (int v = 0; v < VECTORS; v++) {
-        raw[v] = Weight::fetch(weights[v / 2], e / Weight::ELEMENTS, v % 2);
-        if (Weight::ELEMENTS > 1 || COUNT <= 4)
-          Weight::prefetch(weights[v / 2] + ahead, e / Weight::ELEMENTS, v % 2);
+    __m512 total[COUNT][VECTORS];
+    for (auto& row : total)
+      for (auto& value : row) value = _mm512_setzero_ps();
+    for (int c = 0; c < chunks; c++) {
+      __m512 sum[COUNT][VECTORS];
+      for (auto& row : sum)
+        for (auto& value : row) value = _mm512_setzero_ps();
+      int end = std::min(elements, (c + 1) * chunk_elements);
+      for (int e = c * chunk_elements; e < end; e += Weight::ELEMENTS) {
+        __m512i raw[VECTORS];
+        for (int v = 0; v < VECTORS; v++) {
+          raw[v] = Weight::fetch(weights[v / 2], e / Weight::ELEMENTS, v % 2);
+          if (Weight::ELEMENTS > 1 || COUNT <= 4)
+            Weight::prefetch(weights[v / 2] + ahead, e / Weight::ELEMENTS, v % 2);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < Weight::ELEMENTS; i++) {
+          __m512i w[VECTORS];
+#pragma GCC unroll 4
+          for (int v = 0; v < VECTORS; v++) w[v] = Weight::element(raw[v], i);
+#pragma GCC unroll 12
+          for (int r = 0; r < COUNT; r++) {
+            __m512i value = _mm512_set1_epi32(int(rows[(e + i) * COUNT + r]));
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++)
+              sum[r][v] = multiply_add<Weight>(sum[r][v], value, w[v]);
+          }
+        }
       }
 #pragma GCC unroll 4
-      for (int i = 0; i < Weight::ELEMENTS; i++) {
-        __m512i w[VECTORS];
+      for (int v = 0; v < VECTORS; v++) {
+        __m512 factor = scale_at(scale, tile + v / 2, c, v % 2);
+#pragma GCC unroll 12
+        for (int r = 0; r < COUNT; r++) total[r][v] = _mm512_fmadd_ps(factor, sum[r][v], total[r][v]);
+      }
+      if (!shift) continue;
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) w[v] = Weight::element(raw[v], i);
+      for (int v = 0; v < VECTORS; v++) {
+        __m512 offset = scale_at(shift, tile + v / 2, c, v % 2);
 #pragma GCC unroll 12
         for (int r = 0; r < COUNT; r++) {
-          __m512i value = _mm512_set1_epi32(int(rows[(e + i) * COUNT + r]));
-#pragma GCC unroll 4
-          for (int v = 0; v < VECTORS; v++) sum[r][v] = multiply_add<Weight>(sum[r][v], value, w[v]);
-        }
-      }
-    }
-    for (int v = 0; v < VECTORS; v++) {
-      int at = tile + v / 2;
-      __m512 factor = scale_kind == NO_SCALE ? _mm512_set1_ps(1.f) : scale_at(scale, at, c, v % 2);
-      for (int r = 0; r < COUNT; r++) {
-        float* to = total + (r * VECTORS + v) * LANES;
-        __m512 value = _mm512_fmadd_ps(factor, sum[r][v], load(to));
-        if (shift) {
           __m512 of_x = _mm512_set1_ps(sums[int64_t(first_row + r) * chunks + c]);
-          value = _mm512_fmadd_ps(scale_at(shift, at, c, v % 2), of_x, value);
+          total[r][v] = _mm512_fmadd_ps(offset, of_x, total[r][v]);
         }
-        _mm512_storeu_ps(to, value);
       }
     }
+#pragma GCC unroll 12
+    for (int r = 0; r < COUNT; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; v++)
+        _mm512_storeu_ps(out + (r * VECTORS + v) * LANES, total[r][v]);
   }
 
-  template <class Weight, int TILES, int COUNT = MAX_ROWS>
-  void chunk_of_rows(int count, const uint8_t* const* weights, const uint32_t* rows, int first_row,
-                     int tile, int c, float* total) const {
-    if (count == COUNT)
-      return chunk_of<Weight, COUNT, TILES>(weights, rows, first_row, tile, c, total);
+  template <class Weight, int TILES, int COUNT>
+  void block_of(int count, const uint8_t* const* weights, const uint32_t* rows, int first_row,
+                int tile, float* out) const {
+    if (count == COUNT) return block<Weight, COUNT, TILES>(weights, rows, first_row, tile, out);
     if constexpr (COUNT > 1)
-      chunk_of_rows<Weight, TILES, COUNT - 1>(count, weights, rows, first_row, tile, c, total);
+      block_of<Weight, TILES, COUNT - 1>(count, weights, rows, first_row, tile, out);
   }
 
   template <class Weight>
@@ -270,23 +284,19 @@ struct Linear : Operation, LinearArguments {
   template <class Weight>
   void multiply_tiles(const Batch& batch, int m, int tile, int count,
                       const uint8_t* const* weights) const {
-    alignas(64) float total[2 * ROWS_AT_ONCE * TILE];
-    int size = rows_of_block(m), at_once = ROWS_AT_ONCE / size * size;
-    for (int first = 0; first < m; first += at_once) {
-      int rows = std::min(at_once, m - first);
-      std::memset(total, 0, 2 * rows * TILE * sizeof(float));
+    alignas(64) float out[2 * MAX_DECODED * TILE];
+    int size = rows_of_block(m);
+    for (int first = 0; first < m; first += size) {
+      int rows = std::min(size, m - first);
+      const uint32_t* from = rows_at(m, first);
       if (count == 2 && rows <= 2) {
-        for (int c = 0; c < chunks; c++)
-          chunk_of_rows<Weight, 2, 2>(rows, weights, rows_at(m, first), first, tile, c, total);
-        put(batch, first, rows, tile, 2, total, 2 * TILE, TILE);
+        block_of<Weight, 2, 2>(rows, weights, from, first, tile, out);
+        put(batch, first, rows, tile, 2, out, 2 * TILE, TILE);
         continue;
       }
       for (int t = 0; t < count; t++)
-        for (int c = 0; c < chunks; c++)
-          for (int row = first; row < first + rows; row += size)
-            chunk_of_rows<Weight, 1>(std::min(size, m - row), weights + t, rows_at(m, row), row,
-                                     tile + t, c, total + (t * rows + row - first) * TILE);
-      put(batch, first, rows, tile, count, total, TILE, rows * TILE);
+        block_of<Weight, 1, MAX_DECODED>(rows, weights + t, from, first, tile + t, out + t * rows * TILE);
+      put(batch, first, rows, tile, count, out, TILE, rows * TILE);
     }
   }
 

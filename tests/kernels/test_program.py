@@ -312,6 +312,16 @@ def test_attention_has_the_same_bits_alone_and_shared_out(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+def test_a_batch_may_want_no_logits() -> None:
+    """A chunk in the middle of a prompt."""
+    program = recorder(torch.bfloat16)
+    hidden = program.embed(torch.randn(50, 16).bfloat16())
+    taken = program.take_rows(hidden, torch.zeros(256, 16))
+    program.logits(taken.bfloat16(), program.pack(grid(50, 16, 16, 4, True)))
+    batch = batch_of([(0, 5)])
+    assert program.run(Batch(**{**vars(batch), "rows": batch.rows[:0]})).shape == (0, 50)
+
+
 def test_a_batch_without_room_is_refused() -> None:
     program = recorder(torch.float32, most=4)
     program.embed(torch.randn(50, 16))

@@ -145,6 +145,18 @@ def test_a_broken_model_ends_the_call_and_not_the_engine(llm):
     llm.engine.check()
 
 
+def test_a_listener_that_raises_has_its_request_aborted(llm):
+    def listen(_):
+        raise RuntimeError("the event loop is closed")
+
+    request = llm.engine.prepare("lost", [1, 2, 3], SamplingParams(max_tokens=100, n=2))
+    llm._loop.submit([(request, listen)])
+    llm.generate([1], SamplingParams(max_tokens=20))
+    llm.close()
+    assert llm.statistics().blocks_in_use == 0
+    assert llm.statistics().generated_tokens <= 23
+
+
 def test_a_broken_tokenizer_ends_one_request():
     expected = naive([1, 2], GREEDY)
     bad_token = next(token for token in range(3, VOCAB) if token not in expected)

@@ -104,6 +104,17 @@ def test_frequencies_follow_the_filtered_distribution(settings):
         assert statistic < freedom * (1 - term + 3.72 * math.sqrt(term)) ** 3
 
 
+def test_a_nucleus_may_reach_far_below_the_likeliest():
+    logits = torch.full((VOCAB,), -9.0)
+    logits[0] = 0  # holds 73 %
+    settings = {"top_p": 0.95}
+    kept = reference(logits + logits_like(1e-3), settings) > 0
+    assert 1000 < kept.sum() < VOCAB
+    drawn = draws(logits + logits_like(1e-3), settings, 400)
+    assert kept[drawn].all()
+    assert len(set(drawn)) > 50
+
+
 def test_presence_and_frequency_are_taken_from_output_tokens_only():
     params = SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=0.25)
     state = state_of(params)

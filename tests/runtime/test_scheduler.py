@@ -22,7 +22,9 @@ def test_a_long_prompt_holds_up_no_decode():
     engine.add_request("long", list(range(90)) * 5, greedy(3))
     steps = 0
     while not engine.requests["long"].sequences[0].sampling.produced:
-        got = {increment.request_id for increment in engine.step()}
+        increments = engine.step()
+        got = {increment.request_id for increment in increments}
+        assert len(model.batches[-1].rows) == len(increments), "logits that nobody wants"
         assert got >= set("abcd"), "a decode waited"
         assert len(model.batches[-1].tokens) <= 16
         steps += 1
@@ -144,15 +146,15 @@ def test_stop_tokens_end_an_output():
 @pytest.mark.parametrize("blocks", [9, 100])
 def test_prompt_logprobs_are_of_every_prompt_token(budget, blocks):
     engine = Engine(FakeModel(), blocks, max_tokens_per_step=budget, max_sequences=3)
-    params = SamplingParams(max_tokens=9, n=2, seed=0, prompt_logprobs=2)
+    params = SamplingParams(max_tokens=20, seed=0, prompt_logprobs=2)
     prompt = [5, 9, 13, 2, 2, 80, 41, 7, 7, 7, 1]
     engine.add_request("before", prompt, greedy(2))  # fills the prefix cache
     run(engine)
     request = engine.add_request("a", prompt, params)
-    other = engine.add_request("b", prompt[:6], params)
+    other = engine.add_request("b", prompt, params)
     run(engine)
-    assert other.prompt_logprobs is not None
-    assert len(other.prompt_logprobs) == 6
+    assert (engine.statistics().preemptions > 0) == (blocks == 9)
+    assert other.prompt_logprobs == request.prompt_logprobs
     assert request.prompt_logprobs is not None
     assert request.prompt_logprobs[0] is None
     assert len(request.prompt_logprobs) == len(prompt)
@@ -191,3 +193,21 @@ def test_a_failed_step_leaves_a_usable_engine():
     assert engine.statistics().blocks_free == 20
     engine.add_request("a", [1] * 9, greedy(9))
     assert tokens_of(run(engine)["a", 0]) == naive([1] * 9, greedy(9))
+
+
+@pytest.mark.parametrize("length", [4, 6])
+def test_what_forks_publish_is_found_only_after_their_prompt(length):
+    engine = Engine(FakeModel(), 100)
+    prompt = list(range(length))
+    params = SamplingParams(n=2, max_tokens=14, seed=0)
+    engine.add_request("a", prompt, params)
+    run(engine)
+    for index in range(2):
+        whole = prompt + naive(prompt, params, index=index)
+        alone = engine.add_request(f"alone {index}", whole[4:13], greedy(3))
+        after = engine.add_request(f"after {index}", whole[:13], greedy(3))
+        got = run(engine)
+        assert tokens_of(got[f"alone {index}", 0]) == naive(whole[4:13], greedy(3))
+        assert tokens_of(got[f"after {index}", 0]) == naive(whole[:13], greedy(3))
+        assert alone.cached_tokens == 0
+        assert after.cached_tokens == 12
