@@ -2,8 +2,8 @@
 
 Log-likelihoods are sums of up to 600 tokens' log-probabilities in float32, each off by some 1e-5
 (see test_engines.py), so 1e-3 is allowed; accuracies are equal.  On real vocabularies HFLM is off
-by some 1e-5 a token in one direction, which is PyTorch's log_softmax of 49,152 logits; the runtime's
-logit - logsumexp is within 1e-7 of float64 on average (SmolLM2, 1,498 tokens).
+by some 1e-5 a token in one direction, which is PyTorch's log_softmax of 49,152 logits; the
+runtime's logit - logsumexp is within 1e-7 of float64 on average (SmolLM2, 1,498 tokens).
 """
 
 import json
