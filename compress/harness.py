@@ -130,8 +130,9 @@ class RuntimeLM(TemplateLM):
         """The text that follows each context, up to its stop strings."""
         prompts, params, stops = [], [], []
         for request in requests:
-            context, gen_kwargs = request.args
-            settings = dict(normalize_gen_kwargs(gen_kwargs))
+            arguments: Any = request.args
+            context, gen_kwargs = arguments
+            settings: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs))
             stop = handle_stop_sequences(settings.pop("until"), eos=self._eos_text())
             stops.append(stop)
             params.append(self._params(settings, stop))
