@@ -30,7 +30,11 @@ class Model(Protocol):
     vocab_size: int
     max_context: int  # positions the model was made for
     block_size: int  # tokens a block of the cache holds
-    bytes_per_block: int  # keys and values of one block, all layers
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Keys and values of one block, all layers."""
+        ...
 
     def allocate(self, num_blocks: int) -> None:
         """Make the cache."""
