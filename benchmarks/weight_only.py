@@ -34,7 +34,7 @@ from compress.calibration import calibration_tokens
 from compress.core.device import default_device
 from compress.core.errors import InputError
 from compress.core.source import ModelSource, read_config, resolve_model
-from compress.evaluate import TextEvalConfig, cut_windows, score_window, summarize
+from compress.evaluate import TextEvalConfig, cut_windows, score_logits, summarize
 from compress.loading import load_model
 from compress.pipeline import run_recipe
 from compress.recipe import CalibrationConfig, build_recipe
@@ -162,16 +162,10 @@ class Scorer:
             rows = []
             with torch.inference_mode():
                 for window, logits in zip(self.windows(), self.original_logits(), strict=True):
-                    rows.append(score_window(model, partial(_Given, logits), window))
+                    found = model(input_ids=window[None, :-1], use_cache=False).logits[0]
+                    rows.append(score_logits(found, logits[0], window[1:].numpy()))
             np.savez(kept, scores=np.stack(rows, axis=1))
         return np.load(kept)["scores"]
-
-
-class _Given:
-    """What a model returns, with logits that are known already."""
-
-    def __init__(self, logits: torch.Tensor, **_inputs: Any) -> None:
-        self.logits = logits
 
 
 def to_markdown(runs: list[dict[str, Any]], config: TextEvalConfig) -> str:

@@ -11,8 +11,8 @@ tokens; natural logarithms throughout:
     top1_agreement   = the share of positions where both put the same token first      [2]
 
 A ratio near 1 can hide answers that changed both ways; the divergence is zero only where the two
-distributions are equal.  Logits stay in the models' dtype for one window at a time; softmax is
-fp32 over a slice of its positions, means and quantiles are fp64.
+distributions are equal.  Softmax is fp32 over a slice of a window's positions, means and quantiles
+are fp64.  Logits are computed by one engine for both models (compress.engines).
 
 Intervals are 95 % percentile bootstraps [3] over whole windows: tokens of one window share their
 context, so resampling tokens would give intervals that are too narrow.  Both models are scored
@@ -29,8 +29,9 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,13 +40,14 @@ import numpy as np
 from compress.core.device import check_dtype
 from compress.core.errors import InputError
 from compress.core.progress import track
-from compress.core.source import read_config
+from compress.core.source import ModelSource, read_config
 from compress.core.tokenizer import load_tokenizer
-from compress.loading import load_model
+from compress.engines import check_engine, load_predictor, settle_engine
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+
+    from compress.engines import Predictor
 
 KL_QUANTILE = 0.99
 # A resampled quantile costs a pass over all tokens, a resampled mean only one over the windows.
@@ -55,12 +57,16 @@ POSITIONS_AT_ONCE = 128  # bounds the fp32 copies of the logits to 128 x V
 
 @dataclass(frozen=True)
 class TextEvalConfig:
-    """What to score: `windows` windows of `seq_len` tokens of `text`, with weights in `dtype`."""
+    """What to score: `windows` windows of `seq_len` tokens of `text`, with weights in `dtype`.
+
+    `engine` is one of compress.engines.ENGINES.
+    """
 
     text: Path
     seq_len: int = 512
     windows: int = 32
     dtype: str = "float32"
+    engine: str = "auto"
     bootstrap: int = 10_000
     seed: int = 0
 
@@ -71,47 +77,46 @@ class TextEvalConfig:
             if value < minimum:
                 raise InputError(f"{name} is {value}; allowed is {minimum} or more")
         check_dtype(self.dtype)
+        check_engine(self.engine)
 
 
 def evaluate_text(
-    model_folder: Path, config: TextEvalConfig, against: Path | None = None
+    model: ModelSource, config: TextEvalConfig, against: ModelSource | None = None
 ) -> dict[str, Any]:
-    """Score the model in `model_folder` on a text; with `against`, compare it to that original.
+    """Score a model on a text; with `against`, compare it to that original.
 
     Returns plain numbers, ready for JSON: `perplexity`, `nll` (nats a token), `tokens` (scored),
-    `windows`, `seq_len`, `dtype`, `text_sha256`; with `against` also `perplexity_original`,
-    `perplexity_ratio`, `kl_mean`, `kl_p99` (nats) and `top1_agreement` (0 to 1).  Each
-    `x_interval` is [low, high].
+    `windows`, `seq_len`, `dtype`, `engine`, `text_sha256`; with `against` also
+    `perplexity_original`, `perplexity_ratio`, `kl_mean`, `kl_p99` (nats) and `top1_agreement`
+    (0 to 1).  Each `x_interval` is [low, high].
 
     Raises InputError when the text is missing, empty, not UTF-8 or too short, when a model cannot
     be loaded or gives NaN, and when the two models do not share vocabulary and tokenization.
     """
-    import torch
-
-    folders = [model_folder] if against is None else [model_folder, against]
+    sources = [model] if against is None else [model, against]
+    folders = [source.folder for source in sources]
     vocabulary = _check_models(folders, config)
     text = _read_text(config.text)
     windows = cut_windows(folders, text, config)  # [W, N], before the slow loading of weights
     if vocabulary is not None and windows.max() >= vocabulary:
         raise InputError(
-            f"the tokenizer of '{model_folder}' gives token {windows.max()}, but the model has "
+            f"the tokenizer of '{folders[0]}' gives token {windows.max()}, but the model has "
             f"{vocabulary}; the tokenizer belongs to another model, copy the right one there"
         )
-    model = load_model(model_folder, config.dtype)
-    original = None if against is None else load_model(against, config.dtype)
+    engine = settle_engine(config.engine, sources)
+    predictors = [load_predictor(engine, source, config.dtype) for source in sources]
     rows = []
-    with torch.inference_mode():
-        for window in track(windows, "Evaluating", total=config.windows):
-            rows.append(score_window(model, original, torch.from_numpy(window)))
-            if not np.isfinite(rows[-1]).all():
-                broken = folders[int(np.isfinite(rows[-1][0]).all())]
-                raise InputError(
-                    f"'{broken}' gives NaN or infinite logits in {config.dtype} (window "
-                    f"{len(rows)}); try another dtype, or the weights are broken"
-                )
+    for row in track(score_windows(predictors, windows), "Evaluating", total=config.windows):
+        rows.append(row)
+        if not np.isfinite(row).all():
+            broken = folders[int(np.isfinite(row[0]).all())]
+            raise InputError(
+                f"'{broken}' gives NaN or infinite logits in {config.dtype} (window "
+                f"{len(rows)}); try another dtype, or the weights are broken"
+            )
     scores = np.stack(rows, axis=1)  # [1 or 4, W, T]
     settings: dict[str, Any] = {n: getattr(config, n) for n in ("windows", "seq_len", "dtype")}
-    settings["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    settings |= {"engine": engine, "text_sha256": hashlib.sha256(text.encode()).hexdigest()}
     return summarize(scores, config) | {"tokens": int(scores[0].size)} | settings
 
 
@@ -173,22 +178,38 @@ def _tokenize(folder: Path, text: str) -> np.ndarray:
     return np.asarray(encoded["input_ids"], dtype=np.int64)
 
 
-def score_window(
-    model: PreTrainedModel, original: Callable[..., Any] | None, window: Tensor
-) -> np.ndarray:
-    """Score one window, int64 [N]: fp64 [1, T] with nll, or [4, T] when there is an original:
-    nll, the original's nll, divergence and agreement (1 or 0) at each position.  `original` is
-    called as a model is and returns something with `logits`.
+def score_windows(predictors: Sequence[Predictor], windows: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the scores of each window, fp64 [1 or 4, T] (see `score_logits`).
+
+    windows  int64 [W, N], of which all T = N - 1 tokens but the first are predicted by the model
+             and, where there are two predictors, by the original
+    """
+    from compress.runtime.scoring import Span
+
+    spans = [Span(window, first=1) for window in windows]
+    pieces = zip(*(logits(spans) for logits in predictors), strict=True)
+    for index, of_window in groupby(pieces, key=lambda pair: pair[0].index):
+        parts = []
+        for piece, *other in of_window:
+            end = piece.first + len(piece.logits)
+            reference = other[0].logits if other else None
+            parts.append(score_logits(piece.logits, reference, windows[index, piece.first : end]))
+        yield np.concatenate(parts, axis=1)
+
+
+def score_logits(logits: Tensor, reference: Tensor | None, targets: np.ndarray) -> np.ndarray:
+    """Score positions: fp64 [1, t] with nll, or [4, t] when there is an original's `reference`:
+    nll, the original's nll, divergence and agreement (1 or 0) at each position.
+
+    logits, reference  [t, V]
+    targets            int64 [t], the tokens that came
     """
     import torch
 
-    ids = window[None, :-1].to(model.device)  # the last token is only ever a target
-    logits = model(input_ids=ids, use_cache=False).logits[0]  # [T, V]
-    reference = None if original is None else original(input_ids=ids, use_cache=False).logits[0]
     parts = []
-    for start in range(0, logits.shape[0], POSITIONS_AT_ONCE):
+    for start in range(0, len(logits), POSITIONS_AT_ONCE):
         at = slice(start, start + POSITIONS_AT_ONCE)
-        target = window[1:][at, None].to(logits.device)  # [t, 1]
+        target = torch.from_numpy(targets[at, None]).to(logits.device)  # [t, 1]
         log_p = torch.log_softmax(logits[at].float(), dim=-1)  # [t, V]
         rows = [-log_p.gather(1, target)[:, 0]]
         if reference is not None:
@@ -202,7 +223,7 @@ def score_window(
 
 
 def summarize(scores: np.ndarray, config: TextEvalConfig) -> dict[str, Any]:
-    """Turn scores a token, fp64 [1 or 4, W, T] as `score_window` orders them, into the metrics."""
+    """Turn scores a token, fp64 [1 or 4, W, T] as `score_logits` orders them, into the metrics."""
     means = scores.mean(axis=2)  # [1 or 4, W]
     resampled = _resampled_means(means, config)  # [1 or 4, R]
     nll = float(means[0].mean())

@@ -75,7 +75,7 @@ def record_quality(folder: Path, result: dict[str, Any]) -> None:
         told = {k: v for k, v in result.items() if k not in ("model", "tasks", "limit")}
         names = {"text": Path(result["text"]).name, "against": _public(result["against"])}
         found["texts"].append(told | names)
-    shared = {name: result.get(name) for name in ("limit", "dtype", "seed")}
+    shared = {name: result.get(name) for name in ("limit", "dtype", "seed", "engine")}
     for task, metrics in result.get("tasks", {}).items():
         found["tasks"].append({"task": task, **shared, "metrics": metrics})
     with _as_written_here(folder):

@@ -1,7 +1,7 @@
 """Accuracy on multiple-choice and other tasks, through EleutherAI's lm-evaluation-harness [1].
 
-The harness builds the prompts and scores the answers; the model is loaded by
-`compress.loading.load_model`, so that a task and a perplexity speak of the same weights.
+The harness builds the prompts and scores the answers; the model runs on the runtime
+(`compress.harness`) or, with the engine `transformers`, as the harness's own HFLM.
 For a multiple-choice task with choices c of a question q,
 
     acc      = mean over questions of [argmax_c  log p(c | q)           is the right choice]
@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import InputError, nearest
-from compress.core.source import read_config
+from compress.core.source import ModelSource, read_config
 from compress.core.tokenizer import load_tokenizer
+from compress.engines import settle_engine
 from compress.loading import load_model
 
 if TYPE_CHECKING:
@@ -33,41 +34,36 @@ DEFAULT_BATCH_SIZE = 8
 
 
 def evaluate_tasks(
-    model_folder: Path,
+    model: ModelSource,
     tasks: list[str],
     include_path: Path | None,
     limit: int | None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     seed: int = 0,
     dtype: str = "float32",
+    engine: str = "auto",
 ) -> dict[str, Any]:
     """Run harness tasks, and return their metrics with standard errors, ready for JSON.
 
     `include_path` is a folder with task files of your own, `limit` the number of questions to ask
-    of each task (None: all).  Returns {"tasks": {task: {"samples": n, metric: value,
-    metric_stderr: value or None}}, "limit": limit}.  A group of tasks also gets an entry, when
-    the harness aggregates it.
+    of each task (None: all), `engine` one of compress.engines.ENGINES.  `batch_size` is for the
+    engine transformers; the runtime packs its batches itself.  Returns {"tasks": {task: {"samples":
+    n, metric: value, metric_stderr: value or None}}, "limit": limit, "engine": engine}.  A group of
+    tasks also gets an entry, when the harness aggregates it.
 
     Raises InputError, before the model is loaded, when lm-eval is absent, a task is unknown, its
     data cannot be read, or a number is out of range.
     """
     _check(tasks, include_path, limit, batch_size)
-    read_config(model_folder)
+    read_config(model.folder)
     with contextlib.redirect_stdout(sys.stderr):  # the harness and its data sets print
         manager = _find_tasks(tasks, include_path)
+        engine = settle_engine(engine, [model])
         specs = _load_tasks(manager, tasks)
         from lm_eval.evaluator import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
 
-        harness_model: Any = HFLM  # its constructor's signature is hidden by a decorator
-        model = harness_model(
-            pretrained=load_model(model_folder, dtype),
-            tokenizer=load_tokenizer(model_folder),
-            batch_size=batch_size,
-            softmax_dtype="float32",
-        )
         found: Any = simple_evaluate(
-            model,
+            _harness_model(engine, model, dtype, batch_size, seed),
             tasks=specs,
             task_manager=manager,
             limit=limit,
@@ -86,7 +82,24 @@ def evaluate_tasks(
             for name, metrics in found["results"].items()
         },
         "limit": limit,
+        "engine": engine,
     }
+
+
+def _harness_model(engine: str, model: ModelSource, dtype: str, batch_size: int, seed: int) -> Any:
+    if engine == "runtime":
+        from compress.harness import RuntimeLM
+
+        return RuntimeLM(model, dtype, seed)
+    from lm_eval.models.huggingface import HFLM
+
+    harness_model: Any = HFLM  # its constructor's signature is hidden by a decorator
+    return harness_model(
+        pretrained=load_model(model.folder, dtype),
+        tokenizer=load_tokenizer(model.folder),
+        batch_size=batch_size,
+        softmax_dtype="float32",
+    )
 
 
 def _check(tasks: list[str], include_path: Path | None, limit: int | None, batch_size: int) -> None:

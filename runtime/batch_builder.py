@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as Items
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from compress.runtime.batch import Batch
-from compress.runtime.sequence import Sequence
 
 
-def build_batch(step: Items[Sequence], block_size: int) -> Batch:
+class Part(Protocol):
+    """A sequence of which the next `count` tokens are in the step."""
+
+    tokens: Any  # array or NumPy array of int64
+    blocks: array[int]  # the block table, with room for this step
+    computed: int  # tokens that are in the cache before the step
+    count: int
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens that are not in the cache."""
+        ...
+
+    def prompt_rows(self) -> range:
+        """Positions whose logits are wanted besides that of the last known token."""
+        ...
+
+
+def build_batch(step: Items[Part], block_size: int) -> Batch:
     """Lay out the `count` next tokens of each sequence, one sequence after another.
 
     Logits are wanted of the last known token of each sequence, and of what `prompt_rows` names.

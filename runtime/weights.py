@@ -72,6 +72,11 @@ class DecoderWeights:
     rope_scaling: float
 
 
+def check_served(source: ModelSource) -> None:
+    """Raise InputError for a model class or a format that is not served; reads no weights."""
+    architecture_of(StoredModel(source).skeleton, source.ref)
+
+
 def load_weights(source: ModelSource, lm_head_bits: int | None = None) -> DecoderWeights:
     """Read a decoder: a plain or quantized Hugging Face folder, or a .gguf file.
 

@@ -13,6 +13,7 @@ from compress.cli.output import print_json
 from compress.core.device import DTYPES
 from compress.core.errors import InputError, reason_of
 from compress.core.progress import say
+from compress.engines import ENGINES
 from compress.evaluate import TextEvalConfig, evaluate_text
 from compress.tasks import DEFAULT_BATCH_SIZE, evaluate_tasks
 
@@ -42,7 +43,17 @@ from compress.tasks import DEFAULT_BATCH_SIZE, evaluate_tasks
 )
 @click.option("--limit", type=int, help="Questions to ask of each task.  [default: all]")
 @click.option(
-    "--batch-size", default=DEFAULT_BATCH_SIZE, show_default=True, help="Batch size of the tasks."
+    "--batch-size",
+    default=DEFAULT_BATCH_SIZE,
+    show_default=True,
+    help="Batch size of the tasks with transformers.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default=TextEvalConfig.engine,
+    show_default=True,
+    help="What computes; auto is the runtime where it serves both models, else transformers.",
 )
 @click.option(
     "--dtype",
@@ -68,6 +79,7 @@ def eval_command(
     include_path: Path | None,
     limit: int | None,
     batch_size: int,
+    engine: str,
     dtype: str,
     seed: int,
     as_json: bool,
@@ -92,20 +104,23 @@ def eval_command(
         raise click.UsageError("--against compares two models on a text; give --text FILE too")
     config = None
     if text is not None:
-        config = TextEvalConfig(text, seq_len=seq_len, windows=windows, dtype=dtype, seed=seed)
+        config = TextEvalConfig(
+            text, seq_len=seq_len, windows=windows, dtype=dtype, engine=engine, seed=seed
+        )
     from compress.core.source import resolve_model
 
     result: dict[str, Any] = {"model": model, "dtype": dtype, "seed": seed}
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result alone
-        folder = resolve_model(model).folder
+        source = resolve_model(model)
         if config is not None:
-            original = None if against is None else resolve_model(against).folder
+            original = None if against is None else resolve_model(against)
             result |= {"against": against, "text": str(text)}
-            result |= evaluate_text(folder, config, original)
+            result |= evaluate_text(source, config, original)
+            engine = result["engine"]  # for the tasks too, if there are any
         if tasks:
             names = [name.strip() for name in tasks.split(",") if name.strip()]
             result |= evaluate_tasks(
-                folder, names, include_path, limit, batch_size=batch_size, seed=seed, dtype=dtype
+                source, names, include_path, limit, batch_size, seed, dtype, engine
             )
     if as_json:
         print_json(result)
@@ -114,7 +129,7 @@ def eval_command(
             print_eval_table(result)
         if "tasks" in result:
             print_tasks_table(result)
-    keep_in_folder(folder, result)
+    keep_in_folder(source.folder, result)
 
 
 def keep_in_folder(folder: Path, result: dict[str, Any]) -> None:

@@ -116,9 +116,12 @@ struct Linear : Operation, LinearArguments {
     return int(over_rows ? batch.rows_count : batch.tokens_count);
   }
   int phases() const override { return 2; }
+  bool needed(const Batch& batch, Worker, int phase) const override {
+    int m = rows(batch);  // 0: a chunk in the middle of a prompt wants no logits
+    return phase == 0 ? m > 1 || (m == 1 && shift) : m > 0;
+  }
   void run(const Batch& batch, Worker worker, int phase) override {
     int m = rows(batch);
-    if (m == 0) return;  // a chunk in the middle of a prompt wants no logits
     if (phase == 0) return pack(m, worker);
     switch (kind) {
       case INT4: return multiply<Int4>(batch, m, worker);

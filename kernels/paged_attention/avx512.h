@@ -37,13 +37,12 @@ struct PagedAttention : Operation, PagedAttentionArguments<T> {
   // With few tokens threads share out parts of the context, and put them together afterwards;
   // with many a thread does all parts of a token's head. The sums and their order are the same.
   int phases() const override { return 2; }
+  bool needed(const Batch& batch, Worker worker, int phase) const override {
+    return phase == 0 || shared_out(batch, worker);
+  }
   void run(const Batch& batch, Worker worker, int phase) override {
-    int items = int(batch.tokens_count) * shape.kv_heads;
-    int most = 0;  // parts of a sequence
-    for (int s = 0; s < batch.sequences; s++)
-      most = std::max(most, (batch.contexts[s] + PART - 1) / PART);
-    bool shared = items < 8 * worker.count && most > 1 && items * most <= MOST_PARTS;
-    if (phase == 1 && !shared) return;
+    int items = int(batch.tokens_count) * shape.kv_heads, most = most_parts(batch);
+    bool shared = shared_out(batch, worker);
     int sequence = 0;
     // Items go round the threads, since later tokens have more keys.
     for (int item = worker.index; item < items * (phase == 0 && shared ? most : 1); item += worker.count) {
@@ -68,6 +67,18 @@ struct PagedAttention : Operation, PagedAttentionArguments<T> {
     float* shared;  // parts of this token and key head, or null
     int part;       // the one to compute, or -1 for all
   };
+
+  static int most_parts(const Batch& batch) {
+    int most = 0;
+    for (int s = 0; s < batch.sequences; s++)
+      most = std::max(most, (batch.contexts[s] + PART - 1) / PART);
+    return most;
+  }
+
+  bool shared_out(const Batch& batch, Worker worker) const {
+    int items = int(batch.tokens_count) * shape.kv_heads, most = most_parts(batch);
+    return items < 8 * worker.count && most > 1 && items * most <= MOST_PARTS;
+  }
 
   int vectors_of_head() const { return shape.padded_dim / LANES; }
   int group() const { return shape.heads / shape.kv_heads; }

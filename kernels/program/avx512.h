@@ -7,9 +7,11 @@
 
 #include <immintrin.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 namespace compress {
@@ -69,7 +71,7 @@ struct Batch {
   float* logits;
 };
 
-// A part of the work of an operation: thread `index` of `count`. Phases are barriers apart.
+// A part of the work of an operation: thread `index` of `count`.
 struct Worker {
   int index, count;
   int begin(int items) const { return int(int64_t(items) * index / count); }
@@ -78,8 +80,32 @@ struct Worker {
 
 struct Operation {
   virtual ~Operation() = default;
+  // Phases run one after the other, each when all threads have ended the one before.
   virtual int phases() const { return 1; }
+  virtual bool needed(const Batch&, Worker, int /*phase*/) const { return true; }
   virtual void run(const Batch& batch, Worker worker, int phase) = 0;
+};
+
+// Where threads wait for each other. OpenMP's own barrier sends threads to sleep at once when a
+// process has more of them than there are processors, as one with an engine in a thread has, and
+// waking them takes longer than most operations here.
+class Barrier {
+ public:
+  void wait(int threads) {
+    int before = generation.load(std::memory_order_acquire);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
+      arrived.store(0, std::memory_order_relaxed);
+      generation.store(before + 1, std::memory_order_release);
+      return;
+    }
+    for (int turn = 0; generation.load(std::memory_order_acquire) == before; turn++)
+      turn < PATIENCE ? _mm_pause() : std::this_thread::yield();
+  }
+
+ private:
+  static constexpr int PATIENCE = 5000;  // some 50 microseconds
+  alignas(64) std::atomic<int> arrived{0};
+  alignas(64) std::atomic<int> generation{0};
 };
 
 }  // namespace compress

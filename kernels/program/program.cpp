@@ -2,7 +2,7 @@
 //
 // What a CUDA graph is for a GPU: the model is written once, in Python (compress.runtime.decoder);
 // recording it fills a program, and a step is then one call. All threads go through all operations
-// inside one parallel region, with a barrier after each phase. A C interface for ctypes: all tensors
+// inside one parallel region, and wait for each other after each phase. A C interface for ctypes: all tensors
 // are addresses, which the Python side keeps alive.
 #include <omp.h>
 
@@ -19,6 +19,7 @@ namespace {
 
 struct Program {
   std::vector<std::unique_ptr<Operation>> operations;
+  Barrier barrier;
 
   template <class Op>
   void add(const void* arguments) {
@@ -55,14 +56,15 @@ void program_add(void* program, int operation, int in_float, const void* argumen
 }
 
 void program_run(void* program, const Batch* batch) {
-  auto& operations = static_cast<Program*>(program)->operations;
+  auto& [operations, barrier] = *static_cast<Program*>(program);
 #pragma omp parallel
   {
     Worker worker{omp_get_thread_num(), omp_get_num_threads()};
     for (auto& operation : operations)
       for (int phase = 0; phase < operation->phases(); phase++) {
+        if (!operation->needed(*batch, worker, phase)) continue;
         operation->run(*batch, worker, phase);
-#pragma omp barrier
+        barrier.wait(worker.count);
       }
   }
 }

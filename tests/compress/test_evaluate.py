@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from compress.core.errors import InputError
+from compress.core.source import ModelSource
 from compress.evaluate import TextEvalConfig, evaluate_text, summarize
 from compress.loading import load_model
 
@@ -78,6 +79,11 @@ def config_for(text: Path, **changes: int | str) -> TextEvalConfig:
     return TextEvalConfig(text, **{"seq_len": SEQ_LEN, "windows": WINDOWS, **changes})
 
 
+def evaluate(folder: Path, config: TextEvalConfig, against: Path | None = None) -> dict:
+    original = None if against is None else ModelSource(str(against), against)
+    return evaluate_text(ModelSource(str(folder), folder), config, original)
+
+
 def windows_of(text: Path) -> torch.Tensor:
     """Token ids without the tokenizer: word wN is token N + 2."""
     ids = [int(word[1:]) + 2 for word in text.read_text(encoding="utf-8").split()]
@@ -93,7 +99,7 @@ def test_perplexity_equals_transformers_loss(model: Path, text: Path) -> None:
     reference = LlamaForCausalLM.from_pretrained(model)
     with torch.no_grad():
         losses = [reference(w[None], labels=w[None]).loss.item() for w in windows_of(text)]
-    result = evaluate_text(model, config_for(text))
+    result = evaluate(model, config_for(text))
     assert result["nll"] == pytest.approx(np.mean(losses), abs=1e-5)  # fp32 sums in another order
     assert result["perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
     assert result["tokens"] == WINDOWS * (SEQ_LEN - 1)
@@ -112,13 +118,13 @@ def test_long_windows_are_scored_in_full(model: Path, tmp_path: Path, monkeypatc
     reference = LlamaForCausalLM.from_pretrained(model)
     with torch.no_grad():
         losses = [reference(w[None], labels=w[None]).loss.item() for w in ids]
-    result = evaluate_text(model, config_for(path, seq_len=60, windows=2), against=model)
+    result = evaluate(model, config_for(path, seq_len=60, windows=2), against=model)
     assert result["nll"] == pytest.approx(np.mean(losses), abs=1e-5)
     assert result["tokens"] == 118
 
 
 def test_model_against_itself_is_no_loss(model: Path, text: Path) -> None:
-    result = evaluate_text(model, config_for(text), against=model)
+    result = evaluate(model, config_for(text), against=model)
     assert result["kl_mean"] == 0
     assert result["kl_p99"] == 0
     assert result["top1_agreement"] == 1
@@ -137,8 +143,8 @@ def test_divergence_equals_torch_kl_div(model: Path, perturbed: Path, text: Path
         divergences.append(kl)
         agreements.append(p.argmax(-1) == q.argmax(-1))
     kl = torch.cat(divergences).numpy()
-    result = evaluate_text(perturbed, config_for(text), against=model)
-    other_way = evaluate_text(model, config_for(text), against=perturbed)
+    result = evaluate(perturbed, config_for(text), against=model)
+    other_way = evaluate(model, config_for(text), against=perturbed)
     assert result["kl_mean"] == pytest.approx(kl.mean(), rel=1e-4)  # fp32 against fp64
     assert result["kl_p99"] == pytest.approx(np.quantile(kl, 0.99, method="inverted_cdf"), rel=1e-4)
     assert result["top1_agreement"] == pytest.approx(torch.cat(agreements).double().mean().item())
@@ -156,9 +162,9 @@ def test_divergence_equals_torch_kl_div(model: Path, perturbed: Path, text: Path
 
 
 def test_seed_fixes_the_intervals(model: Path, perturbed: Path, text: Path) -> None:
-    first = evaluate_text(perturbed, config_for(text, seed=3), against=model)
-    assert evaluate_text(perturbed, config_for(text, seed=3), against=model) == first
-    other = evaluate_text(perturbed, config_for(text, seed=4), against=model)
+    first = evaluate(perturbed, config_for(text, seed=3), against=model)
+    assert evaluate(perturbed, config_for(text, seed=3), against=model) == first
+    other = evaluate(perturbed, config_for(text, seed=4), against=model)
     assert other["kl_mean_interval"] != first["kl_mean_interval"]
 
 
@@ -294,7 +300,7 @@ def test_weights_come_in_the_dtype_asked_for(model: Path) -> None:
 )
 def test_bad_settings(model: Path, text: Path, changes: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        evaluate_text(model, config_for(text, **changes))
+        evaluate(model, config_for(text, **changes))
 
 
 @pytest.mark.parametrize(
@@ -312,7 +318,7 @@ def test_bad_text(model: Path, tmp_path: Path, content: bytes | None, message: s
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError, match=message):
-        evaluate_text(model, config_for(path))
+        evaluate(model, config_for(path))
 
 
 def test_vocabularies_that_do_not_fit(model: Path, text: Path, tmp_path: Path) -> None:
@@ -320,38 +326,50 @@ def test_vocabularies_that_do_not_fit(model: Path, text: Path, tmp_path: Path) -
     tiny_llama(seed=0, vocabulary=VOCABULARY + 3).save_pretrained(larger)
     save_tokenizer(larger, WORDS)
     with pytest.raises(InputError, match=r"97 vocabulary entries and .* has 100"):
-        evaluate_text(model, config_for(text), against=larger)
+        evaluate(model, config_for(text), against=larger)
     too_small = tmp_path / "too_small"
     tiny_llama(seed=0, vocabulary=50).save_pretrained(too_small)
     save_tokenizer(too_small, WORDS)
     with pytest.raises(InputError, match=r"gives token .* but the model has 50"):
-        evaluate_text(too_small, config_for(text))
+        evaluate(too_small, config_for(text))
     tiny_llama(seed=0).save_pretrained(reordered)
     save_tokenizer(reordered, WORDS[::-1])
     with pytest.raises(InputError, match="encode the text differently"):
-        evaluate_text(model, config_for(text), against=reordered)
+        evaluate(model, config_for(text), against=reordered)
 
 
 def test_broken_models(model: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no config\.json"):
-        evaluate_text(tmp_path, config_for(text))
-    bare, partial, nan = tmp_path / "bare", tmp_path / "partial", tmp_path / "nan"
+        evaluate(tmp_path, config_for(text))
+    bare = tmp_path / "bare"
     tiny_llama(seed=0).save_pretrained(bare)
     with pytest.raises(InputError, match="no usable tokenizer"):
-        evaluate_text(bare, config_for(text))
+        evaluate(bare, config_for(text))
 
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ("runtime", r"no tensor model\.layers\.1\.mlp\.up_proj\.weight"),
+        ("transformers", r"lacks 1 tensors .*layers\.1\.mlp\.up_proj\.weight"),
+    ],
+)
+def test_a_tensor_that_is_missing(engine: str, message: str, text: Path, tmp_path: Path) -> None:
     weights = tiny_llama(seed=0)
     state = weights.state_dict()
     del state["model.layers.1.mlp.up_proj.weight"]
-    weights.save_pretrained(partial, state_dict=state)
-    save_tokenizer(partial, WORDS)
-    with pytest.raises(InputError, match=r"lacks 1 tensors .*layers\.1\.mlp\.up_proj\.weight"):
-        evaluate_text(partial, config_for(text))
+    weights.save_pretrained(tmp_path, state_dict=state)
+    save_tokenizer(tmp_path, WORDS)
+    with pytest.raises(InputError, match=message):
+        evaluate(tmp_path, config_for(text, engine=engine))
 
+
+@pytest.mark.parametrize("engine", ["runtime", "transformers"])
+def test_logits_that_are_no_numbers(engine: str, text: Path, tmp_path: Path) -> None:
     weights = tiny_llama(seed=0)
     with torch.no_grad():
-        weights.model.norm.weight[0] = float("nan")
-    weights.save_pretrained(nan)
-    save_tokenizer(nan, WORDS)
+        weights.model.norm.weight.fill_(3e38)
+    weights.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, WORDS)
     with pytest.raises(InputError, match="NaN or infinite logits"):
-        evaluate_text(nan, config_for(text))
+        evaluate(tmp_path, config_for(text, engine=engine))

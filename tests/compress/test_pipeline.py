@@ -145,7 +145,9 @@ def test_awq_beats_rtn_and_8_bits_beat_4(model_folder, text_file, tmp_path):
         out = tmp_path / f"{method}{bits}"
         quantize(model_folder(), out, text_file, method, bits=bits, group_size=16)
         config = TextEvalConfig(text_file, seq_len=50, windows=8)
-        divergence[method, bits] = evaluate_text(out, config, model_folder())["kl_mean"]
+        divergence[method, bits] = evaluate_text(
+            resolve_model(str(out)), config, resolve_model(str(model_folder()))
+        )["kl_mean"]
     assert divergence["awq", 4] < 0.8 * divergence["rtn", 4]
     assert divergence["awq", 8] < 0.05 * divergence["awq", 4]
 

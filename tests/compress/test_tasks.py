@@ -12,10 +12,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from compress.cli.eval import eval_command
 from compress.core.errors import InputError
+from compress.core.source import ModelSource
 
 pytest.importorskip("lm_eval")
 
 from compress.tasks import evaluate_tasks
+
+
+def source(folder: Path) -> ModelSource:
+    return ModelSource(str(folder), folder)
+
 
 TASK_FILES = Path(__file__).parents[2] / "benchmarks" / "tasks"
 WORDS = ["Question:", "Answer:", *(f"w{i}" for i in range(60))]
@@ -102,7 +108,7 @@ def data(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
 
 
 def test_scores_equal_a_hand_computation(model: Path, data: dict[str, list[bool]]) -> None:
-    result = evaluate_tasks(model, ["arc_easy_local"], TASK_FILES, limit=None, batch_size=3)
+    result = evaluate_tasks(source(model), ["arc_easy_local"], TASK_FILES, limit=None, batch_size=3)
     scores = result["tasks"]["arc_easy_local"]
     assert result["limit"] is None
     assert scores["samples"] == 20
@@ -116,7 +122,7 @@ def test_scores_equal_a_hand_computation(model: Path, data: dict[str, list[bool]
 
 
 def test_limit_takes_the_first_questions(model: Path, data: dict[str, list[bool]]) -> None:
-    result = evaluate_tasks(model, ["arc_easy_local"], TASK_FILES, limit=16)
+    result = evaluate_tasks(source(model), ["arc_easy_local"], TASK_FILES, limit=16)
     scores = result["tasks"]["arc_easy_local"]
     assert (result["limit"], scores["samples"]) == (16, 16)
     assert scores["acc"] == pytest.approx(13 / 16)
@@ -128,7 +134,7 @@ def test_other_task_files_read_their_data(
     model: Path, data: dict[str, list[bool]], tmp_path: Path, name: str
 ) -> None:
     (tmp_path / "arc_easy.jsonl").rename(tmp_path / f"{name}.jsonl")
-    result = evaluate_tasks(model, [f"{name}_local"], TASK_FILES, limit=None)
+    result = evaluate_tasks(source(model), [f"{name}_local"], TASK_FILES, limit=None)
     assert result["tasks"][f"{name}_local"]["acc"] == pytest.approx(13 / 20)
 
 
@@ -165,18 +171,18 @@ def test_bad_input_is_refused_before_loading(
     def never(*_: object) -> None:
         raise AssertionError("the model was loaded before the input was checked")
 
-    monkeypatch.setattr("compress.tasks.load_model", never)
+    monkeypatch.setattr("compress.tasks._harness_model", never)
     monkeypatch.setenv("COMPRESS_EVAL_DATA", str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="COMPRESS_EVAL_DATA"):
-        evaluate_tasks(model, ["piqa_local"], TASK_FILES, limit=None)
+        evaluate_tasks(source(model), ["piqa_local"], TASK_FILES, limit=None)
     with pytest.raises(InputError, match="limit is 0"):
-        evaluate_tasks(model, ["piqa_local"], TASK_FILES, limit=0)
+        evaluate_tasks(source(model), ["piqa_local"], TASK_FILES, limit=0)
     with pytest.raises(InputError, match="batch_size is 0"):
-        evaluate_tasks(model, ["piqa_local"], TASK_FILES, limit=None, batch_size=0)
+        evaluate_tasks(source(model), ["piqa_local"], TASK_FILES, limit=None, batch_size=0)
     with pytest.raises(InputError, match="is no folder"):
-        evaluate_tasks(model, ["piqa_local"], tmp_path / "nowhere", limit=None)
+        evaluate_tasks(source(model), ["piqa_local"], tmp_path / "nowhere", limit=None)
     with pytest.raises(InputError, match="no tasks"):
-        evaluate_tasks(model, [], TASK_FILES, limit=None)
+        evaluate_tasks(source(model), [], TASK_FILES, limit=None)
 
 
 def test_unknown_task_names_the_nearest(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,10 +194,10 @@ def test_unknown_task_names_the_nearest(model: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", only_ours)
     with pytest.raises(InputError, match=r"task 'pika_local' is unknown.*'piqa_local'"):
-        evaluate_tasks(model, ["pika_local"], TASK_FILES, limit=None)
+        evaluate_tasks(source(model), ["pika_local"], TASK_FILES, limit=None)
 
 
 def test_without_lm_eval(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(InputError, match=r"compress-llm\[eval\]"):
-        evaluate_tasks(model, ["piqa_local"], TASK_FILES, limit=None)
+        evaluate_tasks(source(model), ["piqa_local"], TASK_FILES, limit=None)

@@ -1,0 +1,94 @@
+"""What computes a model's predictions in evaluation: our runtime, or transformers.
+
+The runtime reads quantized checkpoints and .gguf files as they are, with exact codes and scales;
+transformers serves model classes that the runtime does not.  Both give the logits of the same
+tokens in the same order, so that what is measured does not depend on the engine but for rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from compress.core.device import default_device
+from compress.core.errors import InputError, nearest
+from compress.core.progress import say
+from compress.core.source import ModelSource
+from compress.loading import load_model
+
+if TYPE_CHECKING:
+    from compress.runtime.decoder import Decoder
+    from compress.runtime.scoring import Piece, Span
+
+    Predictor = Callable[[Sequence[Span]], Iterator[Piece]]
+
+ENGINES = ("auto", "runtime", "transformers")
+
+
+def check_engine(engine: str) -> None:
+    """Raise InputError for an engine that there is not."""
+    if engine not in ENGINES:
+        raise InputError(
+            f"engine '{engine}' is unknown; allowed are {', '.join(ENGINES)}"
+            f"{nearest(engine, ENGINES)}"
+        )
+
+
+def settle_engine(engine: str, sources: Sequence[ModelSource]) -> str:
+    """Say and return which engine it will be: with `auto` the runtime, where it serves all models.
+
+    Reads no weights.  Raises InputError for the runtime if it does not serve one of the models.
+    """
+    check_engine(engine)
+    if engine != "transformers":
+        try:
+            _check_runtime(engine, sources)
+        except InputError as error:
+            if engine == "runtime":
+                raise
+            say(f"Engine: transformers ({str(error).partition(';')[0]})")
+            return "transformers"
+        engine = "runtime"
+    say(f"Engine: {engine}")
+    return engine
+
+
+def _check_runtime(engine: str, sources: Sequence[ModelSource]) -> None:
+    from compress.runtime.weights import check_served  # imports torch
+
+    if engine == "auto" and default_device().type != "cpu":
+        raise InputError("there is a GPU, and the runtime computes on the CPU")
+    for source in sources:
+        check_served(source)
+
+
+def load_predictor(engine: str, source: ModelSource, dtype: str) -> Predictor:
+    """Load a model on a settled engine; what it returns gives the logits of spans, in order."""
+    if engine == "transformers":
+        return partial(_transformers_logits, load_model(source.folder, dtype))
+    from compress.runtime.scoring import logits
+
+    return partial(logits, load_decoder(source, dtype))
+
+
+def load_decoder(source: ModelSource, dtype: str) -> Decoder:
+    """Load a model on the runtime."""
+    import torch
+
+    from compress.runtime.decoder import Decoder
+
+    return Decoder.load(source, torch.device("cpu"), dtype)
+
+
+def _transformers_logits(model: Any, spans: Sequence[Span]) -> Iterator[Piece]:
+    """As compress.runtime.scoring.logits, a whole span at a time, in the model's dtype."""
+    import torch
+
+    from compress.runtime.scoring import Piece
+
+    for index, span in enumerate(spans):
+        ids = torch.from_numpy(span.tokens[None, :-1]).to(model.device)
+        with torch.inference_mode():
+            logits = model(input_ids=ids, use_cache=False).logits[0]  # [n - 1, V]
+        yield Piece(index, span.first, logits[span.first - 1 :])
