@@ -115,14 +115,13 @@ def in_parts(times: list[float]) -> dict[str, Any]:
 
 def quantize(source: str, target: str, kind: str) -> None:
     """Write a .gguf file again with other types, from whatever types it has."""
-    import ctypes
-
     import llama_cpp
 
-    params = llama_cpp.llama_model_quantize_default_params()
+    lib: Any = llama_cpp
+    params = lib.llama_model_quantize_default_params()
     params.ftype = FILE_TYPES[kind]
     params.allow_requantize = True
-    if llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params)):
+    if lib.llama_model_quantize(source.encode(), target.encode(), params):
         raise SystemExit(f"llama.cpp could not write {target}")
 
 

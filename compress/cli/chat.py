@@ -44,7 +44,7 @@ def chat_command(
 
     params = sampling_params(**options)
     interactive = sys.stdin.isatty()
-    with ModelChoice(model, dtype, head_bits, kv_cache_memory).load() as llm:
+    with ModelChoice(model, dtype, head_bits, kv_cache_memory).load(max_sequences=1) as llm:
         conversation = Conversation(llm, params, system)
         if interactive:
             say(HELP)

@@ -95,7 +95,7 @@ def _answer_prompt(
 ) -> None:
     from compress.generate import answer, as_record, prompt_tokens
 
-    with choice.load(max_sequences=max(64, params.n)) as llm:
+    with choice.load(max_sequences=params.n) as llm:  # a cache of no more than it can use
         tokens = prompt_tokens(llm, [{"role": "user", "content": prompt}] if chat else prompt)
         llm.engine.prepare("check", tokens, params)  # refuses before anything is printed
         start = "" if chat else prompt
