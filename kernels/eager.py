@@ -44,10 +44,10 @@ class Eager:
         return _Linear(pack(weight, self.dtype, self.device), silu_mul)
 
     def new_cache(self, num_blocks: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, each [blocks, kv_heads, block_size, head_dim]."""
+        """Keys and values of a layer, not filled: [blocks, kv_heads, block_size, head_dim] each."""
         shape = (num_blocks, kv_heads, BLOCK_SIZE, head_dim)
         kind = {"dtype": self.dtype, "device": self.device}
-        return torch.zeros(shape, **kind), torch.zeros(shape, **kind)
+        return torch.empty(shape, **kind), torch.empty(shape, **kind)
 
     def embed(self, table: Tensor) -> Tensor:
         """Look up the tokens' embeddings: the residual stream [tokens, D]."""

@@ -151,6 +151,9 @@ class Decoder:
         """The logits of `batch.rows`, float32 [R, V]."""
         if self._recorded:
             return self._operations.run(batch)
+        if self._device.type != "cpu":
+            fields = {name: tensor.to(self._device) for name, tensor in vars(batch).items()}
+            batch = Batch(**fields)
         self._operations.batch = batch
         return self._step(self._operations)
 

@@ -33,9 +33,11 @@ class DenseLinear:
 
     kind = "dense"
 
-    def __init__(self, weight: LinearWeight, dtype: torch.dtype) -> None:
-        self._weight = weight.dequantize(dtype)
-        self._bias = None if weight.bias is None else weight.bias.to(dtype)
+    def __init__(
+        self, weight: LinearWeight, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        self._weight = weight.dequantize(dtype).to(device)
+        self._bias = None if weight.bias is None else weight.bias.to(device, dtype)
         self.bytes = self._weight.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:

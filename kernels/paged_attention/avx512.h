@@ -214,11 +214,30 @@ struct PagedAttention : Operation, PagedAttentionArguments<T> {
         store(0xffff, weight[h], _mm512_maskz_mov_ps(seen, weights));
         below[h] = _mm512_add_ps(below[h], load(weight[h]));
       }
-      add_values<HEADS, MOST>(values + at, weight, vectors, sum);
+      if (seen == 0xffff) {
+        add_values<HEADS, MOST>(values + at, weight, vectors, sum);
+      } else {
+        alignas(64) T clean[MOST * LANES * BLOCK];
+        only_seen(values + at, seen, vectors, clean);
+        add_values<HEADS, MOST>(clean, weight, vectors, sum);
+      }
     }
     for (int h = 0; h < HEADS; h++) {
       for (int v = 0; v < vectors; v++) found[h].sum[v] = sum[h][v];
       found[h].below = _mm512_reduce_add_ps(below[h]), found[h].maximum = maximum[h];
+    }
+  }
+
+  // A weight of 0 does not take away what another request left here: it may be NaN.
+  static void only_seen(const T* block, __mmask16 seen, int vectors, T* clean) {
+    constexpr int BESIDE = 4 / int(sizeof(T));
+    for (int s = 0; s < BLOCK / BESIDE; s++) {
+      __mmask32 even = seen >> (s * BESIDE) & 1 ? 0x55555555 : 0;
+      __mmask32 odd = seen >> (s * BESIDE + BESIDE - 1) & 1 ? 0xaaaaaaaa : 0;
+      for (int v = 0; v < vectors; v++) {
+        const int64_t at = (int64_t(s) * vectors + v) * LANES * BESIDE;
+        _mm512_store_si512(clean + at, _mm512_maskz_mov_epi16(even | odd, _mm512_loadu_si512(block + at)));
+      }
     }
   }
 

@@ -177,9 +177,9 @@ class Recorder:
         return out
 
     def new_cache(self, num_blocks: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, [blocks, ...]; the layout is in rope/avx512.h."""
+        """Keys and values of one layer, [blocks, ...], not filled; rope/avx512.h has the layout."""
         size = (num_blocks, kv_heads * padded_head(head_dim) * BLOCK_SIZE)
-        return torch.zeros(size, dtype=self.dtype), torch.zeros(size, dtype=self.dtype)
+        return torch.empty(size, dtype=self.dtype), torch.empty(size, dtype=self.dtype)
 
     def run(self, batch: Any) -> Tensor:
         """Carry the recorded operations out on a `Batch`: logits float32 [rows, V]."""

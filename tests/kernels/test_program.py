@@ -221,6 +221,8 @@ def attention_program(dtype, sizes, window, gains, blocks):
     program = recorder(dtype)
     qkv = torch.randn(256, (heads + 2 * kv_heads) * head_dim)
     keys, values = program.new_cache(blocks, kv_heads, head_dim)
+    keys.fill_(math.nan)  # as another request may have left them
+    values.fill_(math.nan)
     inv_freq = 1.0 / 10000 ** (torch.arange(0, head_dim, 2) / head_dim)
     out = program.attention(
         qkv, program.angles(inv_freq, 1.1), keys, values, heads=heads, kv_heads=kv_heads,
