@@ -45,6 +45,8 @@ def doctor_command(as_json: bool) -> None:
     rows["bfloat16 forwards"] = (
         "native" if facts["native_bfloat16"] else "no: calibration runs in float32"
     )
+    reason = facts["cpu_kernels_missing"]
+    rows["CPU kernels"] = f"PyTorch's, slower: {reason}" if reason else "our own, AVX-512"
     for name, found in facts["packages"].items():
         rows[name] = found or f"missing: {PACKAGES[name]}"
     print_pairs("compress doctor", rows)
@@ -56,6 +58,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     from compress.core.device import default_device, native_bfloat16
+    from compress.kernels.program.build import reason_against
 
     device = default_device()
     memory = psutil.virtual_memory()
@@ -73,6 +76,7 @@ def examine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "native_bfloat16": native_bfloat16(device),
+        "cpu_kernels_missing": reason_against(),
         "memory_bytes": memory.total,
         "memory_free_bytes": memory.available,
         "packages": packages,

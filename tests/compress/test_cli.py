@@ -97,6 +97,8 @@ def test_doctor_says_what_is_missing(monkeypatch):
     facts = json.loads(run("doctor", "--json").stdout)
     assert facts["packages"]["torch"] == torch.__version__
     monkeypatch.setitem(__import__("compress.cli.doctor").cli.doctor.PACKAGES, "no-such", "a test")
+    monkeypatch.setenv("COMPRESS_CPU_KERNELS", "torch")
+    assert "PyTorch's, slower: COMPRESS_CPU_KERNELS" in run("doctor").stdout
     assert "missing: a test" in run("doctor").stdout
 
 
