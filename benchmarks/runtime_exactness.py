@@ -35,7 +35,7 @@ BATCH = 32
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("models", nargs="+")
     parser.add_argument("--prompts", required=True, type=Path)
     parser.add_argument("--count", type=int, default=20)

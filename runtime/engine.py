@@ -204,7 +204,8 @@ class Engine:
         sampling = SamplingState(params, seed, index, prompt, request.stop_ids, vocab)
         detokenizer = None
         if self._tokenizer is not None:
-            detokenizer = Detokenizer(self._tokenizer, prompt, params.stop)
+            stop = (params.stop,) if isinstance(params.stop, str) else params.stop
+            detokenizer = Detokenizer(self._tokenizer, prompt, stop)
         return Sequence(request, index, tokens, sampling, detokenizer)
 
     def _advance(self, step: list[Sequence], logits: Tensor) -> tuple[list[Sequence], list[int]]:

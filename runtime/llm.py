@@ -193,8 +193,10 @@ class LLM:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InputError("a prompt of text needs a tokenizer; give token ids")
-            prompt = self.tokenizer(prompt, verbose=False)["input_ids"]
-        return self.engine.prepare(str(next(self._numbers)), prompt, params)
+            tokens: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
+        else:
+            tokens = prompt
+        return self.engine.prepare(str(next(self._numbers)), tokens, params)
 
 
 def stop_tokens(folder: Path, tokenizer: Any) -> set[int]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.core.errors import InputError
 from compress.kernels.lowbit_matmul.weight import LinearWeight
 
 TILE = 32  # rows of W side by side
@@ -12,6 +13,7 @@ WIDEST_CHUNK = 128
 INT4, INT8, BF16, FP32 = range(4)
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NO_SCALE = len(SCALE_DTYPES)
+STEP = {INT4: 8, INT8: 4}  # columns of one vector of codes
 
 
 @dataclass(frozen=True)
@@ -41,49 +43,59 @@ def pack(weight: LinearWeight, dtype: torch.dtype, silu_mul: bool = False) -> Pa
 
     Codes stay codes when activations are bfloat16 and the grid's groups can be cut into chunks of
     whole vectors; else the weight is de-quantized.  With `silu_mul` the weight is gate over up,
-    and their tiles alternate.  Raises ValueError for an odd number of columns in bfloat16.
+    and their tiles alternate.  Raises InputError for an odd number of columns in bfloat16.
     """
-    rows, columns = weight.shape
-    order = _tile_order(rows, silu_mul)
-    step = {INT4: 8, INT8: 4}
-    kind = FP32 if dtype == torch.float32 else BF16
-    if weight.codes is not None and kind == BF16:
-        kind = INT4 if weight.bits <= 4 else INT8
-        chunk = _chunk(min(weight.group_size, columns), step[kind])
-        if chunk is None or columns % step[kind]:
-            kind = BF16
-    bias = None if weight.bias is None else _by_row(weight.bias.float(), order).flatten()
-    if kind in (BF16, FP32):
-        if kind == BF16 and columns % 2:
-            raise ValueError(f"{columns} columns; bfloat16 products need an even number")
-        dense = _by_row(weight.dequantize(dtype), order)
-        layout = _pairs(dense) if kind == BF16 else dense.movedim(1, 2).contiguous()
-        return PackedLinear(
-            kind, NO_SCALE, rows, columns, WIDEST_CHUNK, silu_mul, layout, None, None, bias
+    kind, chunk = FP32, WIDEST_CHUNK
+    if dtype == torch.bfloat16:
+        kind = BF16
+        if weight.codes is not None:
+            narrow = INT4 if weight.bits <= 4 else INT8
+            if whole := _chunk(weight, STEP[narrow]):
+                kind, chunk = narrow, whole
+    order = _tile_order(weight.shape[0], silu_mul)
+    layout, scale_dtype, scale, shift = (
+        _dense(weight, kind, order) if kind in (BF16, FP32) else _coded(weight, kind, chunk, order)
+    )
+    return PackedLinear(
+        kind=kind,
+        scale_kind=NO_SCALE if scale_dtype is None else SCALE_DTYPES.index(scale_dtype),
+        rows=weight.shape[0],
+        columns=weight.shape[1],
+        chunk=chunk,
+        silu_mul=silu_mul,
+        codes=layout,
+        scale=scale,
+        shift=shift,
+        bias=None if weight.bias is None else _by_row(weight.bias.float(), order).flatten(),
+    )
+
+
+_Parts = tuple[Tensor, torch.dtype | None, Tensor | None, Tensor | None]
+
+
+def _dense(weight: LinearWeight, kind: int, order: Tensor) -> _Parts:
+    """Tiles of numbers; no scales."""
+    if kind == FP32:
+        return _by_row(weight.dequantize(torch.float32), order).mT.contiguous(), None, None, None
+    if weight.shape[1] % 2:
+        raise InputError(
+            f"a linear layer reads {weight.shape[1]} columns, and bfloat16 products here take an "
+            "even number; use float32"
         )
+    return _pairs(_by_row(weight.dequantize(torch.bfloat16), order)), None, None, None
+
+
+def _coded(weight: LinearWeight, kind: int, chunk: int, order: Tensor) -> _Parts:
+    """Tiles of codes, and the scales and shifts of each chunk in the least dtype that is exact."""
     assert weight.codes is not None
     assert weight.scale is not None
-    assert chunk is not None
     codes = _by_row(weight.codes, order)
-    scales = [weight.scale] if weight.shift is None else [weight.scale, weight.shift]
-    scale_dtype = _least_exact(scales)
-    group_of_chunk = torch.arange(0, columns, chunk) // weight.group_size
-    tiled = [
-        _by_row(s[:, group_of_chunk], order).movedim(1, 2).to(scale_dtype).contiguous()
-        for s in scales
-    ]
-    return PackedLinear(
-        kind,
-        SCALE_DTYPES.index(scale_dtype),
-        rows,
-        columns,
-        chunk,
-        silu_mul,
-        _nibbles(codes) if kind == INT4 else _bytes(codes),
-        tiled[0],
-        None if weight.shift is None else tiled[1],
-        bias,
-    )
+    given = [weight.scale] if weight.shift is None else [weight.scale, weight.shift]
+    dtype = _least_exact(given)
+    group = torch.arange(0, weight.shape[1], chunk) // weight.group_size  # of each chunk
+    scale, *shift = [_by_row(s[:, group], order).mT.to(dtype).contiguous() for s in given]
+    layout = _nibbles(codes) if kind == INT4 else _bytes(codes)
+    return layout, dtype, scale, shift[0] if shift else None
 
 
 def _tile_order(rows: int, silu_mul: bool) -> Tensor:
@@ -105,10 +117,10 @@ def _by_row(tensor: Tensor, order: Tensor) -> Tensor:
     return taken.view(-1, TILE, *tensor.shape[1:])
 
 
-def _chunk(group_size: int, step: int) -> int | None:
+def _chunk(weight: LinearWeight, step: int) -> int | None:
     """The widest cut of a group into equal chunks of whole steps, or None."""
     widths = range(WIDEST_CHUNK - WIDEST_CHUNK % step, 0, -step)
-    return next((width for width in widths if group_size % width == 0), None)
+    return next((width for width in widths if weight.group_size % width == 0), None)
 
 
 def _least_exact(tensors: list[Tensor]) -> torch.dtype:
