@@ -18,8 +18,6 @@
 //   scales    [chunks][32] in float16, bfloat16 or float32, whichever is the least that is exact
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
 #include <type_traits>
 
@@ -106,10 +104,12 @@ struct Linear : Operation, LinearArguments {
     tiles = silu_mul ? 2 * ((n / 2 + TILE - 1) / TILE) : (n + TILE - 1) / TILE;
     packed.resize(int64_t(most_rows) * elements);
     if (shift) sums.resize(int64_t(most_rows) * chunks);
-    if (kind == INT4 || kind == INT8) {
-      decoded.resize(omp_get_max_threads());
-      for (auto& room : decoded) room.resize(2 * int64_t(elements) * 128);
-    }
+  }
+
+  void prepare(int threads) override {
+    if (kind != INT4 && kind != INT8) return;
+    decoded.resize(threads);
+    for (auto& room : decoded) room.resize(2 * int64_t(elements) * 128);
   }
 
   int rows(const Batch& batch) const {

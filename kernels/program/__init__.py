@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.core.errors import InputError
 from compress.kernels.lowbit_matmul.avx512 import PackedLinear, pack
 from compress.kernels.lowbit_matmul.weight import LinearWeight
 from compress.kernels.program.build import library
 
 OPERATIONS = ("Embed", "Angles", "RmsNorm", "Linear", "RopeAndWrite", "PagedAttention", "TakeRows")
 BLOCK_SIZE = 16  # tokens of a cache block: the lanes of a vector
+WIDEST_HEAD = 512  # as WIDEST in rope/avx512.h
 MOST_PARTS = 1 << 11  # as in paged_attention/avx512.h
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
@@ -65,14 +67,15 @@ class Recorder:
     """The operations of a decoder, recorded; `run` carries them out.
 
     Activations are `dtype` (bfloat16 or float32) where they enter a matrix product, float32 in
-    between.  A batch holds at most `most_tokens` tokens, of which `most_rows` give logits.
+    between.  A batch holds at most `most_tokens` tokens, of which `most_rows` give logits.  `run`
+    takes as many threads as PyTorch had when the recorder was made, whichever thread calls it.
     """
 
     description = "AVX-512 program"
 
     def __init__(self, dtype: torch.dtype, most_tokens: int, most_rows: int) -> None:
         self._library = library()
-        self._program = ctypes.c_void_p(self._library.program_new())
+        self._program = ctypes.c_void_p(self._library.program_new(torch.get_num_threads()))
         self.dtype = dtype
         self._most = {False: most_tokens, True: most_rows}
         self._buffers: dict[tuple[str, int], Tensor] = {}
@@ -144,6 +147,8 @@ class Recorder:
     ) -> Tensor:  # fmt: skip
         """Turn queries and keys, write keys and values into the cache, attend: [tokens, N H]."""
         padded = padded_head(head_dim)
+        if padded > WIDEST_HEAD:
+            raise InputError(f"heads have {head_dim} dimensions; at most {WIDEST_HEAD} are served")
         shape = {
             "heads": heads,
             "kv_heads": kv_heads,

@@ -80,6 +80,8 @@ struct Worker {
 
 struct Operation {
   virtual ~Operation() = default;
+  // Called once, with the number of threads that will run it.
+  virtual void prepare(int /*threads*/) {}
   // Phases run one after the other, each when all threads have ended the one before.
   virtual int phases() const { return 1; }
   virtual bool needed(const Batch&, Worker, int /*phase*/) const { return true; }

@@ -36,6 +36,7 @@ def library() -> ctypes.CDLL:
 
     loaded = ctypes.CDLL(str(_compiled()))
     loaded.program_new.restype = ctypes.c_void_p
+    loaded.program_new.argtypes = [ctypes.c_int]
     loaded.program_free.argtypes = [ctypes.c_void_p]
     loaded.program_add.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
     loaded.program_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p]

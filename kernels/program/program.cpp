@@ -20,11 +20,15 @@ namespace {
 struct Program {
   std::vector<std::unique_ptr<Operation>> operations;
   Barrier barrier;
+  const int threads;
+
+  explicit Program(int threads) : threads(threads) {}
 
   template <class Op>
   void add(const void* arguments) {
     operations.push_back(
         std::make_unique<Op>(*static_cast<const typename Op::Arguments*>(arguments)));
+    operations.back()->prepare(threads);
   }
 
   template <template <class> class Op>
@@ -37,7 +41,7 @@ struct Program {
 
 extern "C" {
 
-void* program_new() { return new Program(); }
+void* program_new(int threads) { return new Program(threads); }
 void program_free(void* program) { delete static_cast<Program*>(program); }
 
 // `arguments` points to the operation's struct of that name; `in_float`: activations are float32,
@@ -56,8 +60,9 @@ void program_add(void* program, int operation, int in_float, const void* argumen
 }
 
 void program_run(void* program, const Batch* batch) {
-  auto& [operations, barrier] = *static_cast<Program*>(program);
-#pragma omp parallel
+  auto& [operations, barrier, threads] = *static_cast<Program*>(program);
+  // OpenMP's own number of threads is another one for each thread that asks.
+#pragma omp parallel num_threads(threads)
   {
     Worker worker{omp_get_thread_num(), omp_get_num_threads()};
     for (auto& operation : operations)

@@ -5,6 +5,7 @@ no other wrote gives NaN. Skipped where the processor or the compiler is missing
 """
 
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -312,6 +313,24 @@ def test_attention_has_the_same_bits_alone_and_shared_out(threads: int) -> None:
             assert torch.equal(out[0], together[place - 800]), place
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_thread_may_run_a_program(threads: int) -> None:
+    """OpenMP would give a thread that is not the one of set_num_threads all processors."""
+    before = torch.get_num_threads()
+    weight = grid(160, 64, 16, 4, True)
+    try:
+        torch.set_num_threads(threads)
+        program = recorder(torch.bfloat16)
+    finally:
+        torch.set_num_threads(before)
+    x = torch.randn(256, 64).bfloat16()
+    y = program.linear("y", x, program.pack(weight))
+    other = threading.Thread(target=run, args=(program, batch_of([(0, 200)])))
+    other.start()
+    other.join()
+    torch.testing.assert_close(y[:200].double(), exact(x[:200], weight), rtol=1e-4, atol=1e-4)
 
 
 def test_a_batch_may_want_no_logits() -> None:
