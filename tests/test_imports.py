@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,12 @@ def test_public_names_load():
         assert getattr(compress, name) is not None
     with pytest.raises(AttributeError):
         _ = compress.no_such_name
+
+
+def test_the_kernels_sources_are_in_the_package():
+    """They are compiled on the user's machine, so a wheel without them is slow in silence."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    for path in [*ROOT.glob("kernels/*/*.h"), *ROOT.glob("kernels/*/*.cpp")]:
+        package = f"compress.kernels.{path.parent.name}"
+        assert package in settings["packages"]
+        assert f"*{path.suffix}" in settings["package-data"][package], path

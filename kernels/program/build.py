@@ -19,6 +19,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import torch  # noqa: F401 - its OpenMP must be in the process before the library
+
 from compress.core.progress import say
 from compress.core.source import cache_root
 
@@ -32,8 +34,6 @@ def library() -> ctypes.CDLL:
     """The compiled kernels; RuntimeError when `reason_against` gives a reason."""
     if reason := reason_against():
         raise RuntimeError(reason)
-    import torch  # noqa: F401 - its OpenMP must be in the process before the library
-
     loaded = ctypes.CDLL(str(_compiled()))
     loaded.program_new.restype = ctypes.c_void_p
     loaded.program_new.argtypes = [ctypes.c_int]
