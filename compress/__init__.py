@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from compress.pipeline import run_recipe
     from compress.quant.methods import METHODS
     from compress.recipe import CalibrationConfig, Recipe, build_recipe, load_recipe
+    from compress.runtime.llm import LLM
+    from compress.runtime.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
 
@@ -20,7 +22,9 @@ _HOMES = {
     "METHODS": "compress.quant.methods",
     "CalibrationConfig": "compress.recipe",
     "InputError": "compress.core.errors",
+    "LLM": "compress.runtime.llm",
     "Recipe": "compress.recipe",
+    "SamplingParams": "compress.runtime.sampling_params",
     "build_recipe": "compress.recipe",
     "evaluate_text": "compress.evaluate",
     "load_recipe": "compress.recipe",
@@ -28,10 +32,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "LLM",
     "METHODS",
     "CalibrationConfig",
     "InputError",
     "Recipe",
+    "SamplingParams",
     "build_recipe",
     "evaluate_text",
     "load_recipe",

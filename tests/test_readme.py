@@ -42,17 +42,20 @@ def test_command_parses(line, tmp_path, monkeypatch):
     command.make_context(name, arguments)
 
 
-def test_python_example_runs(model_folder, tmp_path, monkeypatch):
-    """The Python example, on a tiny model in place of the real one."""
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+def test_python_examples_run(model_folder, tmp_path, monkeypatch):
+    """The Python examples one after the other, on a tiny model in place of the real one."""
+    quantizing, generating = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     monkeypatch.chdir(tmp_path)
-    example = example.replace('"smollm2"', repr(str(model_folder()))).replace("64", "16")
+    quantizing = quantizing.replace('"smollm2"', repr(str(model_folder()))).replace("64", "16")
     values = {"samples": 2, "seq_len": 32}
-    example = example.replace('"out":', f'"calibration": {values}, "out":')
+    quantizing = quantizing.replace('"out":', f'"calibration": {values}, "out":')
     namespace: dict = {}
-    exec(example, namespace)
+    exec(quantizing, namespace)
     assert (tmp_path / "smollm2-w4" / "config.json").exists()
     assert namespace["report"]["layers"]
+    tiny = "The capital of France is", "w1 w2"  # words that the tiny tokenizer knows
+    exec(generating.replace(*tiny).replace("Once upon a time", "w3"), namespace)
+    assert all(output.outputs[0].token_ids for output in namespace["outputs"])
 
 
 @pytest.mark.parametrize("name", ["ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"])
