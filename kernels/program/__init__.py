@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from compress.core.errors import InputError
+from compress.kernels.eager import BLOCK_SIZE
 from compress.kernels.lowbit_matmul.avx512 import PackedLinear, pack
 from compress.kernels.lowbit_matmul.weight import LinearWeight
 from compress.kernels.program.build import library
 
-OPERATIONS = ("Embed", "Angles", "RmsNorm", "Linear", "RopeAndWrite", "PagedAttention", "TakeRows")
-BLOCK_SIZE = 16  # tokens of a cache block: the lanes of a vector
+LANES = 16  # of a vector; a cache block has as many tokens
 WIDEST_HEAD = 512  # as WIDEST in rope/avx512.h
 MOST_PARTS = 1 << 11  # as in paged_attention/avx512.h
 
@@ -30,7 +30,8 @@ def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
 
 
 _HEADS = {"heads": _INT, "kv_heads": _INT, "head_dim": _INT, "padded_dim": _INT}
-# The arguments of an operation, field by field as its header has them.
+# The arguments of each operation, field by field as its header has them; program.cpp knows an
+# operation by its place here.
 _ARGUMENTS = {
     "Embed": _struct("Embed", width=_INT, table=_POINTER, out=_POINTER),
     "Angles": _struct(
@@ -146,7 +147,7 @@ class Recorder:
         window: int | None,
     ) -> Tensor:  # fmt: skip
         """Turn queries and keys, write keys and values into the cache, attend: [tokens, N H]."""
-        padded = padded_head(head_dim)
+        padded = _padded(head_dim)
         if padded > WIDEST_HEAD:
             raise InputError(f"heads have {head_dim} dimensions; at most {WIDEST_HEAD} are served")
         shape = {
@@ -183,7 +184,7 @@ class Recorder:
 
     def new_cache(self, num_blocks: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, [blocks, ...], not filled; rope/avx512.h has the layout."""
-        size = (num_blocks, kv_heads * padded_head(head_dim) * BLOCK_SIZE)
+        size = (num_blocks, kv_heads * _padded(head_dim) * BLOCK_SIZE)
         return torch.empty(size, dtype=self.dtype), torch.empty(size, dtype=self.dtype)
 
     def run(self, batch: Any) -> Tensor:
@@ -221,12 +222,12 @@ class Recorder:
         struct = _ARGUMENTS[operation](**plain)
         self._library.program_add(
             self._program,
-            OPERATIONS.index(operation),
+            list(_ARGUMENTS).index(operation),
             self.dtype == torch.float32,
             ctypes.byref(struct),
         )
 
 
-def padded_head(head_dim: int) -> int:
+def _padded(head_dim: int) -> int:
     """The dimensions that a head takes in the cache: whole vectors."""
-    return -(-head_dim // BLOCK_SIZE) * BLOCK_SIZE
+    return -(-head_dim // LANES) * LANES

@@ -45,7 +45,7 @@ void* program_new(int threads) { return new Program(threads); }
 void program_free(void* program) { delete static_cast<Program*>(program); }
 
 // `arguments` points to the operation's struct of that name; `in_float`: activations are float32,
-// else bfloat16. The order is that of OPERATIONS in __init__.py.
+// else bfloat16. The order is that of _ARGUMENTS in __init__.py.
 void program_add(void* program, int operation, int in_float, const void* arguments) {
   auto& to = *static_cast<Program*>(program);
   switch (operation) {
