@@ -1,6 +1,6 @@
 """The engine: requests in, increments of their outputs out, one step at a time.
 
-    schedule -> copy blocks, launch -> collect the tokens drawn -> publish blocks, end what has ended
+    schedule -> copy blocks, launch -> collect drawn tokens, end what has ended -> publish blocks
 
 **One step ahead.**  A model that draws on its device (`AsynchronousModel`) is given the next step
 before the tokens of this one are known, so it never waits for the host.  A token that is being

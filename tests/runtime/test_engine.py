@@ -82,9 +82,10 @@ def test_a_step_is_launched_before_the_last_one_is_known():
     prompts = prompts_of(3)
     stop = naive(prompts[1], GREEDY)[4]
     early = SamplingParams(max_tokens=12, temperature=0, stop_token_ids=[stop])
-    expected = [naive(prompt, p) for prompt, p in zip(prompts, [GREEDY, early, GREEDY])]
+    asked = [GREEDY, early, GREEDY]
+    expected = [naive(*pair) for pair in zip(prompts, asked, strict=True)]
     for number, prompt in enumerate(prompts):
-        engine.add_request(str(number), prompt, early if number == 1 else GREEDY)
+        engine.add_request(str(number), prompt, asked[number])
     unknown, got = [], {}
     while engine.has_work():
         for increment in engine.step():
