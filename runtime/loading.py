@@ -40,7 +40,7 @@ def make_decoder(
     most_tokens: int = MOST_TOKENS,
 ) -> Decoder:
     """The fastest decoder for a device and a dtype; says so where that is PyTorch's operations."""
-    against = _reason_against_triton(device)
+    against = reason_against_triton(device)
     if against is None:
         from compress.runtime.gpu_decoder import GpuDecoder
 
@@ -57,7 +57,7 @@ def make_decoder(
     return EagerDecoder(weights, device, dtype)
 
 
-def _reason_against_triton(device: torch.device) -> str | None:
+def reason_against_triton(device: torch.device) -> str | None:
     """Why the Triton kernels do not run on a device, or None when they do.
 
     Tests run them on a CPU: COMPRESS_CPU_KERNELS=triton under TRITON_INTERPRET=1.
