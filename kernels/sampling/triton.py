@@ -7,7 +7,7 @@
     t_p    = least t with weight(d <= t) >= top_p weight(d <= t_k)
     token  = first i with sum of the kept weights up to i > uniform * sum of all kept weights
 
-The truth is `compress.runtime.sampler`, `_draw` and `_least`.  Tokens that tie with the last one kept
+The truth is `compress.runtime.sampler.draw`.  Tokens that tie with the last one kept
 stay.  Two tokens whose distances differ in float32 never tie, even where their quotients by the
 temperature round to one number.
 
