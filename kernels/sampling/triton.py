@@ -357,9 +357,7 @@ def _narrow(
         last = tl.where(limited, last, PIVOTS - 1)
         held = tl.where(last > 0, _at(masses, order, last - 1), mass)
         if not limited:
-            held = tl.where(
-                hi == _INFINITE, _at(masses, order, PIVOTS - 1), tl.load(fields + _ALL)
-            )
+            held = tl.where(hi == _INFINITE, _at(masses, order, PIVOTS - 1), tl.load(fields + _ALL))
         first = last
         if p < 1:
             first = tl.sum((masses.to(tl.float64) < p * held.to(tl.float64)).to(tl.int32), 0)
