@@ -46,9 +46,9 @@ from compress.kernels.workspace import Workspace
 
 CHUNK = 4096  # logits a program
 MOST_CHUNKS = 128
-PIVOTS = 8
 LIST = 1024  # distances that the search holds in registers; _narrow leaves shorter lists alone
 WARPS = 8
+LANES = 32 * WARPS
 
 # A row's numbers between launches, int64 [8].
 _LO = tl.constexpr(0)  # bits of a float32: what is searched for is in (lo, hi]
@@ -65,6 +65,7 @@ _SHIFT = tl.constexpr(49)
 _ONE = tl.constexpr(2**49)  # one token, beside the weight of up to CHUNK
 _INFINITE = tl.constexpr(0x7F800000)
 _LOG2E = tl.constexpr(1.4426950408889634)
+_SHORT = tl.constexpr(-(1 << 20))  # all but a float32's last 20 bits
 _STEP = tl.constexpr(2.0)  # most that two pivots differ by, except the last two
 
 
@@ -104,7 +105,7 @@ def draw(
     counters = workspace.counters(2 * rows)
     sizes = [rows * chunks, rows, rows * columns if filtered else 0]
     maxima, highest, distances = _cut(workspace.floats(_room(sizes)), sizes)
-    sizes = [rows * chunks, rows * _FIELDS.value, rows * chunks * PIVOTS if filtered else 0]
+    sizes = [rows * chunks, rows * _FIELDS.value, rows * chunks * 8 if filtered else 0]
     masses, state, tallies = _cut(workspace.scratch(_room(sizes), torch.int64), sizes)
     grid = (rows, chunks)
 
@@ -154,8 +155,8 @@ def entries(capability: int) -> list[Entry]:
     ]
 
 
-_NARROW = {"CHUNK": CHUNK, "MOST_CHUNKS": MOST_CHUNKS, "PIVOTS": PIVOTS, "LIST": LIST}
-_SELECT = {"CHUNK": CHUNK, "PIVOTS": PIVOTS, "LIST": LIST}
+_NARROW = {"CHUNK": CHUNK, "MOST_CHUNKS": MOST_CHUNKS, "LIST": LIST, "LANES": LANES}
+_SELECT = {"CHUNK": CHUNK, "LIST": LIST, "LANES": LANES}
 _SETTINGS = ["uniform", "temperature", "top_k", "top_p", "min_p"]  # slices of a caller's table
 
 
@@ -303,19 +304,42 @@ def _draw(
 
 
 @triton.jit
-def _tally(distance, weights, pivots):
-    """Tokens at each pivot or nearer, times _ONE, plus their weight; int64 [PIVOTS].
+def _pivot(start, step, end, place):
+    """Pivot 0 to 7; `step` times a whole number up to 7 is exact, so fused or not gives one result."""
+    return tl.where(place < 7, tl.minimum(start + step * (place + 1), end), end)
 
-    weights  int64, with _ONE added; 0 where there is no token
+
+@triton.jit
+def _near(distance, weights, start, step, end, place: tl.constexpr, LANES: tl.constexpr):
+    """One column of `_tally`, in LANES parts; what is added up here is one thread's own."""
+    near = tl.where(distance <= _pivot(start, step, end, place), weights, 0)
+    return tl.sum(tl.sum(tl.reshape(near, [near.shape[0] // (4 * LANES), LANES, 4]), 2), 0)
+
+
+@triton.jit
+def _tally(distance, weights, start, step, end, LANES: tl.constexpr):
+    """Tokens at each of 8 pivots or nearer, times _ONE, plus their weight; int64 [8].
+
+    distance  float32, or its bits in int32; and so `start`, `step` and `end`, see `_pivot`
+    weights   int64, with _ONE added; 0 where there is no token
     """
-    nearer = distance[:, None] <= pivots[None, :]
-    return tl.sum(tl.where(nearer, weights[:, None], 0), 0)
+    a = _near(distance, weights, start, step, end, 0, LANES)
+    b = _near(distance, weights, start, step, end, 1, LANES)
+    c = _near(distance, weights, start, step, end, 2, LANES)
+    d = _near(distance, weights, start, step, end, 3, LANES)
+    e = _near(distance, weights, start, step, end, 4, LANES)
+    f = _near(distance, weights, start, step, end, 5, LANES)
+    g = _near(distance, weights, start, step, end, 6, LANES)
+    h = _near(distance, weights, start, step, end, 7, LANES)
+    even = tl.join(tl.join(a, e), tl.join(c, g))
+    odd = tl.join(tl.join(b, f), tl.join(d, h))
+    return tl.sum(tl.reshape(tl.join(even, odd), [LANES, 8]), 0)
 
 
 @triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=_SETTINGS)
 def _narrow(
     logits, temperature, top_k, top_p, highest, tallies, state, counters, columns, stride, chunks,
-    CHUNK: tl.constexpr, MOST_CHUNKS: tl.constexpr, PIVOTS: tl.constexpr, LIST: tl.constexpr,
+    CHUNK: tl.constexpr, MOST_CHUNKS: tl.constexpr, LIST: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Shrink (lo, hi] around t_k and t_p, where it holds more than LIST tokens."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -325,22 +349,22 @@ def _narrow(
     lo, hi = tl.load(fields + _LO).to(tl.int32), tl.load(fields + _HI).to(tl.int32)
     nearest = tl.maximum(lo, 0).to(tl.float32, bitcast=True)
     farthest = hi.to(tl.float32, bitcast=True)
-    order = tl.arange(0, PIVOTS)
-    step = tl.minimum((farthest - nearest) / PIVOTS, _STEP)
-    pivots = tl.minimum(nearest + step * (order + 1).to(tl.float32), farthest)
-    pivots = tl.where(order == PIVOTS - 1, farthest, pivots)
+    order = tl.arange(0, 8)
+    step = tl.minimum((farthest - nearest) / 8, _STEP).to(tl.int32, bitcast=True)
+    step = (step & _SHORT).to(tl.float32, bitcast=True)
 
     places = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = places < columns
     values = tl.load(logits + row * stride + places, mask=inside, other=float("-inf"))
     distance = tl.load(highest + row) - values
     weights = _weights(distance, _inverse(tl.load(temperature + row)))
-    tally = _tally(distance, tl.where(inside, weights + _ONE, 0), pivots)
-    tl.store(tallies + (row * chunks + chunk) * PIVOTS + order, tally)
+    weights = tl.where(inside, weights + _ONE, 0)
+    tally = _tally(distance, weights, nearest, step, farthest, LANES)
+    tl.store(tallies + (row * chunks + chunk) * 8 + order, tally)
 
     if _arrived_last(counters, row, chunks):
         parts = tl.arange(0, MOST_CHUNKS)
-        own = (row * chunks + parts[:, None]) * PIVOTS + order[None, :]
+        own = (row * chunks + parts[:, None]) * 8 + order[None, :]
         all_of = tl.load(
             tallies + own, mask=(parts < chunks)[:, None], other=0, cache_modifier=".cg"
         )
@@ -350,22 +374,22 @@ def _narrow(
         k, p = tl.load(top_k + row), tl.load(top_p + row).to(tl.float64)
         limited = (k > 0) & (k < columns)
         if hi == _INFINITE:
-            tl.store(fields + _ALL, _at(masses, order, PIVOTS - 1))
+            tl.store(fields + _ALL, _at(masses, order, 7))
         # t_k is in (pivots[last - 1], pivots[last]], and so t_p, in which t_k is unknown yet, is
         # beyond what holds top_p of the weight up to pivots[last - 1].
         last = tl.sum((counts < k).to(tl.int32), 0)
-        last = tl.where(limited, last, PIVOTS - 1)
+        last = tl.where(limited, last, 7)
         held = tl.where(last > 0, _at(masses, order, last - 1), mass)
         if not limited:
             held = tl.where(
-                hi == _INFINITE, _at(masses, order, PIVOTS - 1), tl.load(fields + _ALL)
+                hi == _INFINITE, _at(masses, order, 7), tl.load(fields + _ALL)
             )
         first = last
         if p < 1:
             first = tl.sum((masses.to(tl.float64) < p * held.to(tl.float64)).to(tl.int32), 0)
             first = tl.minimum(first, last)
             last = tl.where(limited, last, first)
-        bits = pivots.to(tl.int32, bitcast=True)
+        bits = _pivot(nearest, step, farthest, order).to(tl.int32, bitcast=True)
         if first > 0:
             lo = _at(bits, order, first - 1)
             count = _at(counts, order, first - 1)
@@ -381,7 +405,7 @@ def _narrow(
 def _select(
     logits, temperature, top_k, top_p, highest, distances, state, counters, columns, stride,
     chunks,
-    CHUNK: tl.constexpr, PIVOTS: tl.constexpr, LIST: tl.constexpr,
+    CHUNK: tl.constexpr, LIST: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """List the distances in (lo, hi], in any order; find t_k and then t_p among them."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -407,25 +431,28 @@ def _select(
         inverse = _inverse(tl.load(temperature + row))
         own = distances + row * columns
         held = tl.load(fields + _ALL)
-        if (k > 0) & (k < columns):
-            hi, held = _search(own, length, lo, hi, count, mass, k, 0, inverse, PIVOTS, LIST)
-        if p < 1:
-            part = tl.ceil(p * held.to(tl.float64)).to(tl.int64)
-            hi, _ = _search(own, length, lo, hi, count, mass, 0, part, inverse, PIVOTS, LIST)
+        limited = (k > 0) & (k < columns)
+        for goal in range(2):  # t_k, then t_p
+            least_count = tl.where(goal == 0, k, 0)
+            least_mass = tl.where(goal == 0, 0, tl.ceil(p * held.to(tl.float64)).to(tl.int64))
+            if tl.where(goal == 0, limited, p < 1):
+                hi, held = _search(
+                    own, length, lo, hi, count, mass, least_count, least_mass, inverse, LIST, LANES
+                )
         tl.store(fields + _KEEP, hi)
 
 
 @triton.jit
 def _search(
     distances, length, lo, hi, count, mass, least_count, least_mass, inverse,
-    PIVOTS: tl.constexpr, LIST: tl.constexpr,
+    LIST: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The least t in (lo, hi] up to which there are enough tokens, of enough weight, and this weight.
 
     distances    float32 [length], of the tokens in (lo, hi] and maybe beyond
     count, mass  the number of tokens at lo or nearer, and their weight
     """
-    order = tl.arange(0, PIVOTS)
+    order = tl.arange(0, 8)
     lanes = tl.arange(0, LIST)
     inside = lanes < length
     first = tl.load(distances + lanes, mask=inside, other=0.0, cache_modifier=".cg")
@@ -434,8 +461,8 @@ def _search(
     reached = mass
     more = True
     while more:
-        bits = lo + ((hi.to(tl.int64) - lo) * (order + 1) // PIVOTS).to(tl.int32)
-        tally = _tally(first, first_weights, bits)
+        step = (hi - lo + 7) >> 3
+        tally = _tally(first, first_weights, lo, step, hi, LANES)
         counts, masses = count + (tally >> _SHIFT), mass + (tally & (_ONE - 1))
         for start in range(LIST, length, LIST):
             inside = start + lanes < length
@@ -443,12 +470,14 @@ def _search(
                 distances + start + lanes, mask=inside, other=0.0, cache_modifier=".cg"
             )
             weights = tl.where(inside, _weights(distance, inverse) + _ONE, 0)
-            tally = _tally(distance.to(tl.int32, bitcast=True), weights, bits)
+            distance = distance.to(tl.int32, bitcast=True)
+            tally = _tally(distance, weights, lo, step, hi, LANES)
             counts += tally >> _SHIFT
             masses += tally & (_ONE - 1)
         enough = (counts >= least_count) & (masses >= least_mass)
-        place = tl.minimum(PIVOTS - tl.sum(enough.to(tl.int32), 0), PIVOTS - 1)
+        place = tl.minimum(8 - tl.sum(enough.to(tl.int32), 0), 7)
         reached = _at(masses, order, place)
+        bits = _pivot(lo, step, hi, order)
         lo = tl.where(place > 0, _at(bits, order, place - 1), lo)
         hi = _at(bits, order, place)
         more = hi - lo > 1
