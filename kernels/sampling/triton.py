@@ -22,12 +22,12 @@ arrive puts the chunks' results together.
              without filters.  Without filters in the batch this is all: one launch, one reading.
     _narrow  twice: counts and weights of what is nearer than each of 8 pivots; (lo, hi] around
              t_k and t_p shrinks to one step between pivots, or from one pivot to another.
-    _select  lists the distances in (lo, hi] and searches the list, 8 pivots a round, over the bits
-             of float32 until one value is left: exact whatever the pivots were, only slower where
-             many tokens are in (lo, hi].
+    _list    the distances in (lo, hi], as few as they are.
+    _search  in that list, 8 pivots a round, over the bits of float32 until one value is left: exact
+             whatever the pivots before were, only slower where many tokens are in (lo, hi].
     _draw    again, with the weights of what is kept.
 
-Rows without filters cost the last four launches one early return.
+Rows without filters cost the last five launches an early return each.
 """
 
 # Triton's language: constants are parameters, and a kernel is called through its grid.
@@ -123,9 +123,13 @@ def draw(
                 logits, temperature, top_k, top_p, highest, tallies, state, counters, columns,
                 logits.stride(0), chunks, **_NARROW, num_warps=WARPS,
             )  # fmt: skip
-        _select[grid](
-            logits, temperature, top_k, top_p, highest, distances, state, counters, columns,
-            logits.stride(0), chunks, **_SELECT, num_warps=WARPS,
+        _list[grid](
+            logits, highest, distances, state, counters, columns, logits.stride(0), CHUNK=CHUNK,
+            num_warps=WARPS,
+        )  # fmt: skip
+        _search[(rows,)](
+            temperature, top_k, top_p, distances, state, counters, columns, **_SEARCH,
+            num_warps=WARPS,
         )  # fmt: skip
         pick(True)
     return tokens
@@ -150,13 +154,14 @@ def entries(capability: int) -> list[Entry]:
         entry("draw", _draw, _draw_constants(False, False)),
         entry("draw filtered", _draw, _draw_constants(True, False)),
         entry("narrow", _narrow, _NARROW),
-        entry("select", _select, _SELECT),
+        entry("list", _list, {"CHUNK": CHUNK}),
+        entry("search", _search, _SEARCH),
         entry("draw kept", _draw, _draw_constants(True, True)),
     ]
 
 
 _NARROW = {"CHUNK": CHUNK, "MOST_CHUNKS": MOST_CHUNKS, "LIST": LIST, "LANES": LANES}
-_SELECT = {"CHUNK": CHUNK, "LIST": LIST, "LANES": LANES}
+_SEARCH = {"LIST": LIST, "LANES": LANES}
 _SETTINGS = ["uniform", "temperature", "top_k", "top_p", "min_p"]  # slices of a caller's table
 
 
@@ -219,21 +224,21 @@ def _draw(
     chunk's, and are 0 beyond what is kept."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     fields = state + row * _FIELDS
+    heat = tl.load(temperature + row)
     keep = 0
     if AGAIN:
         keep = tl.load(fields + _KEEP).to(tl.int32)
+        reference = tl.load(highest + row)
+        # log(0) = -inf: off
+        least = (-tl.log(tl.load(min_p + row)) * heat).to(tl.int32, bitcast=True)
         if keep < 0:
             return
-    heat = tl.load(temperature + row)
+        keep = tl.minimum(keep, least & 0x7FFFFFFF)
     inverse = _inverse(heat)
     lanes = tl.arange(0, CHUNK)
     places = chunk * CHUNK + lanes
     values = tl.load(logits + row * stride + places, mask=places < columns, other=float("-inf"))
     if AGAIN:
-        reference = tl.load(highest + row)
-        # log(0) = -inf: off
-        least = (-tl.log(tl.load(min_p + row)) * heat).to(tl.int32, bitcast=True)
-        keep = tl.minimum(keep, least & 0x7FFFFFFF)
         kept = (reference - values).to(tl.int32, bitcast=True) <= keep
         result = tl.sum(tl.where(kept, _weights(reference - values, inverse), 0), 0)
     else:
@@ -344,9 +349,10 @@ def _narrow(
     """Shrink (lo, hi] around t_k and t_p, where it holds more than LIST tokens."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     fields = state + row * _FIELDS
+    lo, hi = tl.load(fields + _LO).to(tl.int32), tl.load(fields + _HI).to(tl.int32)
+    top, inverse = tl.load(highest + row), _inverse(tl.load(temperature + row))
     if tl.load(fields + _OPEN) <= LIST:
         return
-    lo, hi = tl.load(fields + _LO).to(tl.int32), tl.load(fields + _HI).to(tl.int32)
     nearest = tl.maximum(lo, 0).to(tl.float32, bitcast=True)
     farthest = hi.to(tl.float32, bitcast=True)
     order = tl.arange(0, 8)
@@ -356,9 +362,8 @@ def _narrow(
     places = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = places < columns
     values = tl.load(logits + row * stride + places, mask=inside, other=float("-inf"))
-    distance = tl.load(highest + row) - values
-    weights = _weights(distance, _inverse(tl.load(temperature + row)))
-    weights = tl.where(inside, weights + _ONE, 0)
+    distance = top - values
+    weights = tl.where(inside, _weights(distance, inverse) + _ONE, 0)
     tally = _tally(distance, weights, nearest, step, farthest, LANES)
     tl.store(tallies + (row * chunks + chunk) * 8 + order, tally)
 
@@ -401,49 +406,59 @@ def _narrow(
         tl.store(fields + _OPEN, _at(counts, order, last) - count)
 
 
-@triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=_SETTINGS)
-def _select(
-    logits, temperature, top_k, top_p, highest, distances, state, counters, columns, stride,
-    chunks,
-    CHUNK: tl.constexpr, LIST: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """List the distances in (lo, hi], in any order; find t_k and then t_p among them."""
+@triton.jit
+def _list(
+    logits, highest, distances, state, counters, columns, stride, CHUNK: tl.constexpr
+):
+    """Write the distances in (lo, hi] to distances[row], in any order."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     fields = state + row * _FIELDS
+    lo, hi = tl.load(fields + _LO).to(tl.int32), tl.load(fields + _HI).to(tl.int32)
+    top = tl.load(highest + row)
     if tl.load(fields + _OPEN) == 0:
         return
-    lo, hi = tl.load(fields + _LO).to(tl.int32), tl.load(fields + _HI).to(tl.int32)
     places = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = places < columns
     values = tl.load(logits + row * stride + places, mask=inside, other=float("-inf"))
-    distance = tl.load(highest + row) - values
+    distance = top - values
     bits = distance.to(tl.int32, bitcast=True)
     listed = (bits > lo) & (bits <= hi) & inside
     ranks = tl.cumsum(listed.to(tl.int32), 0)
     start = tl.atomic_add(counters + 2 * row + 1, tl.max(ranks, 0), sem="relaxed")
     tl.store(distances + row * columns + start + ranks - 1, distance, mask=listed)
 
-    if _arrived_last(counters, row, chunks):
-        tl.store(counters + 2 * row + 1, 0)
-        length = tl.load(fields + _OPEN)
-        count, mass = tl.load(fields + _COUNT), tl.load(fields + _MASS)
-        k, p = tl.load(top_k + row), tl.load(top_p + row).to(tl.float64)
-        inverse = _inverse(tl.load(temperature + row))
-        own = distances + row * columns
-        held = tl.load(fields + _ALL)
-        limited = (k > 0) & (k < columns)
-        for goal in range(2):  # t_k, then t_p
-            least_count = tl.where(goal == 0, k, 0)
-            least_mass = tl.where(goal == 0, 0, tl.ceil(p * held.to(tl.float64)).to(tl.int64))
-            if tl.where(goal == 0, limited, p < 1):
-                hi, held = _search(
-                    own, length, lo, hi, count, mass, least_count, least_mass, inverse, LIST, LANES
-                )
-        tl.store(fields + _KEEP, hi)
+
+@triton.jit(do_not_specialize_on_alignment=_SETTINGS)
+def _search(
+    temperature, top_k, top_p, distances, state, counters, columns,
+    LIST: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Find t_k and then t_p among the distances listed, one program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    fields = state + row * _FIELDS
+    length = tl.load(fields + _OPEN)
+    lo, hi = tl.load(fields + _LO).to(tl.int32), tl.load(fields + _HI).to(tl.int32)
+    count, mass = tl.load(fields + _COUNT), tl.load(fields + _MASS)
+    held = tl.load(fields + _ALL)
+    k, p = tl.load(top_k + row), tl.load(top_p + row).to(tl.float64)
+    inverse = _inverse(tl.load(temperature + row))
+    if length == 0:
+        return
+    tl.store(counters + 2 * row + 1, 0)
+    own = distances + row * columns
+    limited = (k > 0) & (k < columns)
+    for goal in range(2):  # t_k, then t_p
+        least_count = tl.where(goal == 0, k, 0)
+        least_mass = tl.where(goal == 0, 0, tl.ceil(p * held.to(tl.float64)).to(tl.int64))
+        if tl.where(goal == 0, limited, p < 1):
+            hi, held = _least(
+                own, length, lo, hi, count, mass, least_count, least_mass, inverse, LIST, LANES
+            )
+    tl.store(fields + _KEEP, hi)
 
 
 @triton.jit
-def _search(
+def _least(
     distances, length, lo, hi, count, mass, least_count, least_mass, inverse,
     LIST: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -455,7 +470,7 @@ def _search(
     order = tl.arange(0, 8)
     lanes = tl.arange(0, LIST)
     inside = lanes < length
-    first = tl.load(distances + lanes, mask=inside, other=0.0, cache_modifier=".cg")
+    first = tl.load(distances + lanes, mask=inside, other=0.0)
     first_weights = tl.where(inside, _weights(first, inverse) + _ONE, 0)
     first = first.to(tl.int32, bitcast=True)
     reached = mass
@@ -466,9 +481,7 @@ def _search(
         counts, masses = count + (tally >> _SHIFT), mass + (tally & (_ONE - 1))
         for start in range(LIST, length, LIST):
             inside = start + lanes < length
-            distance = tl.load(
-                distances + start + lanes, mask=inside, other=0.0, cache_modifier=".cg"
-            )
+            distance = tl.load(distances + start + lanes, mask=inside, other=0.0)
             weights = tl.where(inside, _weights(distance, inverse) + _ONE, 0)
             distance = distance.to(tl.int32, bitcast=True)
             tally = _tally(distance, weights, lo, step, hi, LANES)
