@@ -386,9 +386,7 @@ def _narrow(
         last = tl.where(limited, last, 7)
         held = tl.where(last > 0, _at(masses, order, last - 1), mass)
         if not limited:
-            held = tl.where(
-                hi == _INFINITE, _at(masses, order, 7), tl.load(fields + _ALL)
-            )
+            held = tl.where(hi == _INFINITE, _at(masses, order, 7), tl.load(fields + _ALL))
         first = last
         if p < 1:
             first = tl.sum((masses.to(tl.float64) < p * held.to(tl.float64)).to(tl.int32), 0)
@@ -407,9 +405,7 @@ def _narrow(
 
 
 @triton.jit
-def _list(
-    logits, highest, distances, state, counters, columns, stride, CHUNK: tl.constexpr
-):
+def _list(logits, highest, distances, state, counters, columns, stride, CHUNK: tl.constexpr):
     """Write the distances in (lo, hi] to distances[row], in any order."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     fields = state + row * _FIELDS
