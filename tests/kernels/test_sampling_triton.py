@@ -2,9 +2,9 @@
 
 Rows go to the kernels together, so that Triton's interpreter runs them in few launches.  The host
 sums float32 exponentials of its own library in float64, and the kernels sum whole numbers of 2^-36;
-`top_p` and `min_p` reach the kernels in float32.  Both move a boundary of the distribution function,
-or of the nucleus, by less than NEAR, and only a uniform number that falls so near to one may draw
-another token.
+`top_p` and `min_p` reach the kernels in float32.  Both move a boundary of the distribution
+function, or of the nucleus, by less than NEAR, and only a uniform number that falls so near to one
+may draw another token.
 """
 
 import math
@@ -190,7 +190,7 @@ def test_tokens_that_tie_with_the_last_one_stay():
 
 
 def test_uniform_at_both_ends():
-    """0 draws the first token of any weight, and 1 - 2^-53 the last, though float32 rounds it to 1."""
+    """0 draws the first token of any weight; 1 - 2^-53, which float32 rounds to 1, the last."""
     logits = random_logits(1, CHUNK + 100, 3.0, seed=9)[0]
     logits[:7] = -math.inf
     logits[-9:] = -200.0
