@@ -16,8 +16,8 @@ from compress.bench.bandwidth import copy_bandwidth, read_bandwidth
 from compress.bench.peers import Peer
 from compress.bench.subject import Subject, memory_bytes
 from compress.core.progress import track
-from compress.runtime.decoder import MOST_TOKENS
 from compress.runtime.engine import Engine
+from compress.runtime.loading import MOST_TOKENS
 from compress.runtime.sampling_params import SamplingParams
 
 WARM_UP_TOKENS = 8
