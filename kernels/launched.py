@@ -14,10 +14,13 @@ from torch import Tensor
 
 from compress.kernels.eager import BLOCK_SIZE
 from compress.kernels.embed.triton import embed
-from compress.kernels.lowbit_matmul import LinearWeight, PackedLinear, pack_for_triton
+from compress.kernels.lowbit_matmul import LinearWeight, pack_for_triton
+from compress.kernels.lowbit_matmul.dense import DenseLinear
+from compress.kernels.lowbit_matmul.triton import TritonLinear
 from compress.kernels.paged_attention.triton import paged_attention
 from compress.kernels.rms_norm.triton import rms_norm
 from compress.kernels.rope.triton import angles, rope_and_write
+from compress.kernels.silu_mul.triton import silu_mul
 from compress.kernels.workspace import Workspace
 
 
@@ -41,6 +44,18 @@ class DeviceBatch:
     splits: int
 
 
+@dataclass(frozen=True)
+class _Linear:
+    """`silu_mul`: the packed weight is gate over up, and does not apply silu itself."""
+
+    packed: TritonLinear | DenseLinear
+    silu_mul: bool
+
+    @property
+    def bytes(self) -> int:
+        return self.packed.bytes
+
+
 class Launched:
     """The operations on one device; `batch` is what they work on."""
 
@@ -56,9 +71,10 @@ class Launched:
         """What all launches share, draws included."""
         return self._workspace
 
-    def pack(self, weight: LinearWeight, silu_mul: bool = False) -> PackedLinear:
+    def pack(self, weight: LinearWeight, silu_mul: bool = False) -> _Linear:
         """Lay a weight out for `linear`; with `silu_mul` it is gate over up."""
-        return pack_for_triton(weight, self.dtype, self.device, self._workspace, silu_mul)
+        packed = pack_for_triton(weight, self.dtype, self.device, self._workspace, silu_mul)
+        return _Linear(packed, silu_mul and isinstance(packed, DenseLinear))
 
     def new_cache(self, num_blocks: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, not filled: [blocks, kv_heads, block_size, head_dim] each."""
@@ -80,9 +96,10 @@ class Launched:
         """Return hidden + delta and its norm times `gain`."""
         return rms_norm(hidden, gain, eps, delta)
 
-    def linear(self, name: str, x: Tensor, weight: PackedLinear) -> Tensor:
+    def linear(self, name: str, x: Tensor, weight: _Linear) -> Tensor:
         """Return x Wᵀ + bias; with gate and up in one weight, silu(gate) * up."""
-        return weight(x)
+        y = weight.packed(x)
+        return silu_mul(y) if weight.silu_mul else y
 
     def attention(
         self, qkv: Tensor, angles: Tensor, keys: Tensor, values: Tensor, *, heads: int,
@@ -107,6 +124,6 @@ class Launched:
         rows = self.batch.rows
         return hidden + delta if rows is None else hidden[rows] + delta[rows]
 
-    def logits(self, x: Tensor, weight: PackedLinear) -> Tensor:
+    def logits(self, x: Tensor, weight: _Linear) -> Tensor:
         """Logits float32 [rows, V]."""
-        return weight(x, torch.float32)
+        return weight.packed(x, torch.float32)

@@ -22,7 +22,7 @@ from torch import Tensor
 from compress.core.progress import track
 from compress.kernels.launched import DeviceBatch, Launched
 from compress.kernels.paged_attention.plan import splits_of, tiles_of
-from compress.kernels.sampling import draw
+from compress.kernels.sampling.triton import draw
 from compress.runtime.batch import Batch, Draws
 from compress.runtime.decoder import Decoder
 from compress.runtime.device_queue import Download, Graph, Uploads, offsets

@@ -38,7 +38,8 @@ class LLM:
     """A model ready to answer any number of requests at once, from any number of threads.
 
     `kv_cache_memory` is in bytes, or text such as "2GiB"; left out, it is a share of the free
-    memory, at most what `max_sequences` of full context fill.  Raises InputError for a model that
+    memory, at most what `max_sequences` of full context fill.  `max_tokens_per_step` is by default
+    512 on a CPU and 2,048 on a GPU.  Raises InputError for a model that
     cannot be loaded.  Use it in a `with` statement, or `close` it, to end its thread early.
     """
 
@@ -49,13 +50,13 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         kv_cache_memory: int | str | None = None,
-        max_tokens_per_step: int = 512,
+        max_tokens_per_step: int | None = None,
         max_sequences: int = 64,
         seed: int = 0,
         lm_head_bits: int | None = None,
         prefix_caching: bool = True,
     ) -> None:
-        from compress.runtime.loading import load_decoder
+        from compress.runtime.loading import MOST_TOKENS, load_decoder
 
         source = resolve_model(model)
         place = _device(device)
@@ -63,6 +64,7 @@ class LLM:
             dtype = fastest_dtype(place)
         check_dtype(dtype)
         tokenizer = load_tokenizer(source.folder)
+        max_tokens_per_step = max_tokens_per_step or MOST_TOKENS[place.type]
         decoder = load_decoder(source, place, dtype, lm_head_bits, max_tokens_per_step)
         engine = Engine(
             decoder,

@@ -33,10 +33,13 @@ class Shape:
 
     @property
     def mixed_steps(self) -> int:
-        """Most steps in which some of the batch decode while others' prompts are computed."""
+        """Most steps in which some of the batch decode while others' prompts are computed.
+
+        A CPU's; a GPU takes fewer.
+        """
         if self.batch == 1:
             return 0
-        return -(-self.batch * self.prompt_tokens // (MOST_TOKENS - self.batch)) + 1
+        return -(-self.batch * self.prompt_tokens // (MOST_TOKENS["cpu"] - self.batch)) + 1
 
     @property
     def cached_tokens(self) -> int:

@@ -15,7 +15,7 @@ from compress.runtime.engine import Engine
 from compress.runtime.loading import MOST_TOKENS, load_decoder
 
 PROMPT_SEED = 0
-MOST_SEQUENCES = MOST_TOKENS // 2  # so that at least half of a step is left for prompts
+MOST_SEQUENCES = 256  # so that at least half of a step is left for prompts
 
 
 class Subject:
@@ -80,7 +80,7 @@ class Subject:
         return Engine(
             self.decoder,
             blocks,
-            max_tokens_per_step=MOST_TOKENS,
+            max_tokens_per_step=MOST_TOKENS[self._device.type],
             max_sequences=sequences,
             prefix_caching=False,
         )
