@@ -73,9 +73,7 @@ def _case(place: Place, context: int, batch: int) -> dict[str, Any]:
         )  # fmt: skip
 
     row: dict[str, Any] = {"context": context, "batch": batch, "splits": splits, "bytes": moved}
-    exact = reference.paged_attention(
-        q.float(), *caches[0], starts, contexts, tables, scale
-    )
+    exact = reference.paged_attention(q.float(), *caches[0], starts, contexts, tables, scale)
     row["error"] = relative_error(ours(*caches[0]), exact)
     if not row["error"] <= TOLERANCE:
         return row

@@ -7,6 +7,7 @@ mean context, at the measured copy bandwidth.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -83,7 +84,7 @@ def _decode(engine: Engine, batch: int, prompt: int, new: int, vocabulary: int) 
         engine.step()
         ends.append(time.perf_counter())
     _drop(engine, batch)
-    return statistics.median(after - before for before, after in zip(ends, ends[1:], strict=False))
+    return statistics.median(after - before for before, after in itertools.pairwise(ends))
 
 
 def _prefill(engine: Engine, batch: int, prompt: int, vocabulary: int) -> float:

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from compress.kernels.lowbit_matmul import LinearWeight
 from compress.kernels.silu_mul.triton import silu_mul
+from gpu import model
+from gpu.place import Place
 from gpu.stages import Skip
 
 
@@ -88,7 +90,15 @@ def gemlite_pack(
     return Gemlite(weight, dtype, silu_mul)
 
 
-def check_gemlite() -> None:
-    """Skip where it is not installed."""
+def dense(place: Place) -> dict[str, Any]:
+    """The model of 16-bit weights."""
+    return model.measure(place, (1, 16, 64), dense_pack)
+
+
+def gemlite(place: Place) -> dict[str, Any]:
+    """The same codes with gemlite's kernels, which are tuned as they meet new sizes."""
+    if place.stand_in:
+        raise Skip("gemlite's kernels do not run in the interpreter")
     if find_spec("gemlite") is None:
         raise Skip("gemlite is not installed; pip install gemlite")
+    return model.measure(place, (1, 16), gemlite_pack, prefill=False)

@@ -126,7 +126,9 @@ def environment(stand_in: bool) -> dict[str, str]:
 
 def _driver() -> str | None:
     try:
-        return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
+        return _output(
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 

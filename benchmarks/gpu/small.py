@@ -1,4 +1,4 @@
-"""The launches between the products: norms, gate, rotation with the cache's write, embedding, draws.
+"""The launches between products: norms, gate, rotation with the cache's write, embedding, draws.
 
 At a decode step's sizes each is a few microseconds, of which the launch is most.
 """

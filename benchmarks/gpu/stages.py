@@ -1,7 +1,7 @@
 """The stages of a check, and the process that runs them one after another.
 
-A stage is a function of a Place; what it returns is kept as JSON.  Stages run in a child process, so
-that one that breaks the device, hangs or is killed costs itself only: the parent notes that, and
+A stage is a function of a Place; what it returns is kept as JSON.  Stages run in a child process,
+so that one that breaks the device, hangs or is killed costs itself only: the parent notes that, and
 starts a child for those after it.
 """
 
@@ -21,6 +21,7 @@ from typing import Any
 from gpu.place import ROOT, Place, environment
 
 Data = dict[str, Any]
+GRACE = 20  # seconds that a child may take to end once it has nothing more to do
 
 
 class Skip(Exception):  # noqa: N818 - not an error
@@ -86,7 +87,6 @@ def carry_out(stage: Stage, place: Place) -> Outcome:
 def run_here(stages: Sequence[Stage], place: Place, folder: Path) -> None:
     """The child: run stages until one fails, for that may have broken the device's context."""
     for stage in stages:
-        (folder / "now").write_text(stage.name)
         outcome = carry_out(stage, place)
         write(folder, outcome)
         if outcome.status == "failed":
@@ -94,24 +94,29 @@ def run_here(stages: Sequence[Stage], place: Place, folder: Path) -> None:
 
 
 def run_in_children(
-    stages: Sequence[Stage], place: Place, folder: Path, script: Path, say: Callable[[str], None]
-) -> None:
-    """Run stages in child processes, each called as `script --child NAMES ...`."""
+    stages: Sequence[Stage], place: Place, folder: Path, script: Path, deadline: float,
+    say: Callable[[str], None],
+) -> list[Stage]:  # fmt: skip
+    """Run stages in child processes, each called as `script --child NAMES ...`.
+
+    Returns those that `deadline` (of time.monotonic) left no time for.
+    """
     left = list(stages)
-    while left:
+    while left and time.monotonic() < deadline:
         names = [stage.name for stage in left]
         for name in names:
             (folder / f"{name}.json").unlink(missing_ok=True)
-        (folder / "now").unlink(missing_ok=True)
         command = [sys.executable, str(script), "--child", ",".join(names), "--work", str(folder)]
         if place.stand_in:
             command += ["--stand-in", "interpreter"]
-        left = _watch(command, left, place, folder, say)
+        left = _watch(command, left, place, folder, deadline, say)
+    return left
 
 
 def _watch(
-    command: list[str], left: list[Stage], place: Place, folder: Path, say: Callable[[str], None]
-) -> list[Stage]:
+    command: list[str], left: list[Stage], place: Place, folder: Path, deadline: float,
+    say: Callable[[str], None],
+) -> list[Stage]:  # fmt: skip
     """Wait for a child; returns the stages that it has not come to."""
     with (folder / "log").open("a", encoding="utf-8") as log:
         child = subprocess.Popen(
@@ -119,42 +124,50 @@ def _watch(
         )
         try:
             while left:
-                stage = left[0]
-                started = time.monotonic()
-                while child.poll() is None and not read(folder, stage.name):
-                    if time.monotonic() - started > stage.limit:
-                        child.kill()
-                    time.sleep(0.05)
-                outcome = read(folder, stage.name)
+                outcome = _wait_for(left[0], child, folder, deadline)
                 if outcome is None:
-                    took = time.monotonic() - started
-                    over = took > stage.limit
-                    reason = f"stopped after {stage.limit} s" if over else "its process ended"
-                    reason += f", exit status {child.wait()}; see {folder / 'log'}"
-                    outcome = Outcome(stage.name, "failed", round(took, 2), reason)
-                    write(folder, outcome)
+                    child.kill()
+                    break
                 left = left[1:]
-                say(_line(outcome, len(left), sum(stage.limit for stage in left)))
+                say(_line(outcome, left))
                 if outcome.status == "failed":
                     break
+            child.wait(timeout=GRACE)
+        except subprocess.TimeoutExpired:
+            pass
         finally:
-            if child.poll() is None and left == []:
-                child.wait()
-            elif child.poll() is None:
-                _end(child)
+            child.kill()
+            child.wait()
     return left
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """Let a child that has nothing more to do go, or end it."""
-    try:
-        child.wait(timeout=20)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
+def _wait_for(
+    stage: Stage, child: subprocess.Popen[bytes], folder: Path, deadline: float
+) -> Outcome | None:
+    """What a child makes of a stage; it is ended where that is nothing in the stage's time.
+
+    None when the deadline comes first.
+    """
+    started = time.monotonic()
+    while child.poll() is None and not read(folder, stage.name):
+        if time.monotonic() > deadline:
+            return None
+        if time.monotonic() - started > stage.limit:
+            child.kill()
+            child.wait()
+        time.sleep(0.05)
+    outcome = read(folder, stage.name)
+    if outcome is None:
+        seconds = round(time.monotonic() - started, 2)
+        over = seconds > stage.limit
+        reason = f"stopped after {stage.limit} s" if over else f"exit status {child.returncode}"
+        outcome = Outcome(stage.name, "failed", seconds, f"{reason}; see {folder / 'log'}")
+        write(folder, outcome)
+    return outcome
 
 
-def _line(outcome: Outcome, left: int, most: int) -> str:
+def _line(outcome: Outcome, left: Sequence[Stage]) -> str:
     reason = f": {outcome.reason}" if outcome.reason else ""
-    more = f"  ({left} stages left, at most {most / 60:.0f} min)" if left else ""
+    most = sum(stage.limit for stage in left) / 60
+    more = f"  ({len(left)} stages left, at most {most:.0f} min)" if left else ""
     return f"{outcome.name:<18} {outcome.status:<8} {outcome.seconds:6.1f} s{reason}{more}"

@@ -8,6 +8,7 @@ timed once by the host's clock, and means nothing.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -58,7 +59,7 @@ def _timed(graph: torch.cuda.CUDAGraph, replays: int) -> list[float]:
         graph.replay()
         event.record()
     torch.cuda.synchronize()
-    pairs = zip(events, events[1:], strict=False)
+    pairs = itertools.pairwise(events)
     return [before.elapsed_time(after) / 1e3 for before, after in pairs]
 
 

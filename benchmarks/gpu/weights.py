@@ -57,9 +57,7 @@ def quantized(out: int, width: int, bits: int, group: int, place: Place) -> Line
 def decoder_weights(shape: Shape, bits: int, group: int, place: Place) -> DecoderWeights:
     """A whole model.  Its layers share their codes here; packing gives each layer its own."""
     device = place.device
-    linears = {
-        name: quantized(*size, bits, group, place) for name, size in shape.linears.items()
-    }
+    linears = {name: quantized(*size, bits, group, place) for name, size in shape.linears.items()}
     gain = torch.ones(shape.D, device=device)
     layer = LayerWeights(
         input_norm=gain, post_norm=gain, q_norm=None, k_norm=None, window=None, **linears
