@@ -83,8 +83,8 @@ def markdown(record: Mapping[str, Any]) -> str:
     lines += ["", *_stages(record), *_targets(record)]
     if copy := data.get("bandwidth", {}).get("copy_bytes_per_s"):
         read = data["bandwidth"]["read_bytes_per_s"]
-        lines += ["", f"A large copy moves {copy / 1e9:,.0f} GB/s (read and written), reading alone "
-                  f"{read / 1e9:,.0f}.  L2 is cold in all that follows."]  # fmt: skip
+        lines += ["", f"A large copy moves {copy / 1e9:,.0f} GB/s (read and written), reading "
+                  f"alone {read / 1e9:,.0f}.  L2 is cold in all that follows."]  # fmt: skip
         lines += [*_lowbit(record["lowbit"]), *_attention(data, copy), *_models(data, copy)]
         lines += _small(data, copy)
     lines += _parity(data)
