@@ -1,0 +1,112 @@
+"""Shapes of the programs of triton.py: a pure function of rows, head, dtype and device.
+
+Decode reads each key once for at most 32 rows, so bytes in flight decide.  An H100's SM needs some
+30 KiB on their way at all times (25 bytes a nanosecond, a microsecond of latency under load).  A
+block of positions is 8192 numbers of keys and as many values, 32 KiB in 16 bits; three stages hold
+two blocks (the third is being computed), so that a program has 32 to 64 KiB in flight in 70 KiB of
+shared memory: two programs an SM on sm_80, three on sm_90 and later.  Four warps share the columns
+of a product, since 16 rows are a single tensor core instruction high.  The products are then a
+tenth of the time of the reads.
+
+Prefill has 128 rows (plan.TILE_ROWS) with 8 warps, 16 rows a warp on sm_80 and a warp group for
+each 64 on sm_90.  Blocks of 64 positions keep scores, weights and sums in registers without
+spills; heads above 128 dimensions need 32 positions, and 64 rows on sm_80, to fit.
+
+float32 is multiplied without tensor cores; each thread holds whole rows, which asks for small
+tiles.  It is there to be right, not fast.
+
+These are the choices of arithmetic and of the compiler's register counts.  `candidates` lists what
+a tuner should time.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+
+PAGE = 16
+"""Positions that a block of the cache holds."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One program: rows of its tile, positions at a time, and how it merges splits."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    mask_apart: bool  # blocks of positions that all rows see are computed without masks
+    merge_rows: int
+    merge_splits: int
+
+
+def choose(rows: int, group: int, head_dim: int, dtype: torch.dtype, capability: int) -> Shape:
+    """Shape for tiles of up to `rows` rows, `group` of them for a token.
+
+    capability  80, 90 or 100, see `capability_of`
+    """
+    wide = padded(head_dim)
+    least = padded(group)
+    rows = max(padded(rows), least)
+    if dtype == torch.float32:
+        if wide > 128 or (wide > 64 and capability == 80):
+            return _shape(least, 16, 4, 2, wide)
+        if rows > 16 and wide <= 64:
+            return _shape(max(64, least), 32, 8, 2, wide)
+        return _shape(least, 64, 4, 2, wide)
+    if rows <= 32:
+        return _shape(rows, min(128, max(32, 8192 // wide)), 4, 3, wide)
+    if wide > 128:
+        if capability == 80:
+            return _shape(max(64, least), 32, 8, 2, wide)
+        return _shape(rows, 32, 8, 3, wide)
+    return _shape(rows, 64, 4 if rows == 64 else 8, 3, wide)
+
+
+def candidates(rows: int, group: int, head_dim: int, dtype: torch.dtype, capability: int):
+    """What a tuner should time: `choose` first, then shapes near it, of any shared memory."""
+    chosen = choose(rows, group, head_dim, dtype, capability)
+    found = [chosen]
+    for block_n in (16, 32, 64, 128):
+        for num_stages in (2, 3, 4, 5):
+            for num_warps in (2, 4, 8):
+                for mask_apart in (False, True):
+                    found.append(
+                        replace(
+                            chosen,
+                            block_n=block_n,
+                            num_stages=num_stages,
+                            num_warps=num_warps,
+                            mask_apart=mask_apart,
+                        )
+                    )
+    return list(dict.fromkeys(found))
+
+
+def _shape(block_m: int, block_n: int, num_warps: int, num_stages: int, wide: int) -> Shape:
+    """Partial sums are merged by 64 numbers a thread: few rows of many splits for decode."""
+    merge_rows = 4 if block_m <= 32 else 16
+    merge_splits = min(32, max(1, 2048 * num_warps // (merge_rows * wide)))
+    if block_m > 32:
+        merge_splits = min(4, merge_splits)
+    return Shape(block_m, block_n, num_warps, num_stages, block_m > 32, merge_rows, merge_splits)
+
+
+def padded(count: int) -> int:
+    """The power of two that holds `count`, and is a size of `tl.dot`."""
+    return max(16, 1 << (count - 1).bit_length())
+
+
+def capability_of(device: torch.device) -> int:
+    """80, 90 or 100: which of these kernels for the device are like.
+
+    Newer devices with little shared memory (sm_120) multiply like sm_80; the interpreter takes any.
+    """
+    return 90 if device.type == "cpu" else _capability(device.index or 0)
+
+
+@cache
+def _capability(index: int) -> int:
+    major, _ = torch.cuda.get_device_capability(index)
+    return {9: 90, 10: 100}.get(major, 80)
