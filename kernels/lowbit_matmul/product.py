@@ -73,7 +73,7 @@ def _of_tile(numbers, t, row, rows, GROUP: tl.constexpr, TILE: tl.constexpr):
         found = ()
         at = numbers + t * (TILE // GROUP) * rows + row
         for _ in tl.static_range(TILE // GROUP):
-            found = found + (tl.load(at),)
+            found = found + (tl.load(at),)  # noqa: RUF005 (Triton knows no stars)
             at += rows
     return found
 
@@ -165,12 +165,16 @@ def product(
             result += tl.load(bias + row)[None, :]
         if SILU_MUL:
             gate, up = tl.split(tl.reshape(result, [BLOCK_TOKENS, BLOCK_ROWS // 2, 2]))
-            result = gate / (1.0 + tl.exp(-gate)) * up
-            n = tl.program_id(1) * (BLOCK_ROWS // 2) + tl.arange(0, BLOCK_ROWS // 2)
-            rows //= 2
-        here = (m < tokens)[:, None] & (n < rows)[None, :]
-        y_at = y + m[:, None].to(tl.int64) * rows + n[None, :]
-        tl.store(y_at, result.to(y.dtype.element_ty), mask=here)
+            value = gate / (1.0 + tl.exp(-gate)) * up
+            j = tl.program_id(1) * (BLOCK_ROWS // 2) + tl.arange(0, BLOCK_ROWS // 2)
+            width = rows // 2
+        else:
+            value = result
+            j = n
+            width = rows
+        here = (m < tokens)[:, None] & (j < width)[None, :]
+        y_at = y + m[:, None].to(tl.int64) * width + j[None, :]
+        tl.store(y_at, value.to(y.dtype.element_ty), mask=here)
 
 
 @triton.jit(do_not_specialize=["first_row", "end_row"])
