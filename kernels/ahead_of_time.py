@@ -42,7 +42,9 @@ from compress.core.progress import say, track
 from compress.core.source import cache_root
 from compress.kernels.entry import INTERPRETED, Entry
 
-OPERATIONS = ("lowbit_matmul", "paged_attention", "rope", "rms_norm", "silu_mul", "sampling")
+OPERATIONS = (
+    "embed", "lowbit_matmul", "paged_attention", "rms_norm", "rope", "sampling", "silu_mul",
+)  # fmt: skip
 # What one program may have of a multiprocessor's shared memory (CUDA C Programming Guide, table
 # "Technical Specifications per Compute Capability"); beyond it, a launch fails.
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -189,11 +191,11 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _first_line(error: BaseException) -> str:
-    """An error and where its root lies, in one line: Triton nests them."""
+    """An error in one line: Triton nests them, and writes the kernel's source in between."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines)[:300]}"
+    return f"{type(error).__name__}: {' '.join(dict.fromkeys([*lines[:1], *lines[-1:]]))[:300]}"
 
 
 _todo: Sequence[tuple[Entry, int]] = ()  # inherited by the processes: kernels do not pickle
@@ -241,10 +243,10 @@ def _print_table(results: Sequence[Result]) -> None:
     for column in ("entry", "sm", "registers", "spilled", "shared", "seconds", "cached"):
         table.add_column(column, justify="left" if column == "entry" else "right")
     for result in results:
-        numbers = (result.capability, result.registers, result.local_bytes, result.shared_bytes)
-        cells = ["-"] * 4 if result.error else [f"{number:,}" for number in numbers]
+        numbers = (result.registers, result.local_bytes, result.shared_bytes)
+        cells = ["-"] * 3 if result.error else [f"{number:,}" for number in numbers]
         cells += [f"{result.seconds:.1f}", "yes" if result.cached else ""]
-        table.add_row(result.name, *cells)
+        table.add_row(result.name, str(result.capability), *cells)
     # a log has no width: names are not to be cut there
     Console(highlight=False, width=None if sys.stdout.isatty() else 140).print(table)
 

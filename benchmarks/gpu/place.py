@@ -97,11 +97,15 @@ class Place:
 
     @cached_property
     def key(self) -> str:
-        """A hash of the sources, the device and the versions: what results are valid for."""
+        """What the results of a check are valid for."""
+        return self.key_of(*SOURCES)
+
+    def key_of(self, *folders: str, endings: tuple[str, ...] = (".py", ".json", ".h")) -> str:
+        """A hash of the sources in some folders, the device and the versions."""
         digest = hashlib.sha256(repr(sorted(self.facts.items())).encode())
-        for folder in SOURCES:
+        for folder in folders:
             for path in sorted((ROOT / folder).rglob("*")):
-                if path.suffix in (".py", ".json", ".h", ".cpp"):
+                if path.suffix in endings:
                     digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
         return digest.hexdigest()[:12]
 
