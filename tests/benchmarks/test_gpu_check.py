@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 # Not run without a GPU, each for a reason that it gives.
 SKIPPED = {"parity-real", "model-gemlite"}
+STATUSES = {"passed", "failed", "skipped"}
 
 
 def run(*command, expected=0):
@@ -37,7 +38,8 @@ def gpu_check(tmp_path):
         folders = ["--work", tmp_path / "work", "--output", tmp_path / "out"]
         command = [BENCHMARKS / "gpu_check.py", "--stand-in", "interpreter", *folders, *options]
         lines = run(*command, expected=expected).splitlines()
-        return {line.split()[0]: line.split()[1] for line in lines[1:-1]}, lines[0]
+        words = [line.split()[:2] for line in lines]
+        return {name: status for name, status in words if status in STATUSES}, lines[0]
 
     return check
 
@@ -123,7 +125,8 @@ def test_a_stage_that_breaks_costs_itself_only(tmp_path, monkeypatch):
         f"folder = Path({str(tmp_path)!r})\n"
         "deadline = time.monotonic() + 60\n"
         "left = run_in_children(\n"
-        "    script.stages, Place(False), folder, folder / 'script.py', deadline, lambda line: None)\n"
+        "    script.stages, Place(False), folder, folder / 'script.py', deadline, str\n"
+        ")\n"
         "assert not left\n"
         "for stage in script.stages:\n"
         "    outcome = read(folder, stage.name)\n"
@@ -146,7 +149,8 @@ def test_tuning_runs_to_its_end_and_goes_on(tmp_path):
     run(*command, "--minutes", "0", expected=1)
     first = run(*command).splitlines()
     rows = [json.loads(line) for line in first if line.startswith("{")]
-    assert [(row["bits"], row["most_tokens"]) for row in rows] == [(4, 8)]
+    assert first[0].startswith("w4, 8 rows: ")
+    assert len(rows) == (0 if "de-quantizing is faster" in first[0] else 1)
     (kept,) = tmp_path.glob("*.json")
     times = kept.read_text()
     assert all(json.loads(times).values())
