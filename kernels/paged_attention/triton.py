@@ -44,14 +44,8 @@ from compress.kernels.workspace import Workspace
 EVERYTHING = 2**30
 """A window that no context reaches."""
 
-RUNTIME = (
-    "heads",
-    "kv_heads",
-    "most_new",
-    "window",
-    "table_row",
-    "table_column",
-)
+RUNTIME = ("heads", "kv_heads", "most_new", "window", "table_row", "table_column")
+INDICES = ("starts", "contexts", "block_tables", "tiles", "counters")
 
 
 @triton.jit
@@ -63,9 +57,9 @@ def _pages(table, table_column, start, high, BLOCK_N: tl.constexpr, PAGE: tl.con
 
 @triton.jit
 def _attend_block(
-    q, m, total, acc, k_cache, v_cache, pages, page_stride, base, start, high, window, factor, places,
-    dims, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr,
-    WHOLE_HEAD: tl.constexpr,
+    q, m, total, acc, k_cache, v_cache, pages, page_stride, base, start, high, window, factor,
+    places, dims, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    MASKED: tl.constexpr, WHOLE_HEAD: tl.constexpr,
 ):  # fmt: skip
     """(m, total, acc) with the block of positions from `start`."""
     columns = start + tl.arange(0, BLOCK_N)
@@ -137,7 +131,7 @@ def _merge(
         )
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=INDICES)
 def _attend(
     q, k_cache, v_cache, out, starts, contexts, block_tables, tiles, partials, counters,
     heads, kv_heads, most_new, window, table_row, table_column, factor,
@@ -209,8 +203,8 @@ def _attend(
             start = low + block * BLOCK_N
             following = _pages(table, table_column, start + BLOCK_N, high, BLOCK_N, PAGE)
             m, total, acc = _attend_block(
-                queries, m, total, acc, k_cache, v_cache, pages, page_stride, base, start, high, window,
-                factor, places, dims, BLOCK_N, PAGE, HEAD_DIM, False, HEAD_DIM == HEAD_PAD,
+                queries, m, total, acc, k_cache, v_cache, pages, page_stride, base, start, high,
+                window, factor, places, dims, BLOCK_N, PAGE, HEAD_DIM, False, HEAD_DIM == HEAD_PAD,
             )  # fmt: skip
             pages = following
     start = low + tl.where(front > 0, 0, back) * BLOCK_N
@@ -329,6 +323,7 @@ def entries(capability: int) -> list[Entry]:
                         | ({} if tiled else {"tiles": None}),
                         shape.num_warps,
                         shape.num_stages,
+                        frozenset(["q", "k_cache", "v_cache", "out", "partials"]),
                     )
                 )
     return found
@@ -336,7 +331,7 @@ def entries(capability: int) -> list[Entry]:
 
 def types(kind: str, tiled: bool) -> dict[str, str]:
     """Types of the arguments of `_attend` for a cache of `kind`."""
-    indices = ("starts", "contexts", "block_tables", *(("tiles",) if tiled else ()), "counters")
+    indices = [name for name in INDICES if tiled or name != "tiles"]
     return (
         dict.fromkeys(("q", "k_cache", "v_cache", "out"), f"*{kind}")
         | dict.fromkeys(indices, "*i32")
