@@ -1,0 +1,140 @@
+"""What a device makes of a step beside its peaks: measured on random models, not on the user's.
+
+    seconds of a decode step = overhead + bytes / bandwidth
+
+A small model gives the overhead (scheduler, sampler, launches or barriers), which grows with layers;
+a larger one of the same layers, whose weights no cache holds, gives bandwidth as the kernels reach it.
+Its prefill gives the matmul rate that they reach.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compress.bench.latency import Shape, run_once
+from compress.kernels.lowbit_matmul import LinearWeight
+from compress.runtime.engine import Engine
+from compress.runtime.loading import MOST_TOKENS, make_decoder
+from compress.runtime.weights import DecoderWeights, LayerWeights
+
+SEED = 0
+HEAD_DIM = 64
+VOCAB = 1024
+SMALL, LARGE = (128, 256), (1024, 3072)  # (hidden, ffn)
+FEW_LAYERS, MANY_LAYERS = 4, 16
+PROMPT, STEPS, PREFILL = 16, 48, 512  # tokens
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What the runtime reached here.
+
+    bandwidth        bytes/s of weights in a decode step
+    matmul           FLOP/s of the linears in a prefill
+    step_seconds     a decode step of no layers, and layer_seconds what each adds, without its bytes
+    """
+
+    bandwidth: float
+    matmul: float
+    step_seconds: float
+    layer_seconds: float
+
+    def overhead(self, layers: int) -> float:
+        """Seconds of a decode step that do not grow with bytes."""
+        return self.step_seconds + layers * self.layer_seconds
+
+
+def measure_reached(
+    bits: int | None, group_size: int, dtype: torch.dtype, device: torch.device
+) -> Reached:
+    """Measure on linears of `bits`, in groups, or dense ones in `dtype` where `bits` is None."""
+
+    def seconds(size: tuple[int, int], layers: int) -> tuple[float, float, Any]:
+        torch.manual_seed(SEED)
+        weights = _random_decoder(size, layers, bits, group_size, dtype)
+        decoder = make_decoder(weights, device, dtype)
+        return (*_time(decoder, device), decoder)
+
+    few, _, _ = seconds(SMALL, FEW_LAYERS)
+    many, _, small = seconds(SMALL, MANY_LAYERS)
+    step, prefill, large = seconds(LARGE, MANY_LAYERS)
+    layer_seconds = max(0.0, (many - few) / (MANY_LAYERS - FEW_LAYERS))
+    hidden, ffn = LARGE
+    weights = MANY_LAYERS * (4 * hidden * hidden + 3 * hidden * ffn)
+    return Reached(
+        bandwidth=(large.weight_bytes - small.weight_bytes) / max(step - many, 1e-6),
+        matmul=2 * PREFILL * weights / prefill,
+        step_seconds=max(0.0, few - FEW_LAYERS * layer_seconds),
+        layer_seconds=layer_seconds,
+    )
+
+
+def _time(decoder: Any, device: torch.device) -> tuple[float, float]:
+    """Median seconds of a decode step of one sequence, and of a prefill of PREFILL tokens."""
+    longest = PREFILL + STEPS
+    blocks = -(-longest // decoder.block_size)
+    engine = Engine(
+        decoder,
+        blocks,
+        max_tokens_per_step=MOST_TOKENS[device.type],
+        max_sequences=1,
+        prefix_caching=False,
+    )
+    steps, prefills = [], []
+    for _ in range(ROUNDS):
+        run = run_once(engine, [list(range(PROMPT))], Shape(PROMPT, STEPS))
+        steps += run.steps[STEPS // 4 :]
+        prompt = [number % VOCAB for number in range(PREFILL)]
+        prefills.append(run_once(engine, [prompt], Shape(PREFILL, 2)).prefill)
+    return statistics.median(steps), min(prefills)
+
+
+def _random_decoder(
+    size: tuple[int, int], layers: int, bits: int | None, group_size: int, dtype: torch.dtype
+) -> DecoderWeights:
+    hidden, ffn = size
+    heads = hidden // HEAD_DIM
+
+    def linear(rows: int, columns: int) -> LinearWeight:
+        if bits is None:
+            return LinearWeight.of_dense(torch.randn(rows, columns).mul_(columns**-0.5).to(dtype))
+        half = 1 << (bits - 1)
+        codes = torch.randint(-half, half, (rows, columns), dtype=torch.int8)
+        width = group_size if columns % group_size == 0 else columns
+        scale = torch.full((rows, columns // width), columns**-0.5 / half)
+        return LinearWeight(None, codes, scale.bfloat16().float(), None, width, bits)
+
+    ones = torch.ones(hidden)
+    embedding = torch.randn(VOCAB, hidden)
+    return DecoderWeights(
+        embedding=embedding,
+        layers=[
+            LayerWeights(
+                input_norm=ones,
+                post_norm=ones,
+                qkv=linear(3 * heads * HEAD_DIM, hidden),
+                q_norm=None,
+                k_norm=None,
+                out=linear(hidden, heads * HEAD_DIM),
+                gate_up=linear(2 * ffn, hidden),
+                down=linear(hidden, ffn),
+                window=None,
+            )
+            for _ in range(layers)
+        ],
+        final_norm=ones,
+        head=LinearWeight.of_dense(embedding.to(dtype)),
+        heads=heads,
+        kv_heads=heads,
+        head_dim=HEAD_DIM,
+        norm_eps=1e-5,
+        max_context=2 * PREFILL,
+        vocab_size=VOCAB,
+        inv_freq=10_000.0 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM),
+        rope_scaling=1.0,
+    )
