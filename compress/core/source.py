@@ -11,8 +11,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,35 +64,6 @@ def resolve_model(ref: str, revision: str | None = None) -> ModelSource:
     if ref.startswith((".", "/", "~")) or ref.count("/") > 1:
         raise InputError(f"model folder '{ref}' does not exist; check the path")
     return ModelSource(ref, _checked_folder(_from_hub(ref, revision)))
-
-
-def config_of(ref: str, revision: str | None = None) -> dict[str, Any]:
-    """Return the config.json of the model that `ref` names, without fetching or reading weights.
-
-    Of a Hugging Face id that one file is fetched; of a `.gguf` file transformers makes it from the
-    header.  Raises InputError when there is none.
-    """
-    file = gguf_file(ref)
-    if file is not None:
-        return _config_of_gguf(file)
-    if not ref:
-        raise InputError("model '' is empty; give a folder, a .gguf file or a Hugging Face id")
-    try:
-        path = Path(ref).expanduser()
-        is_file, is_folder = path.is_file(), path.is_dir()
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"model {shown(ref)} cannot be looked up: {reason_of(error)}") from None
-    if is_folder or (is_file and path.name == "config.json"):
-        return read_config(path if is_folder else path.parent)
-    if is_file:
-        raise InputError(f"model '{ref}' is a file; give a folder, config.json or a .gguf file")
-    if ref.startswith((".", "/", "~")) or ref.count("/") > 1:
-        raise InputError(f"model folder '{ref}' does not exist; check the path")
-    from huggingface_hub import hf_hub_download
-
-    with _hub_errors(ref, revision):
-        file = hf_hub_download(ref, "config.json", revision=revision)
-    return read_config(Path(file).parent)
 
 
 def gguf_file(ref: str) -> Path | None:
@@ -159,14 +129,6 @@ def _packaged_file(alias: str) -> Path:
 
 def _from_hub(ref: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-
-    with _hub_errors(ref, revision):
-        return Path(snapshot_download(ref, revision=revision, allow_patterns=list(HUB_FILES)))
-
-
-@contextmanager
-def _hub_errors(ref: str, revision: str | None) -> Iterator[None]:
-    """What the hub's library raises, as one line."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -175,7 +137,7 @@ def _hub_errors(ref: str, revision: str | None) -> Iterator[None]:
     )
 
     try:
-        yield
+        return Path(snapshot_download(ref, revision=revision, allow_patterns=list(HUB_FILES)))
     except GatedRepoError:
         raise InputError(
             f"model '{ref}' is gated; accept its terms and run: hf auth login"
@@ -220,20 +182,6 @@ def _from_gguf(path: Path) -> Path:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
-
-
-def _config_of_gguf(path: Path) -> dict[str, Any]:
-    """What transformers makes of the header of a GGUF file."""
-    if importlib.util.find_spec("gguf") is None:
-        raise InputError(f"reading '{path.name}' needs gguf; run: pip install 'compress-llm[gguf]'")
-    from transformers import AutoConfig
-
-    try:
-        with without_bars():
-            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-    except Exception as error:  # a broken file can fail anywhere inside gguf and transformers
-        raise InputError(f"transformers cannot read '{path}': {reason_of(error)}") from None
-    return config.to_dict()
 
 
 def _dequantize_gguf(path: Path, out: Path) -> None:
