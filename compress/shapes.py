@@ -76,31 +76,39 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def find_shape(ref: str, revision: str | None = None) -> ModelShape:
-    """The shape of a config.json or its folder, a .gguf file, an alias, a model known by name, or
-    a Hugging Face id, of which only config.json is fetched.
+    """The shape of the model that `ref` names.
 
     Raises InputError when nothing is found, or it is not modelled.
     """
+    return shape_of(find_config(ref, revision), ref)
+
+
+def find_config(ref: str, revision: str | None = None) -> dict[str, Any]:
+    """The config.json of a known model by name, of a file or its folder, a .gguf file, an alias,
+    or a Hugging Face id, of which nothing else is fetched.
+
+    Raises InputError when nothing is found.
+    """
+    if ref in known_models():
+        return known_models()[ref]["config"]
     try:
         path = Path(ref).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
     except (OSError, RuntimeError, ValueError) as error:  # too long, no permission, no such user
         raise InputError(f"model {shown(ref)} cannot be looked up: {reason_of(error)}") from None
     if file := gguf_file(ref):
-        return shape_of(_gguf_config(file), ref)
+        return _gguf_config(file)
     if is_file:
-        return shape_of(read_config_file(path), ref)
+        return read_config_file(path)
     if is_folder:
-        return shape_of(read_config(path), ref)
-    if ref in known_models():
-        return shape_of(known_models()[ref]["config"], ref)
+        return read_config(path)
     near = nearest(ref, [*known_models(), *ALIASES])
     if ref.count("/") != 1 or ref.startswith((".", "/", "~")):
         raise InputError(
             f"model {shown(ref)} is no folder, config.json or .gguf file, no Hugging Face id, and "
             f"no model known by name: {', '.join(known_models())}{near}"
         )
-    return shape_of(read_config(hub_config(ref, revision)), ref)
+    return read_config(hub_config(ref, revision))
 
 
 @cache

@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": ("compress.cli.generate", "generate_command"),
     "chat": ("compress.cli.chat", "chat_command"),
     "bench": ("compress.cli.bench", "bench_command"),
+    "plan": ("compress.cli.plan", "plan_command"),
     "inspect": ("compress.cli.inspect", "inspect_command"),
     "doctor": ("compress.cli.doctor", "doctor_command"),
 }

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from compress.core.errors import InputError, nearest, shown
+from compress.precision import GROUP
 from compress.roofline import Mla, ModelShape
 
-Say = Callable[[str], None]
-
-DEFAULT_WEIGHTS = "bf16"
 TRUTHS = {"yes": True, "true": True, "no": False, "false": False}
 LARGEST = 10**9  # of any number of a shape
 
@@ -69,7 +67,7 @@ def shape_of_text(text: str) -> tuple[ModelShape, list[str]]:
         max_context=context,
         windows=(window,) * layers,
         mla=_mla(given["mla"], head_dim) if "mla" in given else None,
-        kv_share=number("kv-share", 1, "each layer its own cache") if "kv-share" in given else 1,
+        kv_share=number("kv-share") if "kv-share" in given else 1,
     )
     return shape, notes
 
@@ -146,7 +144,10 @@ def stored_weights(config: Mapping[str, Any]) -> str | None:
             f"the checkpoint is quantized with {shown(scheme.get('quant_method'))}, in which no "
             "bits of 2, 3, 4 or 8 were found; say --weights"
         )
-    return f"int{bits}-g{group}" if isinstance(group, int) and group > 0 else f"int{bits}-channel"
+    width = config.get("hidden_size")
+    if not isinstance(group, int) or group < 1:  # one scale a row
+        group = width if isinstance(width, int) and width > 0 else GROUP
+    return f"int{bits}-g{group}"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compress.roofline import ModelShape
 
+CALIBRATION = "self"  # CalibrationConfig's default
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -37,16 +39,20 @@ def measurements() -> dict[str, Any]:
     return json.loads(Path(__file__).with_name("quality.json").read_text(encoding="utf-8"))
 
 
-def measured(bits: int, group_size: int, symmetric: bool = True) -> Quality | None:
-    """The method that lost least at this grid, or None where no grid like it was measured.
+def measured(bits: int, group_size: int) -> Quality | None:
+    """The method that lost least on this symmetric grid, calibrated as `compress quantize` does
+    unless it is told otherwise; None where no grid like it was measured.
 
-    Least by the mean KL, which has the smaller error of the two.
+    Least by the mean KL, whose interval is the narrower.
     """
     found = measurements()
-    rows = [row for row in found["rows"] if row["bits"] == bits]
-    if not rows or group_size != found["group_size"] or not symmetric:
+    if group_size != found["group_size"]:
         return None
-    best = min(rows, key=lambda row: row["kl_mean"])
+    own = (CALIBRATION, None)  # None: the method uses no text
+    rows = [row for row in found["rows"] if row["bits"] == bits and row["calibration"] in own]
+    if not rows:
+        return None
+    best = min(rows, key=lambda row: (row["kl_mean"], row["perplexity_ratio"]))
     low, high = best["interval"]
     return Quality(
         best["method"],

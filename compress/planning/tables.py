@@ -20,7 +20,7 @@ PART_NAMES = {
     "link": "link between devices",
     "overhead": "overhead",
 }
-STEP_NAMES = PART_NAMES | {"attention": "attention, keys and values"}
+STEP_NAMES = PART_NAMES | {"attention": "keys and values"}
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -126,8 +126,8 @@ def _result(report: dict[str, Any]) -> dict[str, str]:
 
 def print_sweep(key: str, rows: list[dict[str, Any]]) -> None:
     """Print what `sweep_report` returned."""
-    columns = ("first token", "a token", "tokens/s", "FLOP a byte", "limit", "memory", "")
-    table = _table(f"By {key}", key, *columns, "largest batch")
+    columns = ("to 1st token", "a token", "tokens/s", "FLOP/byte", "limit", "memory", "fits")
+    table = _table(f"By {key} (in brackets the largest batch)", key, *columns)
     for row in rows:
         value = row["value"]
         table.add_row(
@@ -138,17 +138,98 @@ def print_sweep(key: str, rows: list[dict[str, Any]]) -> None:
             f"{row['decode_intensity']:,.4g}",
             row["decode_limit"],
             size(row["memory_bytes"]),
-            "" if row["fits"] else "does not fit",
-            f"{row['largest_batch']:,}",
+            f"yes ({row['largest_batch']:,})" if row["fits"] else f"NO ({row['largest_batch']:,})",
         )
     Console(highlight=False).print(table)
+
+
+def print_fit(report: dict[str, Any]) -> None:
+    """Print what `fit_report` returned."""
+    console = Console(highlight=False)
+    many = report["tensor_parallel"]
+    each = f" on each of {many} devices" if many > 1 else ""
+    title = (
+        f"{report['model']} in {size(report['memory_bytes'])}{each} at the speed of "
+        f"{report['device']}, {report['context']:,} tokens, by {report['optimize']}: "
+        f"{len(report['recipes'])} of {report['fitting']} recipes that fit"
+    )
+    numbers = _table(title, "", "recipe", "batch", "tokens/s", "a token", "weights", "KV a token")
+    numbers.columns[1].justify, numbers.columns[1].no_wrap = "left", False
+    costs = _table("What they cost, and how they are made", "", "quality", "standing")
+    for number, recipe in enumerate(report["recipes"], start=1):
+        numbers.add_row(
+            str(number),
+            recipe["recipe"],
+            f"{recipe['batch']:,}",
+            f"{recipe['tokens_per_s']:,.4g}",
+            seconds(recipe["seconds_per_token"]),
+            size(recipe["weight_bytes"]),
+            size(recipe["kv_bytes_per_token"]),
+        )
+        costs.add_row(str(number), recipe["quality"], recipe["standing"])
+    for column in costs.columns[1:]:
+        column.justify, column.no_wrap = "left", False
+    console.print(numbers)
+    console.print(costs)
+    sources = sorted({r["results"] for r in report["recipes"] if r["results"]})
+    notes = [*report["notes"], *(f"quality is from {source}" for source in sources)]
+    if any(recipe["standing"] == "costly" for recipe in report["recipes"]):
+        notes.append(
+            f"'costly' is a perplexity of more than {report['max_loss']:g} times the original's"
+        )
+    for note in notes:
+        console.print(f"Note: {note}.", soft_wrap=True)
+    for number, recipe in enumerate(report["recipes"], start=1):
+        for command in recipe["commands"]:
+            console.print(f"{number}:  {command}", soft_wrap=True, markup=False)
+
+
+def print_calibration(report: dict[str, Any]) -> None:
+    """Print what `calibrate` returned."""
+    console = Console(highlight=False)
+    reached = report["reached"]
+    rows = {
+        "copies": rate(report["copy_bytes_per_s"]) + ", read and written",
+        "multiplies matrices": f"{flops(report['matmul_flops_per_s'])}/s in {report['dtype']}",
+    }
+    for kind, found in reached.items():
+        rows[f"a step on {kind}"] = (
+            f"reads {rate(found['bandwidth'])}, prefill {flops(found['matmul'])}/s, "
+            f"{seconds(found['overhead_s'])} a step on top for {report['layers']} layers"
+        )
+    rows["kernels"] = report["kernels"]
+    if "saved" in report:
+        rows["saved"] = f"{report['saved']}; use it as --device {report['saved']}"
+    print_pairs(f"{report['device']}, {report['threads']} threads", rows)
+    title = (
+        f"{report['model']}, {report['weights']} weights, head {report['head']}, batch "
+        f"{report['batch']}, {report['context']:,} + {report['new_tokens']:,} tokens"
+    )
+    columns = ("measured", "by the data sheet", "error", "calibrated", "error")
+    table = _table(title, "", *columns)
+    for name, found in report["compared"].items():
+        table.add_row(
+            name,
+            seconds(found["measured_s"]),
+            *_predicted(found["uncalibrated_s"], found["uncalibrated_error"]),
+            *_predicted(found["calibrated_s"], found["calibrated_error"]),
+        )
+    console.print(table)
+    for note in report["notes"]:
+        console.print(f"Note: {note}.", soft_wrap=True)
+
+
+def _predicted(value: float | None, error: float | None) -> tuple[str, str]:
+    if value is None or error is None:
+        return "not known", ""
+    return seconds(value), f"{error:+.0%}"
 
 
 def _table(title: str, first: str, *others: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column(first)
     for name in others:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
