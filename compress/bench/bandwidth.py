@@ -18,11 +18,17 @@ def read_bandwidth(size: int) -> float:
     return numbers.nbytes / _best(lambda: numbers.sum())
 
 
-def copy_bandwidth(size: int = LARGE) -> float:
-    """Bytes/s of a copy of `size` bytes, which count twice: read and written."""
-    source = torch.ones(max(size // 4, 1))
+def copy_bandwidth(size: int = LARGE, device: torch.device | None = None) -> float:
+    """Bytes/s of a copy of `size` bytes on a device, which count twice: read and written."""
+    source = torch.ones(max(size // 4, 1), device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _best(lambda: target.copy_(source))
+
+    def copy() -> None:
+        target.copy_(source)
+        if source.is_cuda:
+            torch.cuda.synchronize(source.device)
+
+    return 2 * source.nbytes / _best(copy)
 
 
 def _best(work: Callable[[], object]) -> float:

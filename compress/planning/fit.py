@@ -134,7 +134,7 @@ class Proposal:
         if self.recipe.bits == 16:
             said = "" if unknown else "as it is"
         elif self.quality is None:
-            said = f"unknown ({self.recipe.weights})"
+            said = f"{self.recipe.weights}: unknown"
         else:
             where = "" if self.own else f", on {self.quality.model}"
             said = f"perplexity x{self.quality.perplexity_ratio:.3f}{where}"

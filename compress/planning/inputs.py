@@ -52,7 +52,7 @@ def shape_of_text(text: str) -> tuple[ModelShape, list[str]]:
         raise InputError(f"--shape heads={heads} is no multiple of kv-heads={kv_heads}")
     ffn = number("ffn", -(-8 * hidden // 3 // 256) * 256, "8/3 of hidden, rounded up to 256s")
     vocab = number("vocab", 32_000, "Llama 2's")
-    context = number("max-context", LARGEST, "no limit")
+    context = number("max-context") if "max-context" in given else LARGEST
     window = number("window") if "window" in given else None
     shape = ModelShape(
         name=text,

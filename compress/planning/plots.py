@@ -10,6 +10,7 @@ from typing import Any
 from compress.core.errors import InputError, reason_of
 from compress.core.files import replacing
 from compress.planning.case import Case
+from compress.planning.tables import digits
 from compress.roofline import device_intensity
 
 MOST_DOUBLINGS = 10  # up to batch 1,024
@@ -76,7 +77,8 @@ def _plot_memory(axes: Any, cases: list[Case]) -> None:
     }
     for name, values in heights.items():
         if any(values):
-            axes.bar(places, values, bottom=below, label=name, color=COLOURS[name])
+            label = "KV" if name == "kv" else name
+            axes.bar(places, values, bottom=below, label=label, color=COLOURS[name])
             below = [a + b for a, b in zip(below, values, strict=True)]
     axes.axhline(cases[0].device.memory / 1e9, color="black", linestyle="--", label="capacity")
     axes.set_xticks(list(places), [str(case.load.batch) for case in cases], rotation=60)
@@ -98,6 +100,6 @@ def _plot_roofline(axes: Any, case: Case) -> None:
     )
     for name, (work, timing) in points.items():
         reached = work.total_flops / timing.seconds / 1e12
-        axes.plot(work.intensity, reached, "o", label=f"{name}: {work.intensity:,.3g} FLOP a byte")
+        axes.plot(work.intensity, reached, "o", label=f"{name}: {digits(work.intensity)} FLOP a byte")
     axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="TFLOP/s", title="Roofline")
     axes.legend()

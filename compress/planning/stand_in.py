@@ -76,15 +76,7 @@ def measure_reached(
 
 def _time(decoder: Any, device: torch.device) -> tuple[float, float]:
     """Median seconds of a decode step of one sequence, and of a prefill of PREFILL tokens."""
-    longest = PREFILL + STEPS
-    blocks = -(-longest // decoder.block_size)
-    engine = Engine(
-        decoder,
-        blocks,
-        max_tokens_per_step=MOST_TOKENS[device.type],
-        max_sequences=1,
-        prefix_caching=False,
-    )
+    engine = engine_on(decoder, device, 1, PREFILL + STEPS)
     steps, prefills = [], []
     for _ in range(ROUNDS):
         run = run_once(engine, [list(range(PROMPT))], Shape(PROMPT, STEPS))
@@ -92,6 +84,17 @@ def _time(decoder: Any, device: torch.device) -> tuple[float, float]:
         prompt = [number % VOCAB for number in range(PREFILL)]
         prefills.append(run_once(engine, [prompt], Shape(PREFILL, 2)).prefill)
     return statistics.median(steps), min(prefills)
+
+
+def engine_on(decoder: Any, device: torch.device, sequences: int, tokens: int) -> Engine:
+    """An engine for so many sequences of so many tokens, that finds no prefix again."""
+    return Engine(
+        decoder,
+        sequences * -(-tokens // decoder.block_size),
+        max_tokens_per_step=MOST_TOKENS[device.type],
+        max_sequences=sequences,
+        prefix_caching=False,
+    )
 
 
 def _random_decoder(

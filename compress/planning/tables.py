@@ -200,12 +200,12 @@ def print_calibration(report: dict[str, Any]) -> None:
     rows["kernels"] = report["kernels"]
     if "saved" in report:
         rows["saved"] = f"{report['saved']}; use it as --device {report['saved']}"
-    print_pairs(f"{report['device']}, {report['threads']} threads", rows)
+    print_pairs(report["device"], rows)
     title = (
         f"{report['model']}, {report['weights']} weights, head {report['head']}, batch "
         f"{report['batch']}, {report['context']:,} + {report['new_tokens']:,} tokens"
     )
-    columns = ("measured", "by the data sheet", "error", "calibrated", "error")
+    columns = ("measured", "uncalibrated", "error", "calibrated", "error")
     table = _table(title, "", *columns)
     for name, found in report["compared"].items():
         table.add_row(
@@ -237,7 +237,7 @@ def size(count: float) -> str:
     """Bytes to three digits: `26.9 GB`, `141 kB`."""
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
         if count >= unit:
-            return f"{_digits(count / unit)} {name}"
+            return f"{digits(count / unit)} {name}"
     return in_words(count) if count >= 1e3 else f"{count:g} B"
 
 
@@ -250,8 +250,8 @@ def flops(count: float) -> str:
     """`26.5 GFLOP`."""
     for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G")):
         if count >= unit:
-            return f"{_digits(count / unit)} {name}FLOP"
-    return f"{_digits(count / 1e6)} MFLOP"
+            return f"{digits(count / unit)} {name}FLOP"
+    return f"{digits(count / 1e6)} MFLOP"
 
 
 def rate(count: float) -> str:
@@ -263,10 +263,10 @@ def seconds(count: float) -> str:
     """`8.02 ms`."""
     for unit, name in ((1, "s"), (1e-3, "ms")):
         if count >= unit:
-            return f"{_digits(count / unit)} {name}"
-    return f"{_digits(count * 1e6)} us"
+            return f"{digits(count / unit)} {name}"
+    return f"{digits(count * 1e6)} us"
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three significant digits, without an exponent."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
