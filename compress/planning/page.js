@@ -3,6 +3,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const at = (id) => document.getElementById(id);
   const say = (id, text) => { at(id).textContent = text; };
+  const tell = (id, text, value) => { say(id, text); at(id).value = value; }; // <data>: the number in full
 
   // ---- numbers with units
   const digits = (value) => (value === 0 ? "0" : value.toLocaleString("en", { maximumSignificantDigits: 3 }));
@@ -30,8 +31,8 @@
   const start = data.start;
   const numbers = {
     batch: { stops: doubling(1, 4096), low: 1, high: 1e6, whole: true, unit: "sequences" },
-    context: { stops: doubling(64, Math.max(131072, data.shape.max_context)), low: 1, high: 1e8, whole: true, unit: "tokens" },
-    tokens: { stops: doubling(1, 16384), low: 1, high: 1e8, whole: true, unit: "tokens" },
+    context: { stops: doubling(64, Math.min(1048576, Math.max(131072, data.shape.max_context))), low: 1, high: 1e8, whole: true, unit: "tokens" },
+    tokens: { stops: [0, ...doubling(1, 16384)], low: 0, high: 1e8, whole: true, unit: "tokens" },
     draft: { stops: steps(0, 16, 1), low: 0, high: 64, whole: true, unit: "tokens" },
     acceptance: { stops: steps(0, 1, 0.05), low: 0, high: 1, unit: "of the drafted tokens" },
     cost: { stops: steps(0, 1, 0.05), low: 0, high: 10, unit: "steps" },
@@ -40,7 +41,8 @@
     control.stops = ordered([...control.stops, start[name]]);
   }
   const names = { weights: Object.keys(data.weights), kv: Object.keys(data.kv) };
-  let state;
+  const OWN = data.devices.length; // the device that the user describes
+  let state, saying;
 
   function nearest(stops, value) {
     return stops.reduce((best, stop, n) => (Math.abs(stop - value) < Math.abs(stops[best] - value) ? n : best), 0);
@@ -76,8 +78,8 @@
       say("detail-output", text);
     }
     at("device").value = state.device;
-    at("custom").hidden = state.device !== "custom";
-    say("device-source", state.device === "custom" ? "Your own numbers." : data.devices[state.device].source);
+    at("custom").hidden = state.device !== OWN;
+    say("device-source", state.device === OWN ? "Your own numbers." : chosen().source);
     for (const [name, { get, unit }] of Object.entries(custom)) {
       const input = at(`custom-${name}`);
       if (document.activeElement !== input) input.value = Number((get(state.custom) / unit).toPrecision(9));
@@ -112,9 +114,9 @@
     at("method").addEventListener("input", (event) => change({ method: event.target.value, detail: data.methods[event.target.value].start }));
     at("detail").addEventListener("input", (event) => change({ detail: data.methods[state.method].stops[event.target.value] }));
     at("device").addEventListener("input", (event) => {
-      const device = event.target.value;
-      // a custom device begins as the one that was chosen before it
-      change({ device, ...(device === "custom" ? { custom: completed(chosen()) } : {}) });
+      const device = Number(event.target.value);
+      // a device of one's own begins as the one that was chosen before it
+      change({ device, ...(device === OWN ? { custom: completed(chosen()) } : {}) });
     });
     for (const [name, { unit, set }] of Object.entries(custom)) {
       accept(at(`custom-${name}`), (value) => value > 0, (value) => ({ custom: set(state.custom, value * unit) }));
@@ -133,3 +135,140 @@
     });
     input.addEventListener("blur", () => { input.removeAttribute("aria-invalid"); showControls(); });
   }
+
+  // ---- results
+
+  function completed(device) {
+    const rates = Object.fromEntries(data.rates.map((name) => [name, plan.rateOf(device, name)]));
+    return { ...device, rates };
+  }
+
+  function chosen() {
+    return state.device === OWN ? state.custom : data.devices[state.device];
+  }
+
+  // The state in the terms of `plan.predict`.
+  function setup() {
+    const precision = { ...data.precision, ...data.weights[state.weights], kv: data.kv[state.kv] };
+    const shape = plan.withMethod(data.shape, state.method, state.detail);
+    return { ...state, shape, precision, device: chosen() };
+  }
+
+  const limits = { memory: "memory bandwidth", compute: "compute", overhead: "overhead of a step" };
+
+  function show() {
+    const given = setup(), { device, precision, shape } = given, found = plan.predict(given);
+    showFacts(given, found);
+    showMemory(given, found);
+    showRoofline(device, precision, found);
+    showParts(found);
+    clearTimeout(saying); // read out once a slider rests, not at each of its steps
+    saying = setTimeout(() => say("said", summary(given, found, shape)), 300);
+  }
+
+  function summary({ batch, context, tokens, device }, { memory, latency, throughput, steps }, shape) {
+    const fits = memory.free >= 0
+      ? `It fits: ${bytes(memory.total)} of ${bytes(device.memory)}.`
+      : `It does not fit: it needs ${bytes(memory.total)}, the device has ${bytes(device.memory)}; the times are as if it did.`;
+    const long = context + tokens > shape.max_context
+      ? ` ${whole(context + tokens)} tokens are more than the model was made for (${whole(shape.max_context)}).` : "";
+    return `${fits} ${seconds(latency)} a token, ${rate(throughput)}. Most of the time of decode goes to ` +
+      `${limits[steps.decode.limit]}, of prefill to ${limits[steps.prefill.limit]}.${long}`;
+  }
+
+  function showFacts({ batch, context, tokens, draft, acceptance }, found) {
+    const { steps } = found;
+    tell("latency", seconds(found.latency), found.latency);
+    say("latency-note", draft === 0 ? "one decode step" : `${digits(found.speedup)}x by drafts, ` +
+      `${digits(plan.expectedTokens(acceptance, draft))} tokens a pass`);
+    tell("throughput", rate(found.throughput), found.throughput);
+    say("throughput-note", batch === 1 ? "of the one sequence" : `of ${whole(batch)} sequences, ${rate(found.throughput / batch)} each`);
+    tell("first", seconds(found.first), found.first);
+    say("first-note", batch === 1 ? `prefill of ${whole(context)} tokens` : `prefill of ${whole(batch)} x ${whole(context)} tokens`);
+    tell("answer", seconds(found.answer), found.answer);
+    say("answer-note", `prefill and ${whole(tokens)} new tokens`);
+    tell("largest", whole(found.largest), found.largest);
+    say("largest-note", found.largest === 0 ? "not even one sequence" : `of ${whole(context + tokens)} tokens each`);
+    at("largest-note").className = found.largest < batch ? "warn" : "";
+    tell("limit", limits[steps.decode.limit], steps.decode.limit);
+    say("limit-note", `${share(steps.decode.share)} of a step; prefill: ${limits[steps.prefill.limit]}, ${share(steps.prefill.share)}`);
+  }
+
+  function showMemory({ batch, context, tokens, device }, found) {
+    const { weights, kv, total, free } = found.memory, capacity = device.memory;
+    const fits = free >= 0 ? `${bytes(free)} free of ${bytes(capacity)}` : `${bytes(-free)} too much for ${bytes(capacity)}`;
+    draw.bar(at("bar"), { weights, kv, capacity }, `Weights ${bytes(weights)}, KV cache ${bytes(kv)}: ${fits}.`);
+    tell("bar-weights", `${bytes(weights)}, ${share(weights / capacity)}`, weights);
+    tell("bar-kv", `${bytes(kv)}, ${share(kv / capacity)}`, kv);
+    tell("bar-free", fits, free);
+    at("bar-free").className = free >= 0 ? "" : "warn";
+    say("kv-note", `${whole(found.parameters)} parameters. KV: ${bytes(found.kvPerToken)} a token, ` +
+      `${bytes(found.kvPerSequence)} a sequence of ${whole(context + tokens)} tokens.`);
+    const { largest, kvPerSequence } = found;
+    draw.growth(at("growth"), { weights, kv: kvPerSequence, capacity, batch, largest },
+      `Memory over batch: ${bytes(weights)} of weights and ${bytes(kvPerSequence)} a sequence; ` +
+      `${whole(largest)} sequences fit into ${bytes(capacity)}.`);
+    say("growth-capacity", `capacity ${bytes(capacity)}, reached after ${whole(largest)} sequences`);
+    say("growth-here", `now: ${whole(batch)} ${batch === 1 ? "sequence" : "sequences"}, ${bytes(total)}`);
+  }
+
+  function showRoofline(device, precision, { works, steps }) {
+    const top = plan.rateOf(device, precision.compute), { bandwidth, matmul } = device.efficiency;
+    const roofs = [{ rate: top, bandwidth: device.bandwidth }];
+    if (bandwidth !== 1 || matmul !== 1) {
+      roofs.push({ rate: top * matmul, bandwidth: device.bandwidth * bandwidth, measured: true });
+    }
+    const points = ["prefill", "decode"].map((name) => {
+      const flops = plan.sum(works[name].flops), moved = plan.sum(works[name].bytes);
+      return { name, intensity: flops / moved, attained: flops / steps[name].seconds };
+    });
+    const told = points.map((p) => `${digits(p.intensity)} FLOPs a byte, ${si("FLOP/s")(p.attained)}`);
+    const even = `Roof: ${si("B/s")(device.bandwidth)}, ${si("FLOP/s")(top)} (${precision.compute}); ` +
+      `the limit changes at ${digits(top / device.bandwidth)} FLOPs a byte`;
+    draw.roofline(at("roofline"), { roofs, points }, `${even}. Prefill: ${told[0]}. Decode: ${told[1]}.`);
+    say("roofline-prefill", told[0]);
+    say("roofline-decode", told[1]);
+    say("roofline-even", even + (roofs.length > 1 ? "; dashed: what was measured of it" : ""));
+  }
+
+  function showParts({ works, steps }) {
+    const rows = [];
+    for (const name of ["prefill", "decode"]) {
+      const work = works[name];
+      for (const [part, { seconds: time, limit }] of Object.entries(steps[name].parts)) {
+        const flops = work.flops[part] ?? 0, moved = work.bytes[part] ?? 0;
+        rows.push([`${name}: ${part.replace("_", " ")}`, si("FLOP")(flops), bytes(moved),
+          moved ? digits(flops / moved) : "", seconds(time), limit]);
+      }
+    }
+    const body = document.querySelector("#parts tbody");
+    body.replaceChildren(...rows.map((cells) => {
+      const row = document.createElement("tr");
+      row.append(...cells.map((text, n) => {
+        const cell = document.createElement(n ? "td" : "th");
+        if (n === 0) cell.scope = "row";
+        else if (n < 5) cell.className = "n";
+        cell.textContent = text;
+        return cell;
+      }));
+      return row;
+    }));
+  }
+
+  // ---- beginning
+
+  function begin() {
+    return { ...start, method: "model", detail: null, custom: completed(data.devices[start.device]) };
+  }
+
+  function options(id, entries) {
+    at(id).append(...entries.map(([value, label]) => new Option(label, value)));
+  }
+
+  options("method", Object.entries(data.methods).map(([name, { title }]) => [name, title]));
+  options("device", [...data.devices.map(({ name }, n) => [n, name]), [OWN, "custom"]]);
+  state = begin();
+  listen();
+  showControls();
+  show();
+})();
