@@ -115,17 +115,23 @@ const draw = (() => {
         add(svg, "rect", { class: mark.name, x: mark.x - 6, y: mark.y - 6, width: 12, height: 12 });
       } else add(svg, "circle", { class: mark.name, cx: mark.x, cy: mark.y, r: 6.5 });
     }
-    // A label stands below its point, inside the plot; the second gives way to the first.
-    let taken = null;
+    // A label stands below its point and to its right, where the roof is not; else where there is room.
+    const taken = marks.map((mark) => ({ left: mark.x - 8, right: mark.x + 8, top: mark.y - 8, bottom: mark.y + 8 }));
     for (const mark of marks) {
-      const half = 24;
-      const at = Math.min(Math.max(mark.x, LEFT + half), width - RIGHT - half);
-      let base = mark.y + 22;
-      if (taken && Math.abs(taken.at - at) < 2 * half && Math.abs(taken.base - base) < 16) base = taken.base + 16;
-      if (base > height - BOTTOM - 4) base = mark.y - 12;
-      add(svg, "text", { x: at, y: base, "text-anchor": "middle" }, mark.name);
-      taken = { at, base };
+      const places = [10, -24, -58].flatMap((aside) => [8, 24, 40].map((down) => box(mark.x + aside, mark.y + down)));
+      const free = places.find((place) => !taken.some((other) => meet(place, other)) && place.left >= LEFT &&
+        place.right <= width - RIGHT && place.bottom <= height - BOTTOM) ?? box(mark.x - 58, mark.y - 26);
+      add(svg, "text", { x: free.left, y: free.bottom - 4 }, mark.name);
+      taken.push(free);
     }
+  }
+
+  function box(left, top) {
+    return { left, right: left + 48, top, bottom: top + 16 };
+  }
+
+  function meet(a, b) {
+    return a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
   }
 
   return { bar, growth, roofline };

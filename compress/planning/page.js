@@ -162,6 +162,7 @@
     showMemory(given, found);
     showRoofline(device, precision, found);
     showParts(found);
+    say("strip", `${seconds(found.latency)} a token · ${rate(found.throughput)} · ${bytes(found.memory.total)} of ${bytes(device.memory)}`);
     clearTimeout(saying); // read out once a slider rests, not at each of its steps
     saying = setTimeout(() => say("said", summary(given, found, shape)), 300);
   }
@@ -231,28 +232,30 @@
     say("roofline-even", even + (roofs.length > 1 ? "; dashed: what was measured of it" : ""));
   }
 
+  const partNames = { attention_projections: "attention's linears", mlp: "MLP" };
+
   function showParts({ works, steps }) {
-    const rows = [];
-    for (const name of ["prefill", "decode"]) {
-      const work = works[name];
+    at("parts").tBodies[1]?.remove();
+    at("parts").tBodies[0]?.remove();
+    for (const [name, title] of [["prefill", "Prefill"], ["decode", "Decode step"]]) {
+      const body = at("parts").createTBody(), work = works[name];
+      const row = (cells) => {
+        const line = body.insertRow();
+        cells.forEach((text, n) => {
+          const cell = document.createElement(n ? "td" : "th");
+          if (n === 0) Object.assign(cell, cells.length > 1 ? { scope: "row" } : { scope: "rowgroup", colSpan: 6 });
+          if (n > 0 && n < 5) cell.className = "n";
+          cell.textContent = text;
+          line.append(cell);
+        });
+      };
+      row([title]);
       for (const [part, { seconds: time, limit }] of Object.entries(steps[name].parts)) {
-        const flops = work.flops[part] ?? 0, moved = work.bytes[part] ?? 0;
-        rows.push([`${name}: ${part.replace("_", " ")}`, si("FLOP")(flops), bytes(moved),
-          moved ? digits(flops / moved) : "", seconds(time), limit]);
+        const flops = work.flops[part], moved = work.bytes[part], has = moved > 0;
+        row([partNames[part] ?? part, has ? si("FLOP")(flops) : "", has ? bytes(moved) : "",
+          has ? digits(flops / moved) : "", seconds(time), limit]);
       }
     }
-    const body = document.querySelector("#parts tbody");
-    body.replaceChildren(...rows.map((cells) => {
-      const row = document.createElement("tr");
-      row.append(...cells.map((text, n) => {
-        const cell = document.createElement(n ? "td" : "th");
-        if (n === 0) cell.scope = "row";
-        else if (n < 5) cell.className = "n";
-        cell.textContent = text;
-        return cell;
-      }));
-      return row;
-    }));
   }
 
   // ---- beginning
