@@ -25,11 +25,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from compress.core.files import write_text
-from compress.devices import DEVICES
+from compress.devices import COMPUTE, DEVICES, this_cpu
 from compress.roofline import Device, ModelShape, Precision, bits, parameters, precision
 
 SCRIPTS = ("formulas.js", "draw.js", "page.js")
-RATES = ("bf16", "fp8", "int8")
 WEIGHTS = ("bf16", "fp8", "w8a8", "int8", "int4", "int3", "int2")
 KV = ("bf16", "fp8", "int8", "int4")
 RANKS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # of MLA's latents
@@ -72,7 +71,7 @@ def write_page(
 
 
 def page_html(shape: ModelShape, precision: Precision, device: Device, load: Load) -> str:
-    """The page as text, a pure function of its arguments."""
+    """The page as text: a function of its arguments and, as one of the devices, of this processor."""
     here = files("compress.planning")
     text = {
         name: here.joinpath(name).read_text(encoding="utf-8")
@@ -85,9 +84,9 @@ def page_html(shape: ModelShape, precision: Precision, device: Device, load: Loa
     )
     return environment.from_string(text["page.html.jinja"]).render(
         shape=shape,
-        total=sum(asdict(parameters(shape)).values()),
+        total=parameters(shape).total,
         method=_as_it_is(shape),
-        rates=RATES,
+        rates=COMPUTE,
         style=text["page.css"],
         script=script,
         script_hash=f"sha256-{digest}",
@@ -116,7 +115,7 @@ def _facts(
     kv_name = next((n for n, b in kv.items() if b == chosen.kv), f"{chosen.kv:g} bits")
     weights.setdefault(weights_name, chosen)
     kv.setdefault(kv_name, chosen.kv)
-    devices = [d for name, d in DEVICES.items() if name != device.name]
+    devices = [d for d in (*DEVICES.values(), this_cpu()) if d.name != device.name]
     return {
         "shape": asdict(shape),
         "precision": asdict(chosen),
@@ -127,7 +126,7 @@ def _facts(
         "kv": dict(sorted(kv.items(), key=lambda item: -item[1])),
         "methods": _methods(shape),
         "devices": [_device(d) for d in (device, *devices)],
-        "rates": RATES,
+        "rates": COMPUTE,
         "start": {
             "batch": load.batch,
             "context": load.context,
