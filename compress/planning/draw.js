@@ -1,7 +1,7 @@
 // The three charts, drawn to the width that they have: text keeps its size on a narrow screen.
 const draw = (() => {
   const SVG = "http://www.w3.org/2000/svg";
-  const LEFT = 56, RIGHT = 12, TOP = 24, BOTTOM = 40; // room around a plot, px
+  const LEFT = 56, RIGHT = 12, TOP = 24, BOTTOM = 46; // room around a plot, px
 
   function add(parent, tag, attributes, text) {
     const node = document.createElementNS(SVG, tag);
@@ -31,9 +31,16 @@ const draw = (() => {
     return Array.from({ length: Math.floor(top / step + 1e-9) + 1 }, (_, n) => n * step);
   }
 
-  function decades(low, high) {
-    return Array.from({ length: high - low + 1 }, (_, n) => low + n);
+  // Exponents from low to high, so many that each has room.
+  function decades(low, high, room) {
+    const by = Math.ceil(((high - low) * 40) / room);
+    return Array.from({ length: Math.floor((high - low) / by) + 1 }, (_, n) => low + n * by);
   }
+
+  const PREFIXES = ["", "k", "M", "G", "T", "P", "E", "Z", "Y"];
+  const level = (value) => Math.max(0, Math.min(8, Math.floor(Math.log10(value) / 3 + 1e-9)));
+  const round = (value) => Number(value.toPrecision(6));
+  const short = (value) => (value < 1e3 ? String(round(value)) : `${round(value / 1e3 ** level(value))}${PREFIXES[level(value)]}`);
 
   // One bar: weights, then KV, in the frame of the device's capacity.
   function bar(svg, { weights, kv, capacity }, title) {
@@ -55,9 +62,9 @@ const draw = (() => {
       line(svg, "grid", [[at, TOP], [at, height - BOTTOM]]);
       const anchor = at > width - RIGHT - 16 ? "end" : "middle";
       const right = anchor === "end" ? width : at;
-      add(svg, "text", { class: "axis", x: right, y: height - BOTTOM + 16, "text-anchor": anchor }, text);
+      add(svg, "text", { class: "axis", x: right, y: height - BOTTOM + 20, "text-anchor": anchor }, text);
     }
-    add(svg, "text", { class: "axis", x: 0, y: 12 }, labels.y);
+    add(svg, "text", { class: "axis", x: 2, y: 12 }, labels.y);
     add(svg, "text", { class: "axis", x: (LEFT + width - RIGHT) / 2, y: height - 6, "text-anchor": "middle" }, labels.x);
   }
 
@@ -68,16 +75,15 @@ const draw = (() => {
     const top = 1.08 * Math.max(capacity, weights + kv * last);
     const x = (n) => LEFT + ((width - LEFT - RIGHT) * n) / last;
     const y = (bytes) => TOP + (height - TOP - BOTTOM) * (1 - bytes / top);
-    const unit = [1e12, 1e9, 1e6, 1e3].find((n) => top >= n) ?? 1;
-    const name = { 1e12: "TB", 1e9: "GB", 1e6: "MB", 1e3: "kB", 1: "bytes" }[unit];
+    const unit = 1e3 ** level(top), name = unit === 1 ? "bytes" : `${PREFIXES[level(top)]}B`;
     const right = width - RIGHT, floor = y(0);
     const polygon = (cls, points) => add(svg, "polygon", { class: cls, points: points.join(" ") });
     polygon("weights", [[LEFT, floor], [LEFT, y(weights)], [right, y(weights)], [right, floor]]);
     polygon("kv", [[LEFT, y(weights)], [right, y(weights + kv * last)], [right, y(weights)]]);
     axes(
       svg, width, height,
-      ticks(last, width < 480 ? 4 : 8).map((n) => [x(n), n.toLocaleString("en")]),
-      ticks(top / unit, 4).map((n) => [y(n * unit), String(Number(n.toPrecision(6)))]),
+      ticks(last, width < 480 ? 4 : 8).map((n) => [x(n), short(n)]),
+      ticks(top / unit, 4).map((n) => [y(n * unit), String(round(n))]),
       { x: "batch B (sequences)", y: name },
     );
     line(svg, "capacity", [[LEFT, y(capacity)], [right, y(capacity)]]);
@@ -97,12 +103,10 @@ const draw = (() => {
     const highY = Math.ceil(log(peak) + 0.1);
     const x = (v) => LEFT + ((width - LEFT - RIGHT) * (log(v) - lowX)) / (highX - lowX);
     const y = (v) => TOP + ((height - TOP - BOTTOM) * (highY - log(v))) / (highY - lowY);
-    const plain = (n) => (n >= 1e4 ? `${n / 1e3}k` : String(n));
-    const prefix = (e) => `${10 ** (((e % 3) + 3) % 3)} ${["", "k", "M", "G", "T", "P", "E"][Math.floor(e / 3)] ?? `e${e}`}`;
     axes(
       svg, width, height,
-      decades(lowX, highX).map((e) => [x(10 ** e), plain(Number((10 ** e).toPrecision(1)))]),
-      decades(lowY, highY).map((e) => [y(10 ** e), prefix(e)]),
+      decades(lowX, highX, width - LEFT - RIGHT).map((e) => [x(10 ** e), short(10 ** e)]),
+      decades(lowY, highY, height).map((e) => [y(10 ** e), short(10 ** e)]),
       { x: "FLOPs a byte", y: "FLOP/s" },
     );
     roofs.forEach(({ rate, bandwidth, measured }, n) => {

@@ -12,9 +12,9 @@
     const [size, name] = units.find(([size]) => value >= size * 0.9995) ?? units.at(-1);
     return `${digits(value / size)} ${name}`;
   }
-  const prefixes = [[1e18, "E"], [1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"], [1, ""]];
+  const prefixes = [[1e24, "Y"], [1e21, "Z"], [1e18, "E"], [1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"], [1, ""]];
   const si = (unit) => (value) => scaled(value, prefixes.map(([size, prefix]) => [size, prefix + unit]));
-  const bytes = (value) => scaled(value, [...prefixes.slice(2, -1).map(([size, prefix]) => [size, `${prefix}B`]), [1, "bytes"]]);
+  const bytes = (value) => scaled(value, [...prefixes.slice(0, -1).map(([size, prefix]) => [size, `${prefix}B`]), [1, "bytes"]]);
   const seconds = (value) => scaled(value, [[3600, "h"], [60, "min"], [1, "s"], [1e-3, "ms"], [1e-6, "µs"]]);
   const rate = (value) => scaled(value, [[1, "tokens/s"]]);
   const share = (value) => `${digits(100 * value)} %`;
