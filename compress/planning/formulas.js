@@ -164,13 +164,14 @@ window.plan = (() => {
   // ---- time
 
   // Each part at max(bytes / bandwidth, FLOPs / rate); attention computes in 16 bits.
-  function timeOf(work, device, precision) {
+  function timeOf(work, device, precision, linked = 0) {
     const { bandwidth, matmul, overhead } = device.efficiency, parts = {}, spent = {};
     for (const [part, moved] of Object.entries(work.bytes)) {
       const byMemory = moved / (device.bandwidth * bandwidth);
       const byCompute = work.flops[part] / (rateOf(device, part === "attention" ? "bf16" : precision.compute) * matmul);
       parts[part] = { seconds: Math.max(byMemory, byCompute), limit: byCompute > byMemory ? "compute" : "memory" };
     }
+    if (linked) parts.link = { seconds: linked / device.link, limit: "link" };
     if (overhead) parts.overhead = { seconds: overhead, limit: "overhead" };
     for (const { seconds, limit } of Object.values(parts)) spent[limit] = (spent[limit] ?? 0) + seconds;
     const limit = Object.keys(spent).reduce((most, name) => (spent[name] > spent[most] ? name : most));
@@ -179,6 +180,24 @@ window.plan = (() => {
 
   function rateOf(device, compute) {
     return device.rates[compute] ?? device.rates.bf16;
+  }
+
+  // ---- several devices (tensor parallel)
+
+  // What one of `many` holds and computes.
+  function shard(shape, many) {
+    const { heads, kv_heads, ffn, vocab } = shape;
+    const part = { heads: heads / many, kv_heads: Math.max(1, Math.floor(kv_heads / many)), ffn: ffn / many };
+    return { ...shape, ...part, vocab: Math.ceil(vocab / many) };
+  }
+
+  function divides({ heads, kv_heads, ffn }, many) {
+    return heads % many === 0 && ffn % many === 0 && (kv_heads % many === 0 || many % kv_heads === 0);
+  }
+
+  // Bytes that each sends in a step: two all-reduces a layer, and one for the embeddings.
+  function linkBytes(shape, rows, many) {
+    return ((2 * shape.layers + 1) * rows * shape.hidden * 2 * 2 * (many - 1)) / many;
   }
 
   // ---- speculation
@@ -197,26 +216,27 @@ window.plan = (() => {
 
   // ---- all that the page shows of a setting
 
-  function predict({ shape, precision, device, batch, context, tokens, draft, acceptance, cost }) {
-    const time = (work) => timeOf(work, device, precision);
+  function predict({ shape, precision, device, devices, batch, context, tokens, draft, acceptance, cost }) {
+    const part = shard(shape, devices); // memory and work are those of one device
+    const time = (work, rows) => timeOf(work, device, precision, linkBytes(shape, rows, devices));
     // Seconds a token at a context: a step; or drafts, and a pass that checks them, over its tokens.
     const latencyAt = (at) => {
-      const step = time(decode(shape, precision, batch, at)).seconds;
+      const step = time(decode(part, precision, batch, at), batch).seconds;
       if (draft === 0) return step;
-      const check = time(decode(shape, precision, batch, at + draft, draft + 1)).seconds;
+      const check = time(decode(part, precision, batch, at + draft, draft + 1), batch * (draft + 1)).seconds;
       return (check + draft * cost * step) / expectedTokens(acceptance, draft);
     };
-    const works = { prefill: prefill(shape, precision, batch, context), decode: decode(shape, precision, batch, context) };
-    const steps = { prefill: time(works.prefill), decode: time(works.decode) };
+    const works = { prefill: prefill(part, precision, batch, context), decode: decode(part, precision, batch, context) };
+    const steps = { prefill: time(works.prefill, batch * context), decode: time(works.decode, batch) };
     const latency = latencyAt(context), first = steps.prefill.seconds;
-    const held = memory(shape, precision, batch, context + tokens);
+    const held = memory(part, precision, batch, context + tokens);
     return {
       works, steps, latency, first,
       throughput: batch / latency,
       answer: first + tokens * latencyAt(context + Math.floor(tokens / 2)),
       speedup: steps.decode.seconds / latency,
       memory: { ...held, total: held.weights + held.kv, free: device.memory - held.weights - held.kv },
-      largest: largestBatch(shape, precision, device, context + tokens),
+      largest: largestBatch(part, precision, device, context + tokens),
       kvPerToken: kvBytesPerToken(shape, precision),
       kvPerSequence: kvBytes(shape, precision, context + tokens),
       parameters: sum(parameters(shape)),
@@ -224,7 +244,7 @@ window.plan = (() => {
   }
 
   return {
-    decode, expectedTokens, kvBytes, kvBytesPerToken, largestBatch, memory, parameters, predict, prefill,
-    rateOf, speculativeSpeedup, sum, timeOf, weightBytes, withMethod,
+    decode, divides, expectedTokens, kvBytes, kvBytesPerToken, largestBatch, memory, parameters, predict,
+    prefill, rateOf, speculativeSpeedup, sum, timeOf, weightBytes, withMethod,
   };
 })();

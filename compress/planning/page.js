@@ -44,6 +44,12 @@
   const OWN = data.devices.length; // the device that the user describes
   let state, saying;
 
+  // How many devices can share the model as it now is, over the link that the device has.
+  function sharing() {
+    const shape = plan.withMethod(data.shape, state.method, state.detail);
+    return data.devices_together.filter((many) => many === 1 || (chosen().link > 0 && plan.divides(shape, many)));
+  }
+
   function nearest(stops, value) {
     return stops.reduce((best, stop, n) => (Math.abs(stop - value) < Math.abs(stops[best] - value) ? n : best), 0);
   }
@@ -60,10 +66,15 @@
       const slider = at(name), bits = name === "kv" ? data.kv[state.kv] : data.weights[state.weights].weights;
       slider.max = list.length - 1;
       slider.value = list.indexOf(state[name]);
-      const text = state[name] === `${bits} bits` ? state[name] : `${state[name]}, ${digits(bits)} bits`;
+      const text = state[name].endsWith(" bits") ? state[name] : `${state[name]}, ${bits} bits`;
       say(`${name}-output`, text);
       slider.setAttribute("aria-valuetext", text);
     }
+    const together = sharing(), many = `${state.devices} ${state.devices === 1 ? "device" : "devices"}`;
+    Object.assign(at("devices"), { max: together.length - 1, disabled: together.length === 1 });
+    at("devices").value = together.indexOf(state.devices);
+    at("devices").setAttribute("aria-valuetext", many);
+    say("devices-output", many);
     const method = data.methods[state.method], slider = at("detail");
     at("method").value = state.method;
     at("detail-control").hidden = method.stops.length === 0;
@@ -90,6 +101,7 @@
   const custom = {
     memory: { unit: 1e9, get: (d) => d.memory, set: (d, v) => ({ ...d, memory: v }) },
     bandwidth: { unit: 1e9, get: (d) => d.bandwidth, set: (d, v) => ({ ...d, bandwidth: v }) },
+    link: { unit: 1e9, get: (d) => d.link ?? 0, set: (d, v) => ({ ...d, link: v }) },
   };
   for (const name of data.rates) {
     custom[name] = { unit: 1e12, get: (d) => d.rates[name], set: (d, v) => ({ ...d, rates: { ...d.rates, [name]: v } }) };
@@ -97,6 +109,7 @@
 
   function change(update) {
     state = { ...state, ...update };
+    state.devices = sharing().findLast((many) => many <= state.devices);
     showControls();
     show();
   }
@@ -113,13 +126,14 @@
     }
     at("method").addEventListener("input", (event) => change({ method: event.target.value, detail: data.methods[event.target.value].start }));
     at("detail").addEventListener("input", (event) => change({ detail: data.methods[state.method].stops[event.target.value] }));
+    at("devices").addEventListener("input", (event) => change({ devices: sharing()[event.target.value] }));
     at("device").addEventListener("input", (event) => {
       const device = Number(event.target.value);
       // a device of one's own begins as the one that was chosen before it
       change({ device, ...(device === OWN ? { custom: completed(chosen()) } : {}) });
     });
     for (const [name, { unit, set }] of Object.entries(custom)) {
-      accept(at(`custom-${name}`), (value) => value > 0, (value) => ({ custom: set(state.custom, value * unit) }));
+      accept(at(`custom-${name}`), (value) => value > 0 || (value === 0 && name === "link"), (value) => ({ custom: set(state.custom, value * unit) }));
     }
     at("controls").addEventListener("reset", (event) => { event.preventDefault(); change(begin()); });
     at("controls").addEventListener("submit", (event) => event.preventDefault());
@@ -154,7 +168,9 @@
     return { ...state, shape, precision, device: chosen() };
   }
 
-  const limits = { memory: "memory bandwidth", compute: "compute", overhead: "overhead of a step" };
+  const limits = {
+    memory: "memory bandwidth", compute: "compute", link: "the link between devices", overhead: "overhead of a step",
+  };
 
   function show() {
     const given = setup(), { device, precision, shape } = given, found = plan.predict(given);
@@ -167,10 +183,11 @@
     saying = setTimeout(() => say("said", summary(given, found, shape)), 300);
   }
 
-  function summary({ batch, context, tokens, device }, { memory, latency, throughput, steps }, shape) {
+  function summary({ context, tokens, device, devices }, { memory, latency, throughput, steps }, shape) {
+    const each = devices > 1 ? " on each device" : "";
     const fits = memory.free >= 0
-      ? `It fits: ${bytes(memory.total)} of ${bytes(device.memory)}.`
-      : `It does not fit: it needs ${bytes(memory.total)}, the device has ${bytes(device.memory)}; the times are as if it did.`;
+      ? `It fits: ${bytes(memory.total)} of ${bytes(device.memory)}${each}.`
+      : `It does not fit: it needs ${bytes(memory.total)} of ${bytes(device.memory)}${each}; the times are as if it did.`;
     const long = context + tokens > shape.max_context
       ? ` ${whole(context + tokens)} tokens are more than the model was made for (${whole(shape.max_context)}).` : "";
     return `${fits} ${seconds(latency)} a token, ${rate(throughput)}. Most of the time of decode goes to ` +
@@ -180,8 +197,9 @@
   function showFacts({ batch, context, tokens, draft, acceptance }, found) {
     const { steps } = found;
     tell("latency", seconds(found.latency), found.latency);
-    say("latency-note", draft === 0 ? "one decode step" : `${digits(found.speedup)}x by drafts, ` +
-      `${digits(plan.expectedTokens(acceptance, draft))} tokens a pass`);
+    say("latency-note", draft === 0 ? "one decode step"
+      : `with drafts ${digits(Math.max(found.speedup, 1 / found.speedup))}x as ${found.speedup < 1 ? "slow" : "fast"}, ` +
+        `${digits(plan.expectedTokens(acceptance, draft))} tokens a pass`);
     tell("throughput", rate(found.throughput), found.throughput);
     say("throughput-note", batch === 1 ? "of the one sequence" : `of ${whole(batch)} sequences, ${rate(found.throughput / batch)} each`);
     tell("first", seconds(found.first), found.first);
@@ -195,7 +213,7 @@
     say("limit-note", `${share(steps.decode.share)} of a step; prefill: ${limits[steps.prefill.limit]}, ${share(steps.prefill.share)}`);
   }
 
-  function showMemory({ batch, context, tokens, device }, found) {
+  function showMemory({ batch, context, tokens, device, devices }, found) {
     const { weights, kv, total, free } = found.memory, capacity = device.memory;
     const fits = free >= 0 ? `${bytes(free)} free of ${bytes(capacity)}` : `${bytes(-free)} too much for ${bytes(capacity)}`;
     draw.bar(at("bar"), { weights, kv, capacity }, `Weights ${bytes(weights)}, KV cache ${bytes(kv)}: ${fits}.`);
@@ -205,9 +223,10 @@
     at("bar-free").className = free >= 0 ? "" : "warn";
     say("kv-note", `${whole(found.parameters)} parameters. KV: ${bytes(found.kvPerToken)} a token, ` +
       `${bytes(found.kvPerSequence)} a sequence of ${whole(context + tokens)} tokens.`);
-    const { largest, kvPerSequence } = found;
-    draw.growth(at("growth"), { weights, kv: kvPerSequence, capacity, batch, largest },
-      `Memory over batch: ${bytes(weights)} of weights and ${bytes(kvPerSequence)} a sequence; ` +
+    say("memory-each", devices > 1 ? `On each of ${devices} devices:` : "");
+    const { largest } = found, one = kv / batch;
+    draw.growth(at("growth"), { weights, kv: one, capacity, batch, largest },
+      `Memory over batch: ${bytes(weights)} of weights and ${bytes(one)} a sequence; ` +
       `${whole(largest)} sequences fit into ${bytes(capacity)}.`);
     say("growth-capacity", `capacity ${bytes(capacity)}, reached after ${whole(largest)} sequences`);
     say("growth-here", `now: ${whole(batch)} ${batch === 1 ? "sequence" : "sequences"}, ${bytes(total)}`);
@@ -232,7 +251,7 @@
     say("roofline-even", even + (roofs.length > 1 ? "; dashed: what was measured of it" : ""));
   }
 
-  const partNames = { attention_projections: "attention's linears", mlp: "MLP" };
+  const partNames = { attention_projections: "attention's linears", mlp: "MLP", link: "link between devices" };
 
   function showParts({ works, steps }) {
     at("parts").tBodies[1]?.remove();

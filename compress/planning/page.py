@@ -33,17 +33,19 @@ WEIGHTS = ("bf16", "fp8", "w8a8", "int8", "int4", "int3", "int2")
 KV = ("bf16", "fp8", "int8", "int4")
 RANKS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # of MLA's latents
 WINDOWS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+TOGETHER = (1, 2, 4, 8, 16, 32)  # devices
 MOST_SHARING = 8  # layers with one cache
 
 
 @dataclass(frozen=True)
 class Load:
-    """Where the sliders begin: B, S and T; k drafted tokens, their acceptance a, and the time r of
-    a draft's step in steps of the model."""
+    """Where the sliders begin: B, S and T, on so many devices together; k drafted tokens, their
+    acceptance a, and the time r of a draft's step in steps of the model."""
 
     batch: int
     context: int
     new_tokens: int
+    devices: int = 1
     draft_length: int = 0
     acceptance: float = 0.7
     draft_cost: float = 0.1
@@ -58,6 +60,7 @@ def write_page(
     batch: int,
     context: int,
     new_tokens: int,
+    devices: int = 1,
     draft_length: int = 0,
     acceptance: float = Load.acceptance,
     draft_cost: float = Load.draft_cost,
@@ -66,7 +69,7 @@ def write_page(
 
     `device` joins the table of devices, or replaces that of its name there.
     """
-    load = Load(batch, context, new_tokens, draft_length, acceptance, draft_cost)
+    load = Load(batch, context, new_tokens, devices, draft_length, acceptance, draft_cost)
     write_text(path, page_html(shape, precision, device, load))
 
 
@@ -102,14 +105,16 @@ def _for_script(value: Any) -> str:
     return text
 
 
-def _facts(
-    shape: ModelShape, chosen: Precision, device: Device, load: Load
-) -> dict[str, Any]:
+def _facts(shape: ModelShape, chosen: Precision, device: Device, load: Load) -> dict[str, Any]:
     """What the page's script reads: the names and fields are those of the dataclasses."""
     weights = {name: precision(name) for name in WEIGHTS}
     kv = {name: bits(name) for name in KV}
     weights_name = next(
-        (n for n, p in weights.items() if (p.weights, p.compute) == (chosen.weights, chosen.compute)),
+        (
+            n
+            for n, p in weights.items()
+            if (p.weights, p.compute) == (chosen.weights, chosen.compute)
+        ),
         f"{chosen.weights:g} bits",
     )
     kv_name = next((n for n, b in kv.items() if b == chosen.kv), f"{chosen.kv:g} bits")
@@ -126,11 +131,13 @@ def _facts(
         "kv": dict(sorted(kv.items(), key=lambda item: -item[1])),
         "methods": _methods(shape),
         "devices": [_device(d) for d in (device, *devices)],
+        "devices_together": sorted({*TOGETHER, load.devices}),
         "rates": COMPUTE,
         "start": {
             "batch": load.batch,
             "context": load.context,
             "tokens": load.new_tokens,
+            "devices": load.devices,
             "draft": load.draft_length,
             "acceptance": load.acceptance,
             "cost": load.draft_cost,
@@ -147,6 +154,7 @@ def _device(device: Device) -> dict[str, Any]:
         "memory": device.memory,
         "bandwidth": device.bandwidth,
         "rates": dict(device.rates),
+        "link": device.link,
         "efficiency": asdict(device.efficiency),
         "source": device.source,
     }

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from compress.core.errors import InputError
 from compress.devices import DEVICES
 from compress.planning.page import write_page
 from compress.roofline import (
@@ -23,10 +24,12 @@ from compress.roofline import (
     kv_bytes,
     kv_bytes_per_token,
     largest_batch,
+    link_bytes,
     memory,
     parameters,
     precision,
     prefill,
+    shard,
     speculative_speedup,
     time_of,
     weight_bytes,
@@ -118,7 +121,9 @@ def opened(browser, tmp_path):
     yield show
     assert browser.get_log("browser") == []
     asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    urls = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]
+    urls = [
+        m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"
+    ]
     assert pages
     assert set(urls) == set(pages)
 
@@ -169,23 +174,30 @@ def with_method(shape, method, detail):
     return replace(shape, kv_share=detail) if method == "shared" else shape
 
 
-def expected(shape, numbers, device, batch, context, tokens, draft, acceptance, cost):
+def expected(shape, numbers, device, batch, context, tokens, draft, acceptance, cost, devices=1):
     """What the page should say, by compress.roofline."""
+    part = shard(shape, devices)
+
+    def time(work, rows):
+        return time_of(work, device, numbers, link_bytes(shape, rows, devices))
 
     def latency(at):
-        step = time_of(decode(shape, numbers, batch, at), device, numbers).seconds
+        step = time(decode(part, numbers, batch, at), batch).seconds
         if not draft:
             return step
-        check = decode(shape, numbers, batch, at + draft, draft + 1)
-        check_time = time_of(check, device, numbers).seconds
+        check = decode(part, numbers, batch, at + draft, draft + 1)
+        check_time = time(check, batch * (draft + 1)).seconds
         return (check_time + draft * cost * step) / expected_tokens(acceptance, draft)
 
     works = {
-        "prefill": prefill(shape, numbers, batch, context),
-        "decode": decode(shape, numbers, batch, context),
+        "prefill": prefill(part, numbers, batch, context),
+        "decode": decode(part, numbers, batch, context),
     }
-    steps = {name: time_of(work, device, numbers) for name, work in works.items()}
-    held = memory(shape, numbers, batch, context + tokens)
+    steps = {
+        "prefill": time(works["prefill"], batch * context),
+        "decode": time(works["decode"], batch),
+    }
+    held = memory(part, numbers, batch, context + tokens)
     first = steps["prefill"].seconds
     return {
         "works": {n: {"flops": dict(w.flops), "bytes": dict(w.bytes)} for n, w in works.items()},
@@ -198,7 +210,7 @@ def expected(shape, numbers, device, batch, context, tokens, draft, acceptance, 
         "answer": first + tokens * latency(context + tokens // 2),
         "weights": held.weights,
         "kv": held.kv,
-        "largest": largest_batch(shape, numbers, device, context + tokens),
+        "largest": largest_batch(part, numbers, device, context + tokens),
         "kvPerToken": kv_bytes_per_token(shape, numbers),
         "kvPerSequence": kv_bytes(shape, numbers, context + tokens),
         "parameters": parameters(shape).total,
@@ -210,9 +222,12 @@ def expected(shape, numbers, device, batch, context, tokens, draft, acceptance, 
 PAGE_SAYS = """
 const [shape, cases] = arguments;
 const only = (o, key) => Object.fromEntries(Object.entries(o).map(([n, v]) => [n, v[key]]));
-return cases.map(([method, detail, precision, device, batch, context, tokens, draft, acceptance, cost]) => {
+return cases.map(([method, detail, precision, device, ...load]) => {
+  const [batch, context, tokens, draft, acceptance, cost, devices] = load;
   const changed = plan.withMethod(shape, method, detail);
-  const all = plan.predict({ shape: changed, precision, device, batch, context, tokens, draft, acceptance, cost });
+  if (!plan.divides(changed, devices)) return null;
+  const setup = { shape: changed, precision, device, batch, context, tokens, draft, acceptance, cost };
+  const all = plan.predict({ ...setup, devices });
   const { prefill, decode } = all.steps;
   return {
     works: all.works,
@@ -231,7 +246,9 @@ return cases.map(([method, detail, precision, device, batch, context, tokens, dr
 
 def flat(value, path=""):
     if isinstance(value, dict):
-        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{path}/{key}").items()}
+        return {
+            k: v for key, inner in value.items() for k, v in flat(inner, f"{path}/{key}").items()
+        }
     return {path: value}
 
 
@@ -241,7 +258,9 @@ def assert_same(found, wanted):
     words = {key for key, value in wanted.items() if isinstance(value, str)}
     assert {key: found[key] for key in words} == {key: wanted[key] for key in words}
     numbers = wanted.keys() - words
-    assert {k: found[k] for k in numbers} == pytest.approx({k: wanted[k] for k in numbers}, rel=CLOSE)
+    assert {k: found[k] for k in numbers} == pytest.approx(
+        {k: wanted[k] for k in numbers}, rel=CLOSE
+    )
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -266,13 +285,20 @@ def test_the_formulas_are_those_of_roofline(opened, name):
     ):
         for device in DEVICE_LIST[number % 2 :: 2]:
             numbers = precisions[len(cases) % len(precisions)]
-            cases.append([method, detail, asdict(numbers), asdict(device), *load, *draft])
-            changed = with_method(shape, method, detail)
-            wanted.append(expected(changed, numbers, device, *load, *draft))
+            many = (1, 2, 8)[number % 3] if device.link else 1
+            cases.append([method, detail, asdict(numbers), asdict(device), *load, *draft, many])
+            try:
+                changed = with_method(shape, method, detail)
+                wanted.append(expected(changed, numbers, device, *load, *draft, many))
+            except InputError:  # does not divide
+                wanted.append(None)
     found = opened(shape).execute_script(PAGE_SAYS, asdict(shape), cases)
     assert len(found) == len(wanted) >= 160
+    assert [one is None for one in found] == [one is None for one in wanted]
+    found, wanted = ([one for one in all_ if one] for all_ in (found, wanted))
     for one, other in zip(found, wanted, strict=True):
         assert_same(one, other)
+    assert any("link" in one["parts"]["decode"] for one in wanted)
     for step in ("prefill", "decode"):  # the grid lies on both sides of the roof's corner
         assert {w["limit"][step] for w in wanted} >= {"compute", "memory"}
 
@@ -297,6 +323,7 @@ def test_it_begins_with_what_was_given(opened):
     more = {"draft_length": 5, "acceptance": 0.83, "draft_cost": 0.07}
     page = opened(numbers=numbers, device=OWN, batch=37, context=1500, new_tokens=77, **more)
     assert_shows(page, LLAMA, numbers, OWN, 37, 1500, 77, 5, 0.83, 0.07)
+    assert element(page, "devices-output").text == "1 device"
     assert [element(page, f"{name}-number").get_property("value") for name in ("batch", "context")] == [
         "37", "1500",
     ]  # fmt: skip
@@ -341,7 +368,12 @@ def test_the_sliders_move_by_keyboard(opened):
     one = replace(LLAMA, kv_heads=1)
     assert_shows(page, one, numbers, h100, 16, 98304, 0, 5, 0.75, 0.05)
     press(page, "device", "a100")
-    assert_shows(page, one, numbers, DEVICES["a100"], 16, 98304, 0, 5, 0.75, 0.05)
+    press(page, "devices", Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert element(page, "devices").get_attribute("aria-valuetext") == "4 devices"
+    assert_shows(page, one, numbers, DEVICES["a100"], 16, 98304, 0, 5, 0.75, 0.05, 4)
+    press(page, "device", "cpu")  # has no link
+    assert element(page, "devices").get_attribute("aria-valuetext") == "1 device"
+    assert not element(page, "devices").is_enabled()
     page.find_element("css selector", "button[type=reset]").send_keys(Keys.ENTER)
     assert_shows(page, LLAMA, precision(), h100, 8, 1024, 256, 0, 0.7, 0.1)
 
@@ -379,10 +411,12 @@ def test_each_method_and_a_device_of_ones_own(opened):
     assert_shows(page, LLAMA, precision(), DEVICES["h100"], 8, 1024, 256, 0, 0.7, 0.1)
     for name, value in (("memory", 48), ("bandwidth", 864), ("bf16", 362.5), ("fp8", 733)):
         put(page, f"custom-{name}", value)
-    own = Device("custom", 48 * 10**9, 864e9, {"bf16": 362.5e12, "fp8": 733e12})
+    put(page, "devices", 1)
+    put(page, "custom-link", 25)
+    own = Device("custom", 48 * 10**9, 864e9, {"bf16": 362.5e12, "fp8": 733e12}, 25e9)
     put(page, "weights", 2)
     assert element(page, "weights-output").text == "fp8, 8 bits"
-    assert_shows(page, LLAMA, precision("fp8"), own, 8, 1024, 256, 0, 0.7, 0.1)
+    assert_shows(page, LLAMA, precision("fp8"), own, 8, 1024, 256, 0, 0.7, 0.1, 2)
 
 
 def test_it_says_what_does_not_fit_and_what_is_too_long(opened):
