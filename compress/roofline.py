@@ -18,7 +18,7 @@ Inference (arXiv 2211.05102); Stanford CS336, lecture 10; Leviathan et al., Spec
 (arXiv 2211.17192), theorem 3.8.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -60,6 +60,7 @@ __all__ = [
     "shard",
     "speculative_speedup",
     "time_of",
+    "tokens_seen",
     "weight_bytes",
 ]
 
@@ -160,8 +161,12 @@ def kv_bytes(shape: ModelShape, precision: Precision, context: float) -> float:
 
 def kv_read_bytes(shape: ModelShape, precision: Precision, context: float) -> float:
     """Bytes that a decode step reads of one sequence: each layer reads, shared cache or not."""
-    read = sum(_seen(context, window) for window in shape.windows)
-    return read * shape.kv_numbers * precision.kv / 8
+    return tokens_seen(shape.windows, context) * shape.kv_numbers * precision.kv / 8
+
+
+def tokens_seen(windows: Iterable[int | None], context: float) -> float:
+    """Tokens whose keys a decode step reads of one sequence, over layers with these windows."""
+    return sum(_seen(context, window) for window in windows)
 
 
 def memory(shape: ModelShape, precision: Precision, batch: int, context: float) -> Memory:

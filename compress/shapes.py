@@ -93,7 +93,7 @@ def find_config(ref: str, revision: str | None = None) -> dict[str, Any]:
         return known_models()[ref]["config"]
     try:
         path = Path(ref).expanduser()
-        is_file, is_folder = path.is_file(), path.is_dir()
+        is_file, is_folder = path.is_file(), bool(ref) and path.is_dir()
     except (OSError, RuntimeError, ValueError) as error:  # too long, no permission, no such user
         raise InputError(f"model {shown(ref)} cannot be looked up: {reason_of(error)}") from None
     if file := gguf_file(ref):

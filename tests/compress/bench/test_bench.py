@@ -58,6 +58,10 @@ def test_latency(model_folder, subject):
     assert found["bytes_per_step"] == found["weight_bytes"] + found["kv_bytes_per_step"]
     expected = found["bytes_per_step"] * found["decode_tokens_per_s"]
     assert found["bytes_per_s"] == pytest.approx(expected, rel=1e-3)  # of a rounded rate
+    roof = found["read_bytes_per_s"] / found["bytes_per_step"]  # tokens/s at batch 1
+    assert found["roofline_tokens_per_s"] == pytest.approx(roof, rel=1e-3)
+    share = found["decode_tokens_per_s"] / found["roofline_tokens_per_s"]
+    assert found["share_of_read"] == pytest.approx(share, abs=1e-3)  # rounded to 3 places
     assert found["copy_bytes_per_s"] == 1e9
     assert found["read_bytes_per_s"] > 0
     assert found["threads"] == 1
