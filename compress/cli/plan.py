@@ -176,39 +176,51 @@ def _plan(question: Question, given: dict[str, Any]) -> tuple[dict[str, Any], An
     ):
         raise click.UsageError("--sweep draft-tokens=... needs --draft")
     sweeps = [sweep_of_text(text) for text in given["sweeps"]]
+    _check_places(given)
     case = question.case
     report = reports.plan_report(case, question.stored_as, question.kv, question.notes)
     swept = {sweep.key: question.swept(sweep) for sweep in sweeps}
     report["sweeps"] = {key: reports.sweep_report(cases) for key, cases in swept.items()}
-    if given["plot"]:
-        from compress.planning.plots import write_plots
-
-        write_plots(given["plot"], case, f"{report['model']}, {question.stored_as} weights")
-        report["plot"] = str(given["plot"])
-    if given["html"]:
-        from compress.planning.page import write_page
-
-        draft = case.draft
-        write_page(
-            given["html"],
-            case.shape,
-            case.precision,
-            case.device,
-            batch=question.batch,
-            context=question.context,
-            new_tokens=question.new_tokens,
-            **(
-                {
-                    "draft_length": draft.length,
-                    "acceptance": draft.acceptance,
-                    "draft_cost": case.draft_cost,
-                }
-                if draft
-                else {}
-            ),
-        )
-        report["html"] = str(given["html"])
+    _write_files(question, given, report)
     return report, _show_plan
+
+
+def _check_places(given: dict[str, Any]) -> None:
+    """Refuse files that could not be written, before any work."""
+    for kind, ending in (("plot", ".png"), ("html", ".html")):
+        path = given[kind]
+        if path is not None and (path.suffix != ending or not path.absolute().parent.is_dir()):
+            raise click.UsageError(
+                f"--{kind} '{path}': give a file in a folder that exists, with the ending {ending}"
+            )
+
+
+def _write_files(question: Question, given: dict[str, Any], report: dict[str, Any]) -> None:
+    """Write the plots and the page that are asked for, and note them in the report."""
+    from compress.core.errors import InputError, reason_of
+
+    case, draft = question.case, question.case.draft
+    try:
+        if given["plot"]:
+            from compress.planning.plots import write_plots
+
+            write_plots(given["plot"], case, f"{report['model']}, {question.stored_as} weights")
+            report["plot"] = str(given["plot"])
+        if given["html"]:
+            from compress.planning.page import write_page
+
+            start = {"batch": question.batch, "context": question.context}
+            start["new_tokens"] = question.new_tokens
+            drafting: dict[str, Any] = {}
+            if draft is not None:
+                drafting = {"draft_length": draft.length, "acceptance": draft.acceptance}
+                drafting["draft_cost"] = case.draft_cost
+            write_page(
+                given["html"], case.shape, case.precision, case.device, **start, **drafting
+            )
+            report["html"] = str(given["html"])
+    except OSError as error:
+        raise InputError(f"cannot write '{error.filename}': {reason_of(error)}") from None
 
 
 def _show_plan(report: dict[str, Any]) -> None:

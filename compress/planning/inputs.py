@@ -12,6 +12,7 @@ from compress.roofline import Mla, ModelShape
 
 TRUTHS = {"yes": True, "true": True, "no": False, "false": False}
 LARGEST = 10**9  # of any number of a shape
+MOST_LAYERS = 10_000
 
 
 def shape_of_text(text: str) -> tuple[ModelShape, list[str]]:
@@ -36,6 +37,8 @@ def shape_of_text(text: str) -> tuple[ModelShape, list[str]]:
         return int(value)
 
     hidden, layers = number("hidden"), number("layers")
+    if layers > MOST_LAYERS:
+        raise InputError(f"--shape layers={layers}: at most {MOST_LAYERS:,} are possible")
     if "heads" in given and "head-dim" not in given:
         heads = number("heads")
         if hidden % heads:
