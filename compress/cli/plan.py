@@ -52,9 +52,7 @@ OPTIONS = [
     click.option(
         "--draft", help="Speculate with this model, or with any of this cost: 0.1 of a step."
     ),
-    click.option(
-        "--draft-tokens", type=COUNT, help="Tokens drafted at a time.  [default: 4]"
-    ),
+    click.option("--draft-tokens", type=COUNT, help="Tokens drafted at a time.  [default: 4]"),
     click.option(
         "--acceptance",
         type=click.FloatRange(0, 1),
@@ -75,9 +73,7 @@ OPTIONS = [
     click.option("--plot", type=FILE, help="Write plots to this .png file (extra: plots)."),
     click.option("--html", type=FILE, help="Write a page with sliders to this file."),
     click.option("--fit", type=Size(), help="Rank recipes that fit in this memory: 24GB."),
-    click.option(
-        "--min-context", type=COUNT, help="Tokens that must fit.  [default: --context]"
-    ),
+    click.option("--min-context", type=COUNT, help="Tokens that must fit.  [default: --context]"),
     click.option(
         "--optimize",
         type=click.Choice(["throughput", "latency"]),
@@ -215,9 +211,7 @@ def _write_files(question: Question, given: dict[str, Any], report: dict[str, An
             if draft is not None:
                 drafting = {"draft_length": draft.length, "acceptance": draft.acceptance}
                 drafting["draft_cost"] = case.draft_cost
-            write_page(
-                given["html"], case.shape, case.precision, case.device, **start, **drafting
-            )
+            write_page(given["html"], case.shape, case.precision, case.device, **start, **drafting)
             report["html"] = str(given["html"])
     except OSError as error:
         raise InputError(f"cannot write '{error.filename}': {reason_of(error)}") from None

@@ -1,9 +1,9 @@
 """`compress plan --calibrate`: this machine measured, and a model on it beside its prediction.
 
-Measured without the model: copies, matrix products, and what the runtime reaches of either on random
-models of other widths (`stand_in`).  Then the model itself decodes, as in `compress bench latency`,
-and that is compared with two predictions: from the device's numbers alone, and with what was
-reached.  The model's own run goes into neither.
+Measured without the model: copies, matrix products, and what the runtime reaches of either on
+random models of other widths (`stand_in`).  In turn with those the model itself decodes, as in
+`compress bench latency`, and that is compared with two predictions: from the device's numbers
+alone, and with what was reached.  The model's own run goes into neither.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from compress.bench.latency import Run, Shape, run_once
 from compress.core.device import default_device, fastest_dtype
 from compress.core.errors import InputError, reason_of
 from compress.core.files import write_text
-from compress.core.progress import say, track
+from compress.core.progress import track
 from compress.core.source import resolve_model
 from compress.devices import DEVICES, Device, Efficiency, find_device, this_cpu
 from compress.kernels.lowbit_matmul import LinearWeight
 from compress.planning.case import Case
 from compress.planning.question import Question
 from compress.planning.report import rounded
-from compress.planning.stand_in import Reached, engine_on, measure_reached
+from compress.planning.stand_in import Reached, StandIn, engine_on
 from compress.roofline import Precision
 from compress.runtime.loading import make_decoder
 from compress.runtime.weights import DecoderWeights, load_weights
 
 NEW_TOKENS = 64  # where none are asked for
-ROUNDS = 3
+ROUNDS = 5
 PRODUCT = 2048  # rows and columns of the product that gives the matmul rate
 PROMPT_SEED = 0
 Kind = tuple[int | None, int]  # bits of codes and their group, or None and 0: dense
@@ -64,14 +64,15 @@ def calibrate(question: Question, save: Path | None) -> dict[str, Any]:
             f"{load.context} + {load.new_tokens} tokens are more than the model's context of "
             f"{weights.max_context}; lower --context or --new-tokens"
         )
-    say("Measuring this machine")
     copy, matmul = copy_bandwidth(device=device), matmul_rate(dtype, device)
-    reached = {kind: measure_reached(*kind, dtype, device) for kind in dict.fromkeys(kinds)}
+    stand_ins = {kind: StandIn(*kind, dtype, device) for kind in dict.fromkeys(kinds)}
     guess = Case(question.model_shape, precision, _table_device(question, device), load)
+    decoder = make_decoder(weights, device, dtype)
+    shape = Shape(load.context, load.new_tokens, load.batch)
+    runs = _runs(decoder, device, shape, list(stand_ins.values()))
+    reached = {kind: stand_in.reached() for kind, stand_in in stand_ins.items()}
     measured_device = _device(guess, device, copy, matmul, [reached[kind] for kind in kinds])
     known = Case(question.model_shape, precision, measured_device, load)
-    decoder = make_decoder(weights, device, dtype)
-    runs = _runs(decoder, device, Shape(load.context, load.new_tokens, load.batch))
     report = {
         "model": question.model,
         "device": measured_device.name,
@@ -207,8 +208,8 @@ def _precision(weights: DecoderWeights, dtype: torch.dtype) -> Precision:
     return Precision(bits(weights.layers[0].down), dense, head, dense)
 
 
-def _runs(decoder: Any, device: torch.device, shape: Shape) -> list[Run]:
-    """The model's own decode, after a warm-up."""
+def _runs(decoder: Any, device: torch.device, shape: Shape, stand_ins: list[StandIn]) -> list[Run]:
+    """The model's own decode after a warm-up, in turn with the random models."""
     engine = engine_on(decoder, device, shape.batch, shape.cached_tokens)
     generator = torch.Generator().manual_seed(PROMPT_SEED)
     prompts = [
@@ -216,7 +217,12 @@ def _runs(decoder: Any, device: torch.device, shape: Shape) -> list[Run]:
         for _ in range(shape.batch)
     ]
     run_once(engine, prompts, replace(shape, new_tokens=min(8, shape.new_tokens)))
-    return [run_once(engine, prompts, shape) for _ in track(range(ROUNDS), "Measuring the model")]
+    runs = []
+    for _ in track(range(ROUNDS), "Measuring"):
+        for stand_in in stand_ins:
+            stand_in.run()
+        runs.append(run_once(engine, prompts, shape))
+    return runs
 
 
 def compared(runs: list[Run], guess: Case, known: Case) -> dict[str, dict[str, float]]:

@@ -1,11 +1,11 @@
 """One thing to plan: a model in a precision on devices, what is asked of it, and what that takes.
 
-    time of a token   a decode step at context S; with drafts of k tokens, the time of a pass over
-                      k + 1 tokens and of k steps of the draft, over the tokens expected of them
-    throughput        B / time of a token
-    first token       the prefill of B prompts of S tokens
-    whole answer      first token + T times that of a token at context S + T // 2
-    memory            weights, and keys and values of B sequences of S + T tokens
+time of a token   a decode step at context S; with drafts of k tokens, the time of a pass over
+                  k + 1 tokens and of k steps of the draft, over the tokens expected of them
+throughput        B / time of a token
+first token       the prefill of B prompts of S tokens
+whole answer      first token + T times that of a token at context S + T // 2
+memory            weights, and keys and values of B sequences of S + T tokens
 """
 
 from __future__ import annotations

@@ -180,7 +180,8 @@ def propose(
 ) -> list[Proposal]:
     """All recipes that fit, best first.  `device.memory` is what they are to fit in.
 
-    Of `load` the context and the devices count; a batch is one, or the largest.  Raises InputError when none does, with the least that one takes.
+    Of `load` the context and the devices count; a batch is one, or the largest.  Raises InputError
+    when none fits, with the least that one takes.
     """
     fitting: list[Proposal] = []
     least: Case | None = None
@@ -211,8 +212,8 @@ def propose(
         assert least is not None
         raise InputError(
             f"no recipe fits: the smallest of them takes {least.held / 1e9:,.2f} GB with one "
-            f"sequence of {load.context + load.new_tokens:,} tokens, and there are {device.memory / 1e9:,.2f} GB; give "
-            "more memory, or a lower --min-context"
+            f"sequence of {load.context + load.new_tokens:,} tokens, and there are "
+            f"{device.memory / 1e9:,.2f} GB; give more memory, or a lower --min-context"
         )
 
     def rank(found: Proposal) -> tuple[int, int, float]:

@@ -94,6 +94,8 @@ def _plot_roofline(axes: Any, case: Case) -> None:
     )
     for name, (work, timing) in points.items():
         reached = work.total_flops / timing.seconds / 1e12
-        axes.plot(work.intensity, reached, "o", label=f"{name}: {digits(work.intensity)} FLOP a byte")
+        axes.plot(
+            work.intensity, reached, "o", label=f"{name}: {digits(work.intensity)} FLOP a byte"
+        )
     axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="TFLOP/s", title="Roofline")
     axes.legend()

@@ -26,8 +26,7 @@ HEAD_DIM = 64
 VOCAB = 1024
 SMALL, LARGE = (128, 256), (1024, 3072)  # (hidden, ffn)
 FEW_LAYERS, MANY_LAYERS = 4, 16
-PROMPT, STEPS, PREFILL = 16, 48, 512  # tokens
-ROUNDS = 3
+PROMPT, STEPS, PREFILL = 16, 32, 512  # tokens
 
 
 @dataclass(frozen=True)
@@ -49,41 +48,53 @@ class Reached:
         return self.step_seconds + layers * self.layer_seconds
 
 
-def measure_reached(
-    bits: int | None, group_size: int, dtype: torch.dtype, device: torch.device
-) -> Reached:
-    """Measure on linears of `bits`, in groups, or dense ones in `dtype` where `bits` is None."""
+class StandIn:
+    """Random models with linears of `bits`, in groups, or dense ones in `dtype` where it is None.
 
-    def seconds(size: tuple[int, int], layers: int) -> tuple[float, float, Any]:
-        torch.manual_seed(SEED)
-        weights = _random_decoder(size, layers, bits, group_size, dtype)
-        decoder = make_decoder(weights, device, dtype)
-        return (*_time(decoder, device), decoder)
+    `run` measures once more; take turns with what is compared, so that the machine's drift hits
+    both.
+    """
 
-    few, _, _ = seconds(SMALL, FEW_LAYERS)
-    many, _, small = seconds(SMALL, MANY_LAYERS)
-    step, prefill, large = seconds(LARGE, MANY_LAYERS)
-    layer_seconds = max(0.0, (many - few) / (MANY_LAYERS - FEW_LAYERS))
-    hidden, ffn = LARGE
-    weights = MANY_LAYERS * (4 * hidden * hidden + 3 * hidden * ffn)
-    return Reached(
-        bandwidth=(large.weight_bytes - small.weight_bytes) / max(step - many, 1e-6),
-        matmul=2 * PREFILL * weights / prefill,
-        step_seconds=max(0.0, few - FEW_LAYERS * layer_seconds),
-        layer_seconds=layer_seconds,
-    )
+    def __init__(
+        self, bits: int | None, group_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        def decoder(size: tuple[int, int], layers: int) -> Any:
+            torch.manual_seed(SEED)
+            return make_decoder(
+                random_decoder(size, layers, bits, group_size, dtype), device, dtype
+            )
 
+        self._few, self._many, self._large = (
+            decoder(SMALL, FEW_LAYERS),
+            decoder(SMALL, MANY_LAYERS),
+            decoder(LARGE, MANY_LAYERS),
+        )
+        self._decoders = (self._few, self._many, self._large)
+        self._engines = [engine_on(one, device, 1, PREFILL + STEPS) for one in self._decoders]
+        self._steps: list[list[float]] = [[] for _ in self._decoders]
+        self._prefills: list[float] = []
 
-def _time(decoder: Any, device: torch.device) -> tuple[float, float]:
-    """Median seconds of a decode step of one sequence, and of a prefill of PREFILL tokens."""
-    engine = engine_on(decoder, device, 1, PREFILL + STEPS)
-    steps, prefills = [], []
-    for _ in range(ROUNDS):
-        run = run_once(engine, [list(range(PROMPT))], Shape(PROMPT, STEPS))
-        steps += run.steps[STEPS // 4 :]
+    def run(self) -> None:
+        """Decode with each model, and fill the large one's cache with a longer prompt."""
+        for engine, steps in zip(self._engines, self._steps, strict=True):
+            run = run_once(engine, [list(range(PROMPT))], Shape(PROMPT, STEPS))
+            steps += run.steps[STEPS // 4 :]
         prompt = [number % VOCAB for number in range(PREFILL)]
-        prefills.append(run_once(engine, [prompt], Shape(PREFILL, 2)).prefill)
-    return statistics.median(steps), min(prefills)
+        self._prefills.append(run_once(self._engines[-1], [prompt], Shape(PREFILL, 2)).prefill)
+
+    def reached(self) -> Reached:
+        """By the medians of all runs."""
+        few, many, large = (statistics.median(steps) for steps in self._steps)
+        layer_seconds = max(0.0, (many - few) / (MANY_LAYERS - FEW_LAYERS))
+        hidden, ffn = LARGE
+        weights = MANY_LAYERS * (4 * hidden * hidden + 3 * hidden * ffn)
+        read = self._large.weight_bytes - self._many.weight_bytes
+        return Reached(
+            bandwidth=read / max(large - many, 1e-6),
+            matmul=2 * PREFILL * weights / statistics.median(self._prefills),
+            step_seconds=max(0.0, few - FEW_LAYERS * layer_seconds),
+            layer_seconds=layer_seconds,
+        )
 
 
 def engine_on(decoder: Any, device: torch.device, sequences: int, tokens: int) -> Engine:
@@ -97,9 +108,10 @@ def engine_on(decoder: Any, device: torch.device, sequences: int, tokens: int) -
     )
 
 
-def _random_decoder(
+def random_decoder(
     size: tuple[int, int], layers: int, bits: int | None, group_size: int, dtype: torch.dtype
 ) -> DecoderWeights:
+    """Weights of (hidden, ffn) and so many layers; the head is dense."""
     hidden, ffn = size
     heads = hidden // HEAD_DIM
 
