@@ -165,7 +165,7 @@
   function setup() {
     const precision = { ...data.precision, ...data.weights[state.weights], kv: data.kv[state.kv] };
     const shape = plan.withMethod(data.shape, state.method, state.detail);
-    return { ...state, shape, precision, device: chosen() };
+    return { ...state, shape, precision, device: chosen(), drafter: data.drafter };
   }
 
   const limits = {
@@ -214,9 +214,12 @@
   }
 
   function showMemory({ batch, context, tokens, device, devices }, found) {
-    const { weights, kv, total, free } = found.memory, capacity = device.memory;
+    const { weights, kv, draft, total, free } = found.memory, capacity = device.memory;
     const fits = free >= 0 ? `${bytes(free)} free of ${bytes(capacity)}` : `${bytes(-free)} too much for ${bytes(capacity)}`;
-    draw.bar(at("bar"), { weights, kv, capacity }, `Weights ${bytes(weights)}, KV cache ${bytes(kv)}: ${fits}.`);
+    const drafted = draft ? `, draft model ${bytes(draft)}` : "";
+    draw.bar(at("bar"), { weights, kv, draft, capacity }, `Weights ${bytes(weights)}, KV cache ${bytes(kv)}${drafted}: ${fits}.`);
+    at("bar-draft").parentNode.hidden = !draft;
+    tell("bar-draft", `${bytes(draft)}, ${share(draft / capacity)}`, draft);
     tell("bar-weights", `${bytes(weights)}, ${share(weights / capacity)}`, weights);
     tell("bar-kv", `${bytes(kv)}, ${share(kv / capacity)}`, kv);
     tell("bar-free", fits, free);
@@ -224,9 +227,9 @@
     say("kv-note", `${whole(found.parameters)} parameters. KV: ${bytes(found.kvPerToken)} a token, ` +
       `${bytes(found.kvPerSequence)} a sequence of ${whole(context + tokens)} tokens.`);
     say("memory-each", devices > 1 ? `On each of ${devices} devices:` : "");
-    const { largest } = found, one = kv / batch;
-    draw.growth(at("growth"), { weights, kv: one, capacity, batch, largest },
-      `Memory over batch: ${bytes(weights)} of weights and ${bytes(one)} a sequence; ` +
+    const { largest, slope } = found, floor = total - slope * batch;
+    draw.growth(at("growth"), { weights: floor, kv: slope, capacity, batch, largest },
+      `Memory over batch: ${bytes(floor)} of weights and ${bytes(slope)} a sequence; ` +
       `${whole(largest)} sequences fit into ${bytes(capacity)}.`);
     say("growth-capacity", `capacity ${bytes(capacity)}, reached after ${whole(largest)} sequences`);
     say("growth-here", `now: ${whole(batch)} ${batch === 1 ? "sequence" : "sequences"}, ${bytes(total)}`);
