@@ -24,6 +24,12 @@ const draw = (() => {
     add(svg, "polyline", { class: cls, points: points.map((p) => p.join()).join(" ") });
   }
 
+  // Dashed, on a lighter band, so that it shows on any colour.
+  function capacityLine(svg, points) {
+    line(svg, "band", points);
+    line(svg, "capacity", points);
+  }
+
   // About `count` round numbers from 0 to `top`.
   function ticks(top, count) {
     const raw = top / count, unit = 10 ** Math.floor(Math.log10(raw));
@@ -53,7 +59,7 @@ const draw = (() => {
     }
     const end = 1 + capacity * scale;
     add(svg, "rect", { class: "frame", x: 1, y: 4, width: capacity * scale, height: 36 });
-    if (total > capacity) line(svg, "capacity", [[end, 0], [end, 44]]);
+    if (total > capacity) capacityLine(svg, [[end, 0], [end, 44]]);
   }
 
   function axes(svg, width, height, x, y, labels) {
@@ -89,7 +95,7 @@ const draw = (() => {
       ticks(top / unit, 4).map((n) => [y(n * unit), String(round(n))]),
       { x: "batch B (sequences)", y: name },
     );
-    line(svg, "capacity", [[LEFT, y(capacity)], [right, y(capacity)]]);
+    capacityLine(svg, [[LEFT, y(capacity)], [right, y(capacity)]]);
     line(svg, "here", [[x(batch), TOP], [x(batch), floor]]);
     add(svg, "circle", { class: "decode", cx: x(batch), cy: y(weights + kv * batch), r: 6 });
   }

@@ -178,7 +178,8 @@
     showMemory(given, found);
     showRoofline(device, precision, found);
     showParts(found);
-    say("strip", `${seconds(found.latency)} a token · ${rate(found.throughput)} · ${bytes(found.memory.total)} of ${bytes(device.memory)}`);
+    say("strip", `${seconds(found.latency)} a token · ${rate(found.throughput)} · ` +
+      `${bytes(found.memory.total)} of ${bytes(device.memory)}${found.memory.free < 0 ? ": does not fit" : ""}`);
     clearTimeout(saying); // read out once a slider rests, not at each of its steps
     saying = setTimeout(() => say("said", summary(given, found, shape)), 300);
   }
@@ -207,7 +208,7 @@
     tell("answer", seconds(found.answer), found.answer);
     say("answer-note", `prefill and ${whole(tokens)} new tokens`);
     tell("largest", whole(found.largest), found.largest);
-    say("largest-note", found.largest === 0 ? "not even one sequence" : `of ${whole(context + tokens)} tokens each`);
+    say("largest-note", found.largest === 0 ? "not even one sequence" : `of ${whole(context + tokens)} tokens each` + (found.largest < batch ? ", fewer than now" : ""));
     at("largest-note").className = found.largest < batch ? "warn" : "";
     tell("limit", limits[steps.decode.limit], steps.decode.limit);
     say("limit-note", `${share(steps.decode.share)} of a step; prefill: ${limits[steps.prefill.limit]}, ${share(steps.prefill.share)}`);
@@ -232,7 +233,7 @@
       `Memory over batch: ${bytes(floor)} of weights and ${bytes(slope)} a sequence; ` +
       `${whole(largest)} sequences fit into ${bytes(capacity)}.`);
     say("growth-capacity", `capacity ${bytes(capacity)}, reached after ${whole(largest)} sequences`);
-    say("growth-here", `now: ${whole(batch)} ${batch === 1 ? "sequence" : "sequences"}, ${bytes(total)}`);
+    say("growth-here", `now: ${whole(batch)} ${batch === 1 ? "sequence" : "sequences"}, ${bytes(total)}${draft ? ", with the draft model" : ""}`);
   }
 
   function showRoofline(device, precision, { works, steps }) {
@@ -254,7 +255,7 @@
     say("roofline-even", even + (roofs.length > 1 ? "; dashed: what was measured of it" : ""));
   }
 
-  const partNames = { attention_projections: "attention's linears", mlp: "MLP", link: "link between devices" };
+  const partNames = { attention_projections: "attention's linears", mlp: "MLP", link: "link" };
 
   function showParts({ works, steps }) {
     at("parts").tBodies[1]?.remove();

@@ -193,7 +193,7 @@ def _methods(shape: ModelShape) -> dict[str, dict[str, Any]]:
     divisors = [n for n in range(1, shape.heads + 1) if shape.heads % n == 0]
     windows = [n for n in WINDOWS if n <= max(shape.max_context, WINDOWS[0])]
     return {
-        "model": method(f"as it is: {_as_it_is(shape)}", "The model as its config.json has it."),
+        "model": method("as it is", f"{_as_it_is(shape)}: what the model has."),
         "mha": method("MHA", f"{shape.heads} KV heads, one for each query head. {changed}"),
         "gqa": method(
             "GQA",
