@@ -9,13 +9,15 @@ N query heads, K KV heads, L layers, V vocabulary.  Bytes, seconds, FLOP (a mult
     time         of each part max(bytes / bandwidth, FLOP / rate), and the sum of the parts
 
 A decode step reads all weights but the rows of the embedding that it does not look up, and the
-keys and values of B contexts.  Left out are activations, which are 2 (in + out) bytes a row of a
-linear beside 2 in out of the weights: at batch 1 below 0.1 %, and at batches where they count, the
-linear is no longer limited by memory.  So is the one token of keys and values that a step writes.
+keys and values of B contexts.  Left out are activations, 2 (in + out) bytes a row of a linear
+beside 2 in out of its weights: for D = 4,096 and F = 11,008 0.03 % at batch 1, and 10 % at the
+batch of an H100 from which compute limits the linear.  So is the one token of keys and values that
+a step writes.
 
 Sources: Williams et al., Roofline (CACM 2009); Pope et al., Efficiently Scaling Transformer
 Inference (arXiv 2211.05102); Stanford CS336, lecture 10; Leviathan et al., Speculative Decoding
-(arXiv 2211.17192), theorem 3.8.
+(arXiv 2211.17192), theorem 3.8.  docs/roofline.md has the formulas in one table, and says where
+figures printed in the lecture are not what its formulas give.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,46 +25,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from compress.core.errors import InputError
-from compress.devices import Device, Efficiency
-from compress.model_shape import Mla, ModelShape, Parameters, parameters
-from compress.precision import NORM_BITS, Precision, bits, precision
-
-__all__ = [
-    "Device",
-    "Efficiency",
-    "Memory",
-    "Mla",
-    "ModelShape",
-    "Parameters",
-    "PartTime",
-    "Precision",
-    "Step",
-    "Timing",
-    "Work",
-    "attention_intensity",
-    "bits",
-    "decode",
-    "device_intensity",
-    "expected_tokens",
-    "ideal_step",
-    "kv_bytes",
-    "kv_bytes_per_token",
-    "kv_read_bytes",
-    "largest_batch",
-    "linear_expected_tokens",
-    "linear_speculative_speedup",
-    "link_bytes",
-    "matmul_intensity",
-    "memory",
-    "parameters",
-    "precision",
-    "prefill",
-    "shard",
-    "speculative_speedup",
-    "time_of",
-    "tokens_seen",
-    "weight_bytes",
-]
+from compress.devices import Device as Device
+from compress.devices import Efficiency as Efficiency
+from compress.model_shape import Mla as Mla
+from compress.model_shape import ModelShape as ModelShape
+from compress.model_shape import Parameters as Parameters
+from compress.model_shape import parameters as parameters
+from compress.precision import NORM_BITS
+from compress.precision import Precision as Precision
+from compress.precision import bits as bits
+from compress.precision import precision as precision
 
 Limit = Literal["memory", "compute", "link", "overhead"]
 
@@ -212,10 +184,10 @@ def _forward(
     rows = batch * tokens
     count, stored = parameters(shape), weight_bytes(shape, precision)
     table = shape.vocab * shape.hidden
+    shared = table if shape.tied and precision.head == precision.embeddings else 0
     pair = _flops_a_pair(shape, absorbed=tokens < context)
     pairs = sum(_pairs(context, tokens, window) for window in shape.windows)
     read = sum(_keys_read(context, tokens, window) for window in shape.windows)
-    head_bits = precision.head
     flops = {
         "embedding": 0.0,
         "attention_projections": 2.0 * rows * count.attention,
@@ -230,7 +202,7 @@ def _forward(
         "attention": batch * read * shape.kv_numbers * precision.kv / 8,
         "mlp": stored["mlp"],
         "norms": stored["norms"],
-        "head": stored["head"] or table * head_bits / 8,
+        "head": stored["head"] + shared * precision.embeddings / 8,
     }
     return Work(flops, moved)
 

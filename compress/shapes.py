@@ -27,6 +27,9 @@ class Family:
 
     windows        which layers have `sliding_window`: none, all, or those of `layer_types`
     qkv_bias, ...  whether there is one, or the config's switch for it
+    ffn            the config's name for F; 4 D where it has none
+    grouped        whether there may be fewer KV heads than heads
+    positions      whether they are learned, one row for each
     """
 
     windows: Literal["none", "all", "by layer"] = "none"
@@ -38,9 +41,14 @@ class Family:
     norm_bias: bool = False
     gated: bool = True
     mla: bool = False
+    ffn: str = "intermediate_size"
+    grouped: bool = True
+    head_bias: bool = False
+    positions: bool = False
 
 
 BIAS, MLP_BIAS = "attention_bias", "mlp_bias"
+WHOLE = Family(qkv_bias=True, out_bias=True, mlp_bias=True, norm_bias=True, gated=False)
 LLAMA = Family(qkv_bias=BIAS, out_bias=BIAS, mlp_bias=MLP_BIAS)
 FAMILIES: Mapping[str, Family] = {
     "llama": LLAMA,
@@ -69,6 +77,8 @@ FAMILIES: Mapping[str, Family] = {
         norm_bias=True,
         gated=False,
     ),
+    "gpt2": replace(WHOLE, ffn="n_inner", grouped=False, positions=True),
+    "phi": replace(WHOLE, norms=1, head_bias=True),
     "minicpm3": replace(LLAMA, mla=True),
     "deepseek_v3": Family(qkv_bias=BIAS, out_bias=BIAS, mla=True),
     "youtu": Family(qkv_bias=BIAS, out_bias=BIAS, mla=True),
@@ -172,16 +182,20 @@ def _shape(family: Family, config: Any, name: str) -> ModelShape:
     def switch(value: bool | str) -> bool:
         return bool(getattr(config, value)) if isinstance(value, str) else value
 
+    if getattr(config, "qk_layernorm", False):
+        raise _refusal(name, "has norms with biases on queries and keys (qk_layernorm)")
     heads, hidden = config.num_attention_heads, config.hidden_size
-    if not heads or not hidden:
-        raise InputError(f"'{name}' has {shown(heads)} heads in {shown(hidden)}; give 1 or more")
+    if not (isinstance(heads, int) and isinstance(hidden, int) and heads > 0):
+        raise InputError(
+            f"'{name}' has {shown(heads)} heads in a width of {shown(hidden)}; give 1 or more"
+        )
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     return ModelShape(
         name=name,
         hidden=hidden,
-        ffn=config.intermediate_size,
+        ffn=4 * hidden if (ffn := getattr(config, family.ffn)) is None else ffn,
         heads=heads,
-        kv_heads=config.num_key_value_heads or heads,
+        kv_heads=(family.grouped and config.num_key_value_heads) or heads,
         head_dim=head_dim,
         layers=config.num_hidden_layers,
         vocab=config.vocab_size,
@@ -196,6 +210,8 @@ def _shape(family: Family, config: Any, name: str) -> ModelShape:
         norms=family.norms,
         norm_bias=family.norm_bias,
         qk_norm=family.qk_norm,
+        head_bias=family.head_bias,
+        positions=config.max_position_embeddings if family.positions else 0,
     )
 
 

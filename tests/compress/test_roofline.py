@@ -305,6 +305,7 @@ def shapes(draw, mla=(True, False)):
         kv_share=draw(st.integers(1, 3)),
         gated=draw(st.booleans()),
         qkv_bias=draw(st.booleans()),
+        head_bias=draw(st.booleans()),
         qk_norm=draw(st.sampled_from(["none", "head", "all"])),
     )
 

@@ -24,7 +24,7 @@ def counted(config):
         model = AutoModelForCausalLM.from_config(made)
     found = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
     for name, tensor in model.named_parameters():
-        if "norm" in name:
+        if "norm" in name or ".ln_" in name:
             kind = "norms"
         elif "attn" in name:
             kind = "attention"
@@ -68,6 +68,7 @@ SMALL = {
     "vocab_size": 100,
     "max_position_embeddings": 64,
     "sliding_window": 16,
+    "n_inner": 88,  # GPT-2's name for intermediate_size
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -149,7 +150,8 @@ def test_latent_attention():
         ({"model_type": "mamba"}, "is of type 'mamba'"),
         ({"model_type": "t5"}, "is of type 't5'"),
         ({"model_type": "gemma3", "text_config": {}}, "is of type 'gemma3'"),
-        ({"model_type": "gpt2"}, "is of type 'gpt2'"),
+        ({"model_type": "bloom"}, "is of type 'bloom'"),
+        (small("phi", qk_layernorm=True), "qk_layernorm"),
         ({}, "is of type None"),
         ({"model_type": ["llama"]}, "is of type ['llama']"),
         (small("llama", num_hidden_layers=10**9), f"at most {MOST_LAYERS}"),
