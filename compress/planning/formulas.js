@@ -122,6 +122,7 @@ window.plan = (() => {
   function forward(shape, precision, batch, context, tokens, headRows) {
     const rows = batch * tokens, table = shape.vocab * shape.hidden;
     const count = parameters(shape), stored = weightBytes(shape, precision);
+    const shared = shape.tied && precision.head === precision.embeddings ? table : 0; // with the embeddings
     const pairs = sum(shape.windows.map((window) => pairsSeen(context, tokens, window)));
     const read = sum(shape.windows.map((window) => keysRead(context, tokens, window)));
     return {
@@ -139,7 +140,7 @@ window.plan = (() => {
         attention: (batch * read * kvNumbers(shape) * precision.kv) / 8,
         mlp: stored.mlp,
         norms: stored.norms,
-        head: stored.head || (table * precision.head) / 8,
+        head: stored.head + (shared * precision.embeddings) / 8,
       },
     };
   }
