@@ -55,12 +55,12 @@
   }
 
   function showControls() {
-    for (const [name, { stops, unit }] of Object.entries(numbers)) {
+    for (const [name, { stops, unit, whole }] of Object.entries(numbers)) {
       const slider = at(name);
       slider.max = stops.length - 1;
       slider.value = nearest(stops, state[name]);
       slider.setAttribute("aria-valuetext", `${state[name].toLocaleString("en")} ${unit}`);
-      if (document.activeElement !== at(`${name}-number`)) at(`${name}-number`).value = state[name];
+      if (document.activeElement !== at(`${name}-number`)) at(`${name}-number`).value = whole ? state[name] : Number(state[name].toPrecision(4));
     }
     for (const [name, list] of Object.entries(names)) {
       const slider = at(name), bits = name === "kv" ? data.kv[state.kv] : data.weights[state.weights].weights;
