@@ -93,7 +93,7 @@
     say("device-source", state.device === OWN ? "Your own numbers." : chosen().source);
     for (const [name, { get, unit }] of Object.entries(custom)) {
       const input = at(`custom-${name}`);
-      if (document.activeElement !== input) input.value = Number((get(state.custom) / unit).toPrecision(9));
+      if (document.activeElement !== input) input.value = Number((get(state.custom) / unit).toPrecision(5));
     }
     for (const id of ["acceptance", "cost"]) at(id).disabled = at(`${id}-number`).disabled = state.draft === 0;
   }
@@ -152,9 +152,10 @@
 
   // ---- results
 
+  // A device as its fields show it: a rate of each kind, and nothing measured.
   function completed(device) {
     const rates = Object.fromEntries(data.rates.map((name) => [name, plan.rateOf(device, name)]));
-    return { ...device, rates };
+    return { ...device, rates, efficiency: { bandwidth: 1, matmul: 1, overhead: 0 } };
   }
 
   function chosen() {

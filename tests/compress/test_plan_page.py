@@ -347,3 +347,10 @@ def test_a_draft_model_takes_its_place(opened, llama):
     page.put("draft-number", 0)
     assert not page["bar-draft"].is_displayed()
     assert page.number("bar-free") == pytest.approx(80e9 - own, rel=CLOSE)
+
+
+def test_a_device_of_ones_own_takes_over_nothing_that_its_fields_do_not_show(opened, llama):
+    page = opened(device=OWN)
+    page.put("device", len(page["device"].find_elements("tag name", "option")) - 1)
+    sheet = replace(OWN, efficiency=Efficiency())
+    assert_shows(page, llama, precision(), sheet, 8, 1024, 256, 0, 0.7, 0.1)
