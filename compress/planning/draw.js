@@ -24,6 +24,12 @@ const draw = (() => {
     add(svg, "polyline", { class: cls, points: points.map((p) => p.join()).join(" ") });
   }
 
+  // Dashed, on a lighter band, so that it shows on any colour.
+  function capacityLine(svg, points) {
+    line(svg, "band", points);
+    line(svg, "capacity", points);
+  }
+
   // About `count` round numbers from 0 to `top`.
   function ticks(top, count) {
     const raw = top / count, unit = 10 ** Math.floor(Math.log10(raw));
@@ -42,15 +48,18 @@ const draw = (() => {
   const round = (value) => Number(value.toPrecision(6));
   const short = (value) => (value < 1e3 ? String(round(value)) : `${round(value / 1e3 ** level(value))}${PREFIXES[level(value)]}`);
 
-  // One bar: weights, then KV, in the frame of the device's capacity.
-  function bar(svg, { weights, kv, capacity }, title) {
-    const width = canvas(svg, 44, title), scale = (width - 2) / Math.max(capacity, weights + kv);
-    add(svg, "rect", { class: "weights", x: 1, y: 4, width: weights * scale, height: 36 });
-    add(svg, "rect", { class: "kv", x: 1 + weights * scale, y: 4, width: kv * scale, height: 36 });
-    add(svg, "rect", { class: "frame", x: 1, y: 4, width: capacity * scale, height: 36 });
-    if (weights + kv > capacity) {
-      line(svg, "capacity", [[1 + capacity * scale, 0], [1 + capacity * scale, 44]]);
+  // One bar: weights, KV and a draft model, in the frame of the device's capacity.
+  function bar(svg, { weights, kv, draft, capacity }, title) {
+    const width = canvas(svg, 44, title), total = weights + kv + draft;
+    const scale = (width - 2) / Math.max(capacity, total);
+    let x = 1;
+    for (const [cls, bytes] of Object.entries({ weights, kv, draft })) {
+      add(svg, "rect", { class: cls, x, y: 4, width: bytes * scale, height: 36 });
+      x += bytes * scale;
     }
+    const end = 1 + capacity * scale;
+    add(svg, "rect", { class: "frame", x: 1, y: 4, width: capacity * scale, height: 36 });
+    if (total > capacity) capacityLine(svg, [[end, 0], [end, 44]]);
   }
 
   function axes(svg, width, height, x, y, labels) {
@@ -86,7 +95,7 @@ const draw = (() => {
       ticks(top / unit, 4).map((n) => [y(n * unit), String(round(n))]),
       { x: "batch B (sequences)", y: name },
     );
-    line(svg, "capacity", [[LEFT, y(capacity)], [right, y(capacity)]]);
+    capacityLine(svg, [[LEFT, y(capacity)], [right, y(capacity)]]);
     line(svg, "here", [[x(batch), TOP], [x(batch), floor]]);
     add(svg, "circle", { class: "decode", cx: x(batch), cy: y(weights + kv * batch), r: 6 });
   }

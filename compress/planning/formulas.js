@@ -100,9 +100,11 @@ window.plan = (() => {
     return { weights: sum(weightBytes(shape, precision)), kv: batch * kvBytes(shape, precision, context) };
   }
 
-  function largestBatch(shape, precision, device, context) {
-    const left = device.memory - memory(shape, precision, 0, context).weights;
-    return Math.max(0, Math.floor(left / kvBytes(shape, precision, context)));
+  // `models`: [shape, precision] of each that has to fit.
+  function largestBatch(models, device, context) {
+    const weights = sum(models.map(([shape, precision]) => sum(weightBytes(shape, precision))));
+    const kv = sum(models.map(([shape, precision]) => kvBytes(shape, precision, context)));
+    return Math.max(0, Math.floor((device.memory - weights) / kv));
   }
 
   // ---- work: FLOPs and bytes by part
@@ -120,6 +122,7 @@ window.plan = (() => {
   function forward(shape, precision, batch, context, tokens, headRows) {
     const rows = batch * tokens, table = shape.vocab * shape.hidden;
     const count = parameters(shape), stored = weightBytes(shape, precision);
+    const shared = shape.tied && precision.head === precision.embeddings ? table : 0; // with the embeddings
     const pairs = sum(shape.windows.map((window) => pairsSeen(context, tokens, window)));
     const read = sum(shape.windows.map((window) => keysRead(context, tokens, window)));
     return {
@@ -137,7 +140,7 @@ window.plan = (() => {
         attention: (batch * read * kvNumbers(shape) * precision.kv) / 8,
         mlp: stored.mlp,
         norms: stored.norms,
-        head: stored.head || (table * precision.head) / 8,
+        head: stored.head + (shared * precision.embeddings) / 8,
       },
     };
   }
@@ -216,8 +219,10 @@ window.plan = (() => {
 
   // ---- all that the page shows of a setting
 
-  function predict({ shape, precision, device, devices, batch, context, tokens, draft, acceptance, cost }) {
+  // `drafter`: { shape, precision } of a draft model, or null; it is whole on each device.
+  function predict({ shape, precision, device, devices, batch, context, tokens, draft, acceptance, cost, drafter }) {
     const part = shard(shape, devices); // memory and work are those of one device
+    const models = [[part, precision], ...(drafter && draft ? [[drafter.shape, drafter.precision]] : [])];
     const time = (work, rows) => timeOf(work, device, precision, linkBytes(shape, rows, devices));
     // Seconds a token at a context: a step; or drafts, and a pass that checks them, over its tokens.
     const latencyAt = (at) => {
@@ -229,14 +234,16 @@ window.plan = (() => {
     const works = { prefill: prefill(part, precision, batch, context), decode: decode(part, precision, batch, context) };
     const steps = { prefill: time(works.prefill, batch * context), decode: time(works.decode, batch) };
     const latency = latencyAt(context), first = steps.prefill.seconds;
-    const held = memory(part, precision, batch, context + tokens);
+    const [held, beside] = models.map(([one, bits]) => memory(one, bits, batch, context + tokens));
+    const total = held.weights + held.kv + (beside ? beside.weights + beside.kv : 0);
     return {
       works, steps, latency, first,
       throughput: batch / latency,
       answer: first + tokens * latencyAt(context + Math.floor(tokens / 2)),
       speedup: steps.decode.seconds / latency,
-      memory: { ...held, total: held.weights + held.kv, free: device.memory - held.weights - held.kv },
-      largest: largestBatch(part, precision, device, context + tokens),
+      memory: { ...held, draft: total - held.weights - held.kv, total, free: device.memory - total },
+      slope: (held.kv + (beside?.kv ?? 0)) / batch,
+      largest: largestBatch(models, device, context + tokens),
       kvPerToken: kvBytesPerToken(shape, precision),
       kvPerSequence: kvBytes(shape, precision, context + tokens),
       parameters: sum(parameters(shape)),

@@ -55,12 +55,12 @@
   }
 
   function showControls() {
-    for (const [name, { stops, unit }] of Object.entries(numbers)) {
+    for (const [name, { stops, unit, whole }] of Object.entries(numbers)) {
       const slider = at(name);
       slider.max = stops.length - 1;
       slider.value = nearest(stops, state[name]);
       slider.setAttribute("aria-valuetext", `${state[name].toLocaleString("en")} ${unit}`);
-      if (document.activeElement !== at(`${name}-number`)) at(`${name}-number`).value = state[name];
+      if (document.activeElement !== at(`${name}-number`)) at(`${name}-number`).value = whole ? state[name] : Number(state[name].toPrecision(4));
     }
     for (const [name, list] of Object.entries(names)) {
       const slider = at(name), bits = name === "kv" ? data.kv[state.kv] : data.weights[state.weights].weights;
@@ -93,7 +93,7 @@
     say("device-source", state.device === OWN ? "Your own numbers." : chosen().source);
     for (const [name, { get, unit }] of Object.entries(custom)) {
       const input = at(`custom-${name}`);
-      if (document.activeElement !== input) input.value = Number((get(state.custom) / unit).toPrecision(9));
+      if (document.activeElement !== input) input.value = Number((get(state.custom) / unit).toPrecision(5));
     }
     for (const id of ["acceptance", "cost"]) at(id).disabled = at(`${id}-number`).disabled = state.draft === 0;
   }
@@ -152,9 +152,10 @@
 
   // ---- results
 
+  // A device as its fields show it: a rate of each kind, and nothing measured.
   function completed(device) {
     const rates = Object.fromEntries(data.rates.map((name) => [name, plan.rateOf(device, name)]));
-    return { ...device, rates };
+    return { ...device, rates, efficiency: { bandwidth: 1, matmul: 1, overhead: 0 } };
   }
 
   function chosen() {
@@ -165,7 +166,7 @@
   function setup() {
     const precision = { ...data.precision, ...data.weights[state.weights], kv: data.kv[state.kv] };
     const shape = plan.withMethod(data.shape, state.method, state.detail);
-    return { ...state, shape, precision, device: chosen() };
+    return { ...state, shape, precision, device: chosen(), drafter: data.drafter };
   }
 
   const limits = {
@@ -178,7 +179,8 @@
     showMemory(given, found);
     showRoofline(device, precision, found);
     showParts(found);
-    say("strip", `${seconds(found.latency)} a token · ${rate(found.throughput)} · ${bytes(found.memory.total)} of ${bytes(device.memory)}`);
+    say("strip", `${seconds(found.latency)} a token · ${rate(found.throughput)} · ` +
+      `${bytes(found.memory.total)} of ${bytes(device.memory)}${found.memory.free < 0 ? ": does not fit" : ""}`);
     clearTimeout(saying); // read out once a slider rests, not at each of its steps
     saying = setTimeout(() => say("said", summary(given, found, shape)), 300);
   }
@@ -207,16 +209,19 @@
     tell("answer", seconds(found.answer), found.answer);
     say("answer-note", `prefill and ${whole(tokens)} new tokens`);
     tell("largest", whole(found.largest), found.largest);
-    say("largest-note", found.largest === 0 ? "not even one sequence" : `of ${whole(context + tokens)} tokens each`);
+    say("largest-note", found.largest === 0 ? "not even one sequence" : `of ${whole(context + tokens)} tokens each` + (found.largest < batch ? ", fewer than now" : ""));
     at("largest-note").className = found.largest < batch ? "warn" : "";
     tell("limit", limits[steps.decode.limit], steps.decode.limit);
     say("limit-note", `${share(steps.decode.share)} of a step; prefill: ${limits[steps.prefill.limit]}, ${share(steps.prefill.share)}`);
   }
 
   function showMemory({ batch, context, tokens, device, devices }, found) {
-    const { weights, kv, total, free } = found.memory, capacity = device.memory;
+    const { weights, kv, draft, total, free } = found.memory, capacity = device.memory;
     const fits = free >= 0 ? `${bytes(free)} free of ${bytes(capacity)}` : `${bytes(-free)} too much for ${bytes(capacity)}`;
-    draw.bar(at("bar"), { weights, kv, capacity }, `Weights ${bytes(weights)}, KV cache ${bytes(kv)}: ${fits}.`);
+    const drafted = draft ? `, draft model ${bytes(draft)}` : "";
+    draw.bar(at("bar"), { weights, kv, draft, capacity }, `Weights ${bytes(weights)}, KV cache ${bytes(kv)}${drafted}: ${fits}.`);
+    at("bar-draft").parentNode.hidden = !draft;
+    tell("bar-draft", `${bytes(draft)}, ${share(draft / capacity)}`, draft);
     tell("bar-weights", `${bytes(weights)}, ${share(weights / capacity)}`, weights);
     tell("bar-kv", `${bytes(kv)}, ${share(kv / capacity)}`, kv);
     tell("bar-free", fits, free);
@@ -224,12 +229,12 @@
     say("kv-note", `${whole(found.parameters)} parameters. KV: ${bytes(found.kvPerToken)} a token, ` +
       `${bytes(found.kvPerSequence)} a sequence of ${whole(context + tokens)} tokens.`);
     say("memory-each", devices > 1 ? `On each of ${devices} devices:` : "");
-    const { largest } = found, one = kv / batch;
-    draw.growth(at("growth"), { weights, kv: one, capacity, batch, largest },
-      `Memory over batch: ${bytes(weights)} of weights and ${bytes(one)} a sequence; ` +
+    const { largest, slope } = found, floor = total - slope * batch;
+    draw.growth(at("growth"), { weights: floor, kv: slope, capacity, batch, largest },
+      `Memory over batch: ${bytes(floor)} of weights and ${bytes(slope)} a sequence; ` +
       `${whole(largest)} sequences fit into ${bytes(capacity)}.`);
     say("growth-capacity", `capacity ${bytes(capacity)}, reached after ${whole(largest)} sequences`);
-    say("growth-here", `now: ${whole(batch)} ${batch === 1 ? "sequence" : "sequences"}, ${bytes(total)}`);
+    say("growth-here", `now: ${whole(batch)} ${batch === 1 ? "sequence" : "sequences"}, ${bytes(total)}${draft ? ", with the draft model" : ""}`);
   }
 
   function showRoofline(device, precision, { works, steps }) {
@@ -251,7 +256,7 @@
     say("roofline-even", even + (roofs.length > 1 ? "; dashed: what was measured of it" : ""));
   }
 
-  const partNames = { attention_projections: "attention's linears", mlp: "MLP", link: "link between devices" };
+  const partNames = { attention_projections: "attention's linears", mlp: "MLP", link: "link" };
 
   function showParts({ works, steps }) {
     at("parts").tBodies[1]?.remove();

@@ -8,7 +8,10 @@ shapes, precisions and devices, which lie in the page as JSON.  What a user sees
     throughput           B / latency
     first token          time_of(prefill of B prompts of S tokens)
     whole answer         first token + T latency at context S + T // 2
-    memory               weights and KV of B sequences of S + T tokens
+    memory               weights and KV of B sequences of S + T tokens, the draft model's too
+
+On several devices all this is of one of them, with its share of the model (`shard`), and a step
+waits for the link (`link_bytes`).
 
 A pass over k + 1 tokens is what makes drafts worth less in large batches, which the closed form of
 `speculative_speedup` takes as one step; the two agree as long as memory is the limit.
@@ -38,9 +41,12 @@ MOST_SHARING = 8  # layers with one cache
 
 
 @dataclass(frozen=True)
-class Load:
+class Start:
     """Where the sliders begin: B, S and T, on so many devices together; k drafted tokens, their
-    acceptance a, and the time r of a draft's step in steps of the model."""
+    acceptance a, and the time r of a draft's step in steps of the model.
+
+    draft_model  the shape and precision of the draft, whose memory then counts
+    """
 
     batch: int
     context: int
@@ -49,6 +55,7 @@ class Load:
     draft_length: int = 0
     acceptance: float = 0.7
     draft_cost: float = 0.1
+    draft_model: tuple[ModelShape, Precision] | None = None
 
 
 def write_page(
@@ -62,19 +69,21 @@ def write_page(
     new_tokens: int,
     devices: int = 1,
     draft_length: int = 0,
-    acceptance: float = Load.acceptance,
-    draft_cost: float = Load.draft_cost,
+    acceptance: float = Start.acceptance,
+    draft_cost: float = Start.draft_cost,
+    draft_model: tuple[ModelShape, Precision] | None = None,
 ) -> None:
-    """Write the page to `path`, its controls set to what is given; whole or not at all.
+    """Write the page to `path`, its controls set to what is given (see Start).
 
     `device` joins the table of devices, or replaces that of its name there.
     """
-    load = Load(batch, context, new_tokens, devices, draft_length, acceptance, draft_cost)
-    write_text(path, page_html(shape, precision, device, load))
+    load = (batch, context, new_tokens, devices)
+    start = Start(*load, draft_length, acceptance, draft_cost, draft_model)
+    write_text(path, page_html(shape, precision, device, start))
 
 
-def page_html(shape: ModelShape, precision: Precision, device: Device, load: Load) -> str:
-    """The page as text: a function of its arguments and, as one of the devices, of this processor."""
+def page_html(shape: ModelShape, precision: Precision, device: Device, start: Start) -> str:
+    """The page as text: of its arguments, and of this processor, which is among the devices."""
     here = files("compress.planning")
     text = {
         name: here.joinpath(name).read_text(encoding="utf-8")
@@ -89,11 +98,12 @@ def page_html(shape: ModelShape, precision: Precision, device: Device, load: Loa
         shape=shape,
         total=parameters(shape).total,
         method=_as_it_is(shape),
+        draft_name=start.draft_model[0].name if start.draft_model else None,
         rates=COMPUTE,
         style=text["page.css"],
         script=script,
         script_hash=f"sha256-{digest}",
-        data=_for_script(_facts(shape, precision, device, load)),
+        data=_for_script(_facts(shape, precision, device, start)),
     )
 
 
@@ -105,7 +115,7 @@ def _for_script(value: Any) -> str:
     return text
 
 
-def _facts(shape: ModelShape, chosen: Precision, device: Device, load: Load) -> dict[str, Any]:
+def _facts(shape: ModelShape, chosen: Precision, device: Device, start: Start) -> dict[str, Any]:
     """What the page's script reads: the names and fields are those of the dataclasses."""
     weights = {name: precision(name) for name in WEIGHTS}
     kv = {name: bits(name) for name in KV}
@@ -129,23 +139,31 @@ def _facts(shape: ModelShape, chosen: Precision, device: Device, load: Load) -> 
             for name, p in sorted(weights.items(), key=lambda item: -item[1].weights)
         },
         "kv": dict(sorted(kv.items(), key=lambda item: -item[1])),
+        "drafter": _drafter(start),
         "methods": _methods(shape),
         "devices": [_device(d) for d in (device, *devices)],
-        "devices_together": sorted({*TOGETHER, load.devices}),
+        "devices_together": sorted({*TOGETHER, start.devices}),
         "rates": COMPUTE,
         "start": {
-            "batch": load.batch,
-            "context": load.context,
-            "tokens": load.new_tokens,
-            "devices": load.devices,
-            "draft": load.draft_length,
-            "acceptance": load.acceptance,
-            "cost": load.draft_cost,
+            "batch": start.batch,
+            "context": start.context,
+            "tokens": start.new_tokens,
+            "devices": start.devices,
+            "draft": start.draft_length,
+            "acceptance": start.acceptance,
+            "cost": start.draft_cost,
             "weights": weights_name,
             "kv": kv_name,
             "device": 0,
         },
     }
+
+
+def _drafter(start: Start) -> dict[str, Any] | None:
+    if start.draft_model is None:
+        return None
+    shape, bits_of = start.draft_model
+    return {"shape": asdict(shape), "precision": asdict(bits_of)}
 
 
 def _device(device: Device) -> dict[str, Any]:
@@ -175,7 +193,7 @@ def _methods(shape: ModelShape) -> dict[str, dict[str, Any]]:
     divisors = [n for n in range(1, shape.heads + 1) if shape.heads % n == 0]
     windows = [n for n in WINDOWS if n <= max(shape.max_context, WINDOWS[0])]
     return {
-        "model": method(f"as it is: {_as_it_is(shape)}", "The model as its config.json has it."),
+        "model": method("as it is", f"{_as_it_is(shape)}: what the model has."),
         "mha": method("MHA", f"{shape.heads} KV heads, one for each query head. {changed}"),
         "gqa": method(
             "GQA",

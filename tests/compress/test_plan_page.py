@@ -1,18 +1,15 @@
-"""The page of a plan, in a real browser: its numbers are roofline.py's, its controls work by
-keyboard, it asks for nothing outside itself, and no label covers another."""
+"""The page of a plan in a real browser: its numbers are roofline.py's, its controls obey keys.
+
+That nothing is logged, and nothing outside asked for, the fixture `opened` sees to in each test.
+"""
 
 import itertools
-import json
-import re
-import shutil
 from dataclasses import asdict, replace
-from html.parser import HTMLParser
 
 import pytest
 
 from compress.core.errors import InputError
 from compress.devices import DEVICES
-from compress.planning.page import write_page
 from compress.roofline import (
     Device,
     Efficiency,
@@ -38,9 +35,8 @@ from compress.roofline import (
 # Both sides compute in double precision, in sums of some tens of terms in another order at most.
 CLOSE = 1e-9
 
-LLAMA = ModelShape("Llama-2-7B", 4096, 11008, 32, 32, 128, 32, 32000)
 SHAPES = {
-    "llama": LLAMA,
+    "llama": ModelShape("Llama-2-7B", 4096, 11008, 32, 32, 128, 32, 32000),
     "tied, biases, norms on queries and keys": ModelShape(
         "tied", 896, 4864, 14, 2, 64, 24, 151936, tied=True, max_context=32768, qkv_bias=True,
         out_bias=True, mlp_bias=True, head_bias=True, norm_bias=True, qk_norm="head",
@@ -63,98 +59,6 @@ OWN = Device(
     efficiency=Efficiency(bandwidth=0.8, matmul=0.6, overhead=2e-4), source="measured",
 )  # fmt: skip
 DEVICE_LIST = [OWN, *DEVICES.values()]
-REFERRING = {"src", "href", "xlink:href", "data", "action", "srcset", "poster", "background"}
-
-
-# The browser
-
-
-def chromium_program():
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    return next((found for name in names if (found := shutil.which(name))), None)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    from selenium.common.exceptions import WebDriverException
-    from selenium.webdriver.chrome.service import Service
-
-    program, driver = chromium_program(), shutil.which("chromedriver")
-    if not program or not driver:
-        pytest.skip("no Chromium with a chromedriver is installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for flag in (
-        "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
-        "disable-background-networking", "disable-component-update", "disable-sync",
-        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):  # fmt: skip
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    try:
-        started = webdriver.Chrome(options=options, service=Service(driver))
-    except WebDriverException as error:
-        pytest.skip(f"Chromium does not start: {error.msg}")
-    started.set_script_timeout(60)
-    yield started
-    started.quit()
-
-
-@pytest.fixture
-def opened(browser, tmp_path):
-    """Opens a page of a model; at the end nothing was logged, and nothing outside asked for."""
-    pages = []
-
-    def show(shape=LLAMA, numbers=None, device=DEVICES["h100"], size=(1280, 900), **more):
-        path = tmp_path / f"plan{len(pages)}.html"
-        load = {"batch": 8, "context": 1024, "new_tokens": 256} | more
-        write_page(path, shape, numbers or precision("bf16"), device, **load)
-        pages.append(path.as_uri())
-        resize(browser, *size)
-        browser.get(path.as_uri())
-        return browser
-
-    browser.get("about:blank")  # off the page that a browser starts with, or the one before
-    browser.get_log("performance")
-    browser.get_log("browser")
-    yield show
-    assert browser.get_log("browser") == []
-    asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    urls = [
-        m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"
-    ]
-    assert pages
-    assert set(urls) == set(pages)
-
-
-def resize(browser, width, height, scheme="light"):
-    screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-
-
-def element(browser, name):
-    return browser.find_element("id", name)
-
-
-def shown(browser, name):
-    """The number in full that stands behind a text."""
-    return float(element(browser, name).get_property("value"))
-
-
-def put(browser, name, value):
-    """Set a control as a user's input would."""
-    browser.execute_script(
-        "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
-        "e.dispatchEvent(new Event('input', { bubbles: true }));", name, str(value),
-    )  # fmt: skip
-
-
-def settled(browser):
-    """After the next frame, in which observers of sizes have drawn."""
-    browser.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0]))")
 
 
 # Numbers
@@ -226,8 +130,8 @@ return cases.map(([method, detail, precision, device, ...load]) => {
   const [batch, context, tokens, draft, acceptance, cost, devices] = load;
   const changed = plan.withMethod(shape, method, detail);
   if (!plan.divides(changed, devices)) return null;
-  const setup = { shape: changed, precision, device, batch, context, tokens, draft, acceptance, cost };
-  const all = plan.predict({ ...setup, devices });
+  const setup = { shape: changed, precision, device, devices, batch, context, tokens };
+  const all = plan.predict({ ...setup, draft, acceptance, cost, drafter: null });
   const { prefill, decode } = all.steps;
   return {
     works: all.works,
@@ -292,7 +196,7 @@ def test_the_formulas_are_those_of_roofline(opened, name):
                 wanted.append(expected(changed, numbers, device, *load, *draft, many))
             except InputError:  # does not divide
                 wanted.append(None)
-    found = opened(shape).execute_script(PAGE_SAYS, asdict(shape), cases)
+    found = opened(shape).run(PAGE_SAYS, asdict(shape), cases)
     assert len(found) == len(wanted) >= 160
     assert [one is None for one in found] == [one is None for one in wanted]
     found, wanted = ([one for one in all_ if one] for all_ in (found, wanted))
@@ -306,274 +210,147 @@ def test_the_formulas_are_those_of_roofline(opened, name):
 FACTS = ("latency", "throughput", "first", "answer", "largest")
 
 
-def assert_shows(browser, shape, numbers, device, *load):
+def assert_shows(page, shape, numbers, device, *load):
     wanted = expected(shape, numbers, device, *load)
-    assert {f: shown(browser, f) for f in FACTS} == pytest.approx(
+    assert {f: page.number(f) for f in FACTS} == pytest.approx(
         {f: wanted[f] for f in FACTS}, rel=CLOSE
     )
-    assert shown(browser, "bar-weights") == pytest.approx(wanted["weights"], rel=CLOSE)
-    assert shown(browser, "bar-kv") == pytest.approx(wanted["kv"], rel=CLOSE)
+    assert page.number("bar-weights") == pytest.approx(wanted["weights"], rel=CLOSE)
+    assert page.number("bar-kv") == pytest.approx(wanted["kv"], rel=CLOSE)
     free = device.memory - wanted["weights"] - wanted["kv"]
-    assert shown(browser, "bar-free") == pytest.approx(free, rel=CLOSE, abs=1)  # a difference
-    assert element(browser, "limit").get_property("value") == wanted["limit"]["decode"]
+    assert page.number("bar-free") == pytest.approx(free, rel=CLOSE, abs=1)  # a difference
+    assert page["limit"].get_property("value") == wanted["limit"]["decode"]
 
 
-def test_it_begins_with_what_was_given(opened):
+def test_it_begins_with_what_was_given(opened, llama):
     numbers = precision("int4-g64", "int8", embeddings="int8")
     more = {"draft_length": 5, "acceptance": 0.83, "draft_cost": 0.07}
     page = opened(numbers=numbers, device=OWN, batch=37, context=1500, new_tokens=77, **more)
-    assert_shows(page, LLAMA, numbers, OWN, 37, 1500, 77, 5, 0.83, 0.07)
-    assert element(page, "devices-output").text == "1 device"
-    assert [element(page, f"{name}-number").get_property("value") for name in ("batch", "context")] == [
-        "37", "1500",
-    ]  # fmt: skip
-    assert "4.25 bits" in element(page, "weights-output").text
-    assert element(page, "kv-output").text.startswith("int8")
-    assert "own" in element(page, "device").text
-    assert "measured" in element(page, "device-source").text
+    assert_shows(page, llama, numbers, OWN, 37, 1500, 77, 5, 0.83, 0.07)
+    assert page["devices-output"].text == "1 device"
+    assert page.number("batch-number") == 37
+    assert page.number("context-number") == 1500
+    assert "4.25 bits" in page["weights-output"].text
+    assert page["kv-output"].text.startswith("int8")
+    assert "own" in page["device"].text
+    assert "measured" in page["device-source"].text
 
 
 # Controls
 
 
-def press(browser, name, *keys):
-    element(browser, name).send_keys(*keys)
-
-
-def test_the_sliders_move_by_keyboard(opened):
+def test_the_sliders_move_by_keyboard(opened, llama):
     from selenium.webdriver.common.keys import Keys
 
     h100 = DEVICES["h100"]
     page = opened()
-    press(page, "batch", Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)  # 8, 12, 16
-    assert_shows(page, LLAMA, precision(), h100, 16, 1024, 256, 0, 0.7, 0.1)
-    press(page, "context", Keys.END)
-    press(page, "tokens", Keys.HOME)
-    assert_shows(page, LLAMA, precision(), h100, 16, 131072, 0, 0, 0.7, 0.1)
-    press(page, "context", Keys.ARROW_LEFT)
-    assert_shows(page, LLAMA, precision(), h100, 16, 98304, 0, 0, 0.7, 0.1)
-    press(page, "weights", Keys.END)  # int2
-    press(page, "kv", Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)  # bf16, int8 of 8.125 bits, fp8
+    page.press("batch", Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)  # 8, 12, 16
+    assert_shows(page, llama, precision(), h100, 16, 1024, 256, 0, 0.7, 0.1)
+    page.press("context", Keys.END)
+    page.press("tokens", Keys.HOME)
+    assert_shows(page, llama, precision(), h100, 16, 131072, 0, 0, 0.7, 0.1)
+    page.press("context", Keys.ARROW_LEFT)
+    assert_shows(page, llama, precision(), h100, 16, 98304, 0, 0, 0.7, 0.1)
+    page.press("weights", Keys.END)  # int2
+    page.press("kv", Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)  # bf16, int8 of 8.125 bits, fp8
     numbers = precision("int2", "fp8")
-    assert_shows(page, LLAMA, numbers, h100, 16, 98304, 0, 0, 0.7, 0.1)
-    assert not element(page, "acceptance").is_enabled()
-    press(page, "draft", *[Keys.ARROW_RIGHT] * 5)
-    press(page, "acceptance", Keys.ARROW_RIGHT)
-    press(page, "cost", Keys.ARROW_LEFT)
-    assert_shows(page, LLAMA, numbers, h100, 16, 98304, 0, 5, 0.75, 0.05)
-    said = [element(page, n).get_attribute("aria-valuetext") for n in ("context", "kv", "draft")]
+    assert_shows(page, llama, numbers, h100, 16, 98304, 0, 0, 0.7, 0.1)
+    assert not page["acceptance"].is_enabled()
+    page.press("draft", *[Keys.ARROW_RIGHT] * 5)
+    page.press("acceptance", Keys.ARROW_RIGHT)
+    page.press("cost", Keys.ARROW_LEFT)
+    assert_shows(page, llama, numbers, h100, 16, 98304, 0, 5, 0.75, 0.05)
+    said = [page[n].get_attribute("aria-valuetext") for n in ("context", "kv", "draft")]
     assert said == ["98,304 tokens", "fp8, 8 bits", "5 tokens"]
-    press(page, "method", "GQA", Keys.TAB, Keys.ARROW_LEFT)
-    press(page, "detail", Keys.HOME)  # one KV head
-    one = replace(LLAMA, kv_heads=1)
+    page.press("method", "GQA", Keys.TAB, Keys.ARROW_LEFT)
+    page.press("detail", Keys.HOME)  # one KV head
+    one = replace(llama, kv_heads=1)
     assert_shows(page, one, numbers, h100, 16, 98304, 0, 5, 0.75, 0.05)
-    press(page, "device", "a100")
-    press(page, "devices", Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
-    assert element(page, "devices").get_attribute("aria-valuetext") == "4 devices"
+    page.press("device", "a100")
+    page.press("devices", Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert page["devices"].get_attribute("aria-valuetext") == "4 devices"
     assert_shows(page, one, numbers, DEVICES["a100"], 16, 98304, 0, 5, 0.75, 0.05, 4)
-    press(page, "device", "cpu")  # has no link
-    assert element(page, "devices").get_attribute("aria-valuetext") == "1 device"
-    assert not element(page, "devices").is_enabled()
-    page.find_element("css selector", "button[type=reset]").send_keys(Keys.ENTER)
-    assert_shows(page, LLAMA, precision(), h100, 8, 1024, 256, 0, 0.7, 0.1)
+    page.press("device", "cpu")  # has no link
+    assert page["devices"].get_attribute("aria-valuetext") == "1 device"
+    assert not page["devices"].is_enabled()
+    page.all("button[type=reset]")[0].send_keys(Keys.ENTER)
+    assert_shows(page, llama, precision(), h100, 8, 1024, 256, 0, 0.7, 0.1)
 
 
-def test_numbers_can_be_typed_and_wrong_ones_do_not_count(opened):
+def test_numbers_can_be_typed_and_wrong_ones_do_not_count(opened, llama):
     from selenium.webdriver.common.keys import Keys
 
     h100 = DEVICES["h100"]
     page = opened()
     everything = (Keys.CONTROL, "a", Keys.NULL)
-    press(page, "batch-number", *everything, "37")
-    assert_shows(page, LLAMA, precision(), h100, 37, 1024, 256, 0, 0.7, 0.1)
-    assert element(page, "batch").get_attribute("aria-valuetext") == "37 sequences"
+    page.press("batch-number", *everything, "37")
+    assert_shows(page, llama, precision(), h100, 37, 1024, 256, 0, 0.7, 0.1)
+    assert page["batch"].get_attribute("aria-valuetext") == "37 sequences"
     for wrong in ("0", "-5", "2.5", "99999999999"):
-        press(page, "batch-number", *everything, Keys.BACKSPACE, wrong)
-        assert element(page, "batch-number").get_attribute("aria-invalid") == "true"
-    before = shown(page, "latency")
-    press(page, "batch-number", Keys.TAB)
-    assert element(page, "batch-number").get_attribute("aria-invalid") is None
-    kept = element(page, "batch-number").get_property("value")
-    assert (kept, before) == ("999999", shown(page, "latency"))  # on the way to the last: allowed
+        page.press("batch-number", *everything, Keys.BACKSPACE, wrong)
+        assert page["batch-number"].get_attribute("aria-invalid") == "true"
+    before = page.number("latency")
+    page.press("batch-number", Keys.TAB)
+    assert page["batch-number"].get_attribute("aria-invalid") is None
+    kept = page["batch-number"].get_property("value")
+    assert (kept, before) == ("999999", page.number("latency"))  # on the way to the last: allowed
 
 
-def test_each_method_and_a_device_of_ones_own(opened):
+def test_each_method_and_a_device_of_ones_own(opened, llama):
     page = opened()
     for method, detail in (("mha", 32), ("gqa", 4), ("mla", 512), ("window", 1024), ("shared", 2)):
-        put(page, "method", method)
-        changed = with_method(LLAMA, method, detail)
+        page.put("method", method)
+        changed = with_method(llama, method, detail)
         assert_shows(page, changed, precision(), DEVICES["h100"], 8, 1024, 256, 0, 0.7, 0.1)
-    put(page, "method", "model")
-    assert not element(page, "custom-memory").is_displayed()
-    choices = [o.text for o in element(page, "device").find_elements("tag name", "option")]
+    page.put("method", "model")
+    assert not page["custom-memory"].is_displayed()
+    choices = [o.text for o in page["device"].find_elements("tag name", "option")]
     assert choices == ["h100", *(name for name in DEVICES if name != "h100"), "cpu", "custom"]
-    put(page, "device", choices.index("custom"))
-    assert_shows(page, LLAMA, precision(), DEVICES["h100"], 8, 1024, 256, 0, 0.7, 0.1)
+    page.put("device", choices.index("custom"))
+    assert_shows(page, llama, precision(), DEVICES["h100"], 8, 1024, 256, 0, 0.7, 0.1)
     for name, value in (("memory", 48), ("bandwidth", 864), ("bf16", 362.5), ("fp8", 733)):
-        put(page, f"custom-{name}", value)
-    put(page, "devices", 1)
-    put(page, "custom-link", 25)
+        page.put(f"custom-{name}", value)
+    page.put("devices", 1)
+    page.put("custom-link", 25)
     own = Device("custom", 48 * 10**9, 864e9, {"bf16": 362.5e12, "fp8": 733e12}, 25e9)
-    put(page, "weights", 2)
-    assert element(page, "weights-output").text == "fp8, 8 bits"
-    assert_shows(page, LLAMA, precision("fp8"), own, 8, 1024, 256, 0, 0.7, 0.1, 2)
+    page.put("weights", 2)
+    assert page["weights-output"].text == "fp8, 8 bits"
+    assert_shows(page, llama, precision("fp8"), own, 8, 1024, 256, 0, 0.7, 0.1, 2)
 
 
 def test_it_says_what_does_not_fit_and_what_is_too_long(opened):
     page = opened(batch=256, context=8192)
-    settled(page)
-    page.execute_async_script("setTimeout(arguments[0], 500)")  # words follow once a slider rests
-    said = element(page, "said").text
+    page.wait()
+    page.wait(500)  # words follow once a slider rests
+    said = page["said"].text
     assert "It does not fit" in said
     assert "more than the model was made for (4,096)" in said
-    assert "too much for 80 GB" in element(page, "bar-free").text
-    assert shown(page, "largest") < 256
+    assert "too much for 80 GB" in page["bar-free"].text
+    assert page.number("largest") < 256
 
 
-# What it is made of
+def test_a_draft_model_takes_its_place(opened, llama):
+    draft = ModelShape("draft", 1024, 2816, 16, 4, 64, 12, 32000, tied=True)
+    numbers, held = precision("int8"), precision("int4", "fp8")
+    page = opened(numbers=numbers, draft_length=4, draft_model=(draft, held), batch=40)
+    beside = memory(draft, held, 40, 1280).total
+    own = memory(llama, numbers, 40, 1280).total
+    assert page.number("bar-draft") == pytest.approx(beside, rel=CLOSE)
+    assert page.number("bar-free") == pytest.approx(80e9 - own - beside, rel=CLOSE)
+
+    def total(batch):
+        return memory(llama, numbers, batch, 1280).total + memory(draft, held, batch, 1280).total
+
+    largest = int(page.number("largest"))
+    assert total(largest) <= 80e9 < total(largest + 1)
+    assert page["bar-draft"].is_displayed()
+    page.put("draft-number", 0)
+    assert not page["bar-draft"].is_displayed()
+    assert page.number("bar-free") == pytest.approx(80e9 - own, rel=CLOSE)
 
 
-class Elements(HTMLParser):
-    def __init__(self, html):
-        super().__init__()
-        self.found = []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-
-
-def test_nothing_in_it_reaches_outside(tmp_path):
-    write_page(
-        tmp_path / "p.html", LLAMA, precision(), OWN, batch=1, context=1024, new_tokens=1
-    )  # fmt: skip
-    html = (tmp_path / "p.html").read_text(encoding="utf-8")
-    for tag, attributes in Elements(html).found:
-        assert tag not in {"link", "img", "iframe", "object", "embed", "base"}
-        for name, value in attributes.items():
-            assert not name.startswith("on")
-            assert name not in REFERRING or value.startswith("#")
-    addresses = set(re.findall(r"[a-z]+://[^\"'\s]*", html))
-    assert addresses == {"http://www.w3.org/2000/svg"}  # the name of SVG, which nobody fetches
-    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|import\(|eval\(", html)
-    assert "default-src 'none'" in html
-
-
-def test_names_are_text_and_nothing_else(opened):
-    hostile = "</script><script>window.hit = 1</script><!--<script>&amp;\u2028'\""
-    shape = replace(LLAMA, name=hostile)
-    device = replace(OWN, name=hostile, source=f"<img src=x onerror='window.hit = 2'>{hostile}")
-    page = opened(shape=shape, device=device)
-    assert page.execute_script("return window.hit") is None
-    data = page.execute_script("return JSON.parse(document.getElementById('data').textContent)")
-    assert data["shape"]["name"] == hostile
-    assert page.find_element("tag name", "h1").get_property("textContent").startswith(hostile)
-    assert element(page, "device-source").get_property("textContent") == device.source
-    assert_shows(page, shape, precision(), device, 8, 1024, 256, 0, 0.7, 0.1)
-
-
-# How it is laid out
-
-
-STATES = [
-    {},
-    {"device": 3, "batch-number": 300, "context-number": 131072},
-    {"batch-number": 4096, "context-number": 64, "weights": 3},
-    {"batch-number": 250, "context-number": 200},
-    {"batch-number": 1, "context-number": 1, "tokens-number": 0},
-    {"batch-number": 1000000, "context-number": 100000000, "draft-number": 64, "weights": 6},
-    {"method": "mla", "batch-number": 128, "device": 4},
-    {"method": "window", "device": 6, "draft-number": 3},
-]
-OVERLAPS = """
-const found = [], near = 0.5;
-for (const svg of document.querySelectorAll("svg")) {
-  const frame = svg.getBoundingClientRect();
-  const boxes = [...svg.querySelectorAll("text")].map((t) => [t.textContent, t.getBoundingClientRect()]);
-  boxes.forEach(([text, a], n) => {
-    if (a.left < frame.left - near || a.right > frame.right + near || a.top < frame.top - near ||
-        a.bottom > frame.bottom + near) found.push(`${svg.id}: ${text} sticks out: ${[a.left - frame.left, a.top - frame.top, frame.right - a.right, frame.bottom - a.bottom]}`);
-    for (const [other, b] of boxes.slice(n + 1)) {
-      if (a.left < b.right - near && b.left < a.right - near && a.top < b.bottom - near && b.top < a.bottom - near)
-        found.push(`${svg.id}: ${text} on ${other}`);
-    }
-  });
-}
-const page = document.documentElement;
-if (page.scrollWidth > page.clientWidth) found.push(`page is ${page.scrollWidth} wide`);
-for (const node of document.querySelectorAll("label, input, select, output, dt, dd, h1, h2, p, li, small")) {
-  if (node.closest(".scroll") || !node.getClientRects().length) continue;
-  const box = node.getBoundingClientRect();
-  if (box.right > page.clientWidth + near) found.push(`${node.tagName} #${node.id} sticks out`);
-}
-return found;
-"""
-
-
-@pytest.mark.parametrize("size", [(1280, 900), (768, 1000), (360, 740)])
-def test_no_label_covers_another_and_nothing_sticks_out(opened, size):
-    for device in (DEVICES["h100"], OWN):
-        page = opened(device=device, size=size)
-        for state in STATES:
-            for name, value in state.items():
-                put(page, name, value)
-            settled(page)
-            assert page.execute_script(OVERLAPS) == [], state
-
-
-def test_every_control_has_a_name_and_every_chart_words(opened):
-    page = opened()
-    put(page, "device", 6)  # one of one's own: shows all fields
-    controls = page.find_elements("css selector", "input, select, button")
-    named = [c.accessible_name for c in controls if c.is_displayed()]
-    assert all(named)
-    assert len(set(named)) == len(named) >= 20
-    assert element(page, "said").get_attribute("aria-live") == "polite"
-    for chart in page.find_elements("tag name", "svg"):
-        assert re.search(r"\d", chart.accessible_name), chart.get_attribute("id")
-    ids = page.execute_script("return [...document.querySelectorAll('[id]')].map((e) => e.id)")
-    assert len(set(ids)) == len(ids)
-    referred = page.execute_script(
-        "return [...document.querySelectorAll('[for], [aria-labelledby], [aria-describedby]')]"
-        ".flatMap((e) => ['for', 'aria-labelledby', 'aria-describedby']"
-        ".map((n) => e.getAttribute(n)).filter(Boolean))"
-    )
-    assert set(referred) <= set(ids)
-    text = page.find_element("tag name", "body").text
-    assert "predictions of a roofline" in text
-    assert "What is left out" in text
-
-
-CONTRAST = """
-const lit = (colour) => {
-  const [r, g, b] = colour.match(/[0-9.]+/g).slice(0, 3).map((c) => c / 255)
-    .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-};
-const behind = (node) => {
-  for (; node; node = node.parentElement) {
-    const colour = getComputedStyle(node).backgroundColor;
-    if (!/, 0\\)$/.test(colour)) return colour;
-  }
-  return "rgb(255, 255, 255)";
-};
-const low = [];
-for (const node of document.querySelectorAll("h1, h2, h3, p, li, label, legend, dt, dd, small, td, th, output, a, svg text")) {
-  if (!node.getClientRects().length) continue;
-  const style = getComputedStyle(node);
-  const a = lit(node.tagName === "text" ? style.fill : style.color), b = lit(behind(node));
-  const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  if (ratio < 4.5) low.push([node.tagName, node.textContent.slice(0, 30), ratio]);
-}
-return low;
-"""
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_in_light_and_dark(opened, scheme):
-    """WCAG 2.2, 1.4.3: a contrast of 4.5 to 1."""
-    page = opened(batch=300)
-    resize(page, 1280, 900, scheme)
-    background = page.execute_script("return getComputedStyle(document.body).backgroundColor")
-    assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}[scheme]
-    assert page.execute_script(CONTRAST) == []
+def test_a_device_of_ones_own_takes_over_nothing_that_its_fields_do_not_show(opened, llama):
+    page = opened(device=OWN)
+    page.put("device", len(page["device"].find_elements("tag name", "option")) - 1)
+    sheet = replace(OWN, efficiency=Efficiency())
+    assert_shows(page, llama, precision(), sheet, 8, 1024, 256, 0, 0.7, 0.1)
