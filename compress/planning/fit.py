@@ -35,6 +35,8 @@ Objective = Literal["throughput", "latency"]
 Standing = Literal["ready", "unknown", "not in this version", "costly"]
 STANDINGS: tuple[Standing, ...] = ("ready", "unknown", "not in this version", "costly")
 
+TOP = 10  # recipes that are shown
+MOST_LOSS = 1.1  # perplexity over the original's
 MOST_SEQUENCES = 256  # answered together, as servers are usually set
 WEIGHTS = ((16, 0), (8, 64), (8, 128), (4, 64), (4, 128), (3, 64), (2, 64))  # bits, group
 KV = ("bf16", "int8")

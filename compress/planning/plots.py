@@ -1,4 +1,4 @@
-"""Plots of a plan as one PNG: throughput and latency by batch, memory by batch, and the roofline."""
+"""Plots of a plan as one PNG: throughput, latency and memory by batch, and the roofline."""
 
 from __future__ import annotations
 

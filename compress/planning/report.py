@@ -20,7 +20,7 @@ def rounded(value: float) -> float:
 
 def plan_report(case: Case, weights: str, kv: str, notes: Iterable[str] = ()) -> dict[str, Any]:
     """Everything about one case.  `weights` and `kv` are the precisions' names."""
-    shape, precision, device, load = case.shape, case.precision, case.device, case.load
+    shape, precision, load = case.shape, case.precision, case.load
     count = vars(roofline.parameters(shape))
     stored = roofline.weight_bytes(shape, precision)
     context = load.context + load.new_tokens

@@ -2,9 +2,9 @@
 
     seconds of a decode step = overhead + bytes / bandwidth
 
-A small model gives the overhead (scheduler, sampler, launches or barriers), which grows with layers;
-a larger one of the same layers, whose weights no cache holds, gives bandwidth as the kernels reach it.
-Its prefill gives the matmul rate that they reach.
+A small model gives the overhead (scheduler, sampler, launches or barriers), which grows with
+layers; a larger one of as many layers, whose weights no cache holds, gives the bandwidth that the
+kernels reach, and its prefill the matmul rate that they reach.
 """
 
 from __future__ import annotations

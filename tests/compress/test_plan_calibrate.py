@@ -102,11 +102,8 @@ def test_medians_are_compared_at_the_mean_context():
     shape = find_shape("llama-2-7b")
     device = Device("slow", 10**11, 1e9, {"bf16": 1e15})
     case = Case(shape, Precision(), device, Load(1, 100, 50))
-    runs = [
-        Run([9.0], 9.0, [20.0, 21.0], 3),
-        Run([10.0], 10.0, [14.0], 2),
-        Run([8.0], 8.0, [1.0], 2),
-    ]
+    steps = {9.0: [20.0, 21.0], 10.0: [14.0], 8.0: [1.0]}  # of a run, by its prefill
+    runs = [Run([first], first, after, 1 + len(after)) for first, after in steps.items()]
     found = calibrate.compared(runs, case, case)
     assert found["prefill"]["measured_s"] == 9
     assert found["decode step"]["measured_s"] == 17  # the median of four

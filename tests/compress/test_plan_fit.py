@@ -112,9 +112,8 @@ def test_what_recipes_do_to_a_shape():
     per_token = kv_bytes_per_token(LLAMA, bf16)
     assert changed() == LLAMA
     assert kv_bytes_per_token(changed(attention="GQA"), bf16) == per_token / 8
-    assert (
-        kv_bytes_per_token(changed(attention="MLA"), bf16) == 32 * 576 * 2
-    )  # DeepSeek-V2's 512 + 64
+    latents = 32 * (512 + 64) * 2  # DeepSeek-V2's, for heads of 128
+    assert kv_bytes_per_token(changed(attention="MLA"), bf16) == latents
     assert changed(pruning="1/4 of the layers").layers == 24
     half = parameters(changed(pruning="1/2 of the MLP"))
     assert half.mlp == parameters(LLAMA).mlp / 2
