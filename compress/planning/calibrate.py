@@ -117,7 +117,7 @@ def _check(question: Question, save: Path | None) -> None:
         raise InputError("--calibrate runs a --head as stored, or rounded to int8")
     if save is not None and (save.suffix != ".json" or not save.absolute().parent.is_dir()):
         raise InputError(f"--save-device '{save}': give a .json file in a folder that exists")
-    question.model_shape  # noqa: B018  refused before anything is measured
+    _ = question.model_shape  # refused before anything is measured
 
 
 def _table_device(question: Question, device: torch.device) -> Device:

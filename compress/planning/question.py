@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from compress.core.errors import InputError, shown
+from compress.core.source import gguf_file
 from compress.devices import find_device
 from compress.planning.case import Case, Draft, Load
 from compress.planning.inputs import Sweep, shape_of_text, stored_weights
@@ -57,7 +58,9 @@ class Question:
     @cached_property
     def _shape_and_notes(self) -> tuple[ModelShape, list[str]]:
         if self._config is not None and self.model is not None:
-            return shape_of(self._config, self.model), []
+            shape = shape_of(self._config, self.model)
+            unread = self.weights is None and gguf_file(self.model) is not None
+            return shape, ["the bits of a .gguf file are not read; say --weights"] if unread else []
         assert self.shape is not None
         shape, derived = shape_of_text(self.shape)
         return shape, [f"taken for granted: {', '.join(derived)}"] if derived else []
