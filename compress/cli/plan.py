@@ -17,6 +17,7 @@ from compress.cli.runtime_options import JSON, add_options
 if TYPE_CHECKING:
     from compress.planning.question import Question
 
+CALIBRATED = "smollm2"
 COUNT = click.IntRange(min=1)
 FILE = click.Path(dir_okay=False, path_type=Path)
 OPTIONS = [
@@ -88,7 +89,8 @@ OPTIONS = [
     click.option(
         "--calibrate",
         is_flag=True,
-        help="Measure this machine, and MODEL on it beside what was predicted.",
+        help="Measure this machine, and MODEL (smollm2 unless given) on it beside what was "
+        "predicted.",
     ),
     click.option(
         "--save-device",
@@ -131,6 +133,8 @@ def plan_command(
 
         names = ("device", "batch", "context", "new_tokens", "weights", "kv", "head", "draft",
                  "draft_tokens", "acceptance", "tensor_parallel", "shape", "threads")  # fmt: skip
+        if calibrate and model is None and given["shape"] is None:
+            model = CALIBRATED
         question = Question(model=model, **{name: given[name] for name in names})
         if calibrate:
             report, show = _calibrate(question, given)
