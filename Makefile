@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: install test lint types demo clean
+.PHONY: install test lint types demo gpu-check clean
 
 install: $(VENV)/installed
 
@@ -31,6 +31,10 @@ types: install
 
 demo: install
 	PATH="$(abspath $(BIN)):$$PATH" sh recipes/demo.sh
+
+# On a machine with a GPU: tests, parity and tables, in minutes; call it again to go on.
+gpu-check: install
+	$(BIN)/python benchmarks/gpu_check.py
 
 clean:
 	rm -rf $(VENV) build demo *.egg-info

@@ -29,6 +29,7 @@ from compress.loading import load_model
 from compress.runtime.decoder import Decoder
 from compress.runtime.engine import Engine
 from compress.runtime.llm import LLM, stop_tokens
+from compress.runtime.loading import load_decoder
 from compress.runtime.sampling_params import SamplingParams
 
 BATCH = 32
@@ -102,7 +103,7 @@ def generate(
     source = resolve_model(model)
     if (model, dtype) not in _loaded:
         _loaded.clear()
-        _loaded[model, dtype] = Decoder.load(source, torch.device("cpu"), dtype)
+        _loaded[model, dtype] = load_decoder(source, torch.device("cpu"), dtype)
     tokenizer = load_tokenizer(source.folder)
     engine = Engine(
         _loaded[model, dtype], blocks, max_tokens_per_step=budget, max_sequences=BATCH,

@@ -18,7 +18,6 @@ from compress.core.source import ModelSource
 from compress.loading import load_model
 
 if TYPE_CHECKING:
-    from compress.runtime.decoder import Decoder
     from compress.runtime.scoring import Piece, Span
 
     Predictor = Callable[[Sequence[Span]], Iterator[Piece]]
@@ -67,18 +66,10 @@ def load_predictor(engine: str, source: ModelSource, dtype: str) -> Predictor:
     """Load a model on a settled engine; what it returns gives the logits of spans, in order."""
     if engine == "transformers":
         return partial(_transformers_logits, load_model(source.folder, dtype))
+    from compress.runtime.loading import load_decoder
     from compress.runtime.scoring import logits
 
-    return partial(logits, load_decoder(source, dtype))
-
-
-def load_decoder(source: ModelSource, dtype: str) -> Decoder:
-    """Load a model on the runtime."""
-    import torch
-
-    from compress.runtime.decoder import Decoder
-
-    return Decoder.load(source, torch.device("cpu"), dtype)
+    return partial(logits, load_decoder(source, default_device(), dtype))
 
 
 def _transformers_logits(model: Any, spans: Sequence[Span]) -> Iterator[Piece]:

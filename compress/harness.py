@@ -28,14 +28,14 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import GenerationConfig
 
+from compress.core.device import default_device
 from compress.core.errors import InputError
 from compress.core.progress import track
-from compress.core.resources import free_memory
 from compress.core.source import ModelSource
 from compress.core.tokenizer import load_tokenizer
-from compress.engines import load_decoder
 from compress.runtime.engine import Engine
-from compress.runtime.llm import LLM, SHARE_OF_MEMORY, stop_tokens
+from compress.runtime.llm import LLM, cache_memory, stop_tokens
+from compress.runtime.loading import load_decoder
 from compress.runtime.sampling_params import SamplingParams
 from compress.runtime.scoring import Span, score
 
@@ -55,7 +55,7 @@ class RuntimeLM(TemplateLM):
     def __init__(self, source: ModelSource, dtype: str = "float32", seed: int = 0) -> None:
         super().__init__()
         self.tokenizer: Any = load_tokenizer(source.folder)
-        self._decoder = load_decoder(source, dtype)
+        self._decoder = load_decoder(source, default_device(), dtype)
         self._stop_tokens = stop_tokens(source.folder, self.tokenizer)
         self._defaults = _generation_defaults(source)
         self._seed = seed
@@ -187,7 +187,7 @@ class RuntimeLM(TemplateLM):
             for prompt, asked in zip(prompts, params, strict=True)
         )
         wanted = min(len(prompts), MOST_SEQUENCES) * -(-longest // decoder.block_size)
-        room = int(free_memory() * SHARE_OF_MEMORY["cpu"]) // decoder.bytes_per_block
+        room = cache_memory(default_device()) // decoder.bytes_per_block
         engine = Engine(
             decoder,
             min(wanted, room),

@@ -1,6 +1,6 @@
 """One specialisation of a Triton kernel: what is compiled ahead of time, and what is launched.
 
-Each operation's `triton.py` has `entries(capability)`, the list of all that its dispatch can choose.
+Each operation's `triton.py` has `entries(capability)`, all that its dispatch can choose.
 `compress.kernels.ahead_of_time` compiles them without a GPU.
 """
 
@@ -22,8 +22,8 @@ class Entry:
     """A kernel, the types of its arguments, and its compile-time constants.
 
     name        for people and for the cache, such as "lowbit_matmul w4 g128 fp16 rows16"
-    types       argument -> Triton's name of its type ("*fp16", "*i32", "i32", "fp32"); those that are
-                compile-time constants are in `constants` and not here
+    types       argument -> Triton's name of its type ("*fp16", "*i32", "i32", "fp32"); those that
+                are compile-time constants are in `constants` and not here
     aligned     arguments whose value, or address, is a multiple of 16, as a launch would find out;
                 all pointers where it is None
     """

@@ -1,8 +1,9 @@
 """What passes between the engine and a model: one step's flat batch, and what a model must do."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import numpy as np
 from torch import Tensor
 
 
@@ -15,13 +16,30 @@ class Batch:
     the step's tokens are written before attention reads, layer by layer.
     """
 
-    tokens: Tensor  # int64 [T]
+    tokens: Tensor  # int64 [T]; of an AsynchronousModel also -1 - i, draw i of the launch before
     positions: Tensor  # int64 [T], place of each token in its own sequence
     slots: Tensor  # int64 [T], where its keys and values go: block * block_size + offset
     starts: Tensor  # int32 [S + 1], first token of each sequence in the flat batch; the last is T
     contexts: Tensor  # int32 [S], tokens of each sequence in the cache after this step
     block_tables: Tensor  # int32 [S, W], blocks of each sequence, padded with 0
     rows: Tensor  # int64 [R], flat indices of the tokens whose logits are wanted, ascending
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How a device draws one token from each of R rows of a step's logits (kernels/sampling)."""
+
+    rows: np.ndarray  # int64 [R], which of the logits
+    uniform: np.ndarray  # float64 [R], the number in [0, 1) that decides
+    temperature: np.ndarray  # float32 [R], 0 takes the likeliest
+    top_k: np.ndarray  # int32 [R], 0 for all
+    top_p: np.ndarray  # float32 [R], 1 for all
+    min_p: np.ndarray  # float32 [R], 0 for all
+
+    @property
+    def filtered(self) -> bool:
+        """Whether any row has a filter."""
+        return bool(((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)).any())
 
 
 class Model(Protocol):
@@ -46,4 +64,28 @@ class Model(Protocol):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits of `batch.rows`, float32 [R, V]."""
+        ...
+
+
+class Launched(Protocol):
+    """A step that a device is at work on."""
+
+    def tokens(self) -> list[int]:
+        """Wait for the drawn tokens; -1 where the logits held NaN."""
+        ...
+
+
+@runtime_checkable
+class AsynchronousModel(Model, Protocol):
+    """A model on a device with a queue: it draws tokens itself, and nobody waits for a step.
+
+    Launches are carried out in order, so a launch may read what the one before it draws.
+    """
+
+    def capture(self, most_sequences: int) -> None:
+        """Get ready for steps in which up to so many sequences decode; after `allocate`."""
+        ...
+
+    def launch(self, batch: Batch, draws: Draws) -> Launched:
+        """Queue a step and its draws; at most one other may be unfinished."""
         ...

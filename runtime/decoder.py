@@ -4,27 +4,25 @@
     for each layer:  h += out(attention(qkv(norm(h)))) ;  h += down(silu(gate) * up),  of norm(h)
     logits = head(norm(h))
 
-`Decoder._step` says so with operations.  Recorded (compress.kernels.program) it runs once and
-becomes a program that each batch is one call of; otherwise (compress.kernels.eager) it runs for
-each batch.
+`Decoder._step` says so with operations, and three classes carry them out.  `RecordedDecoder` runs
+the method once, and for each batch what that recorded (compress.kernels.program).  `EagerDecoder`
+runs it for each batch (compress.kernels.eager).  `GpuDecoder` (compress.runtime.gpu_decoder)
+captures it in CUDA graphs (compress.kernels.launched).  compress.runtime.loading chooses.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress.core.device import check_dtype
-from compress.core.progress import say
-from compress.core.source import ModelSource
 from compress.kernels.eager import BLOCK_SIZE, Eager
+from compress.kernels.program import Recorder
 from compress.runtime.batch import Batch
-from compress.runtime.weights import DecoderWeights, load_weights
-
-MOST_TOKENS = 512
+from compress.runtime.weights import DecoderWeights
 
 
 @dataclass(frozen=True)
@@ -42,26 +40,20 @@ class _Layer:
     window: int | None
 
 
-class Decoder:
-    """A model with a paged cache (compress.runtime.batch.Model).
-
-    `most_tokens` is the size of the largest batch that it will be given.  Where the CPU and a
-    compiler allow, bfloat16 and float32 models run as a recorded program.
-    """
+class Decoder(ABC):
+    """A model with a paged cache (compress.runtime.batch.Model), computed by `operations`."""
 
     block_size = BLOCK_SIZE
 
     def __init__(
         self,
         weights: DecoderWeights,
+        operations: Any,
         device: torch.device,
-        dtype: torch.dtype,
-        most_tokens: int = MOST_TOKENS,
     ) -> None:
         self.vocab_size, self.max_context = weights.vocab_size, weights.max_context
-        self._most_tokens, self._dtype, self._device = most_tokens, dtype, device
-        self._operations = _operations(dtype, device, most_tokens)
-        self._recorded = not isinstance(self._operations, Eager)
+        self._device = device
+        self._operations = operations
         self._shape = {
             "heads": weights.heads,
             "kv_heads": weights.kv_heads,
@@ -69,7 +61,7 @@ class Decoder:
             "eps": weights.norm_eps,
         }
         pack = self._operations.pack
-        self._embedding = weights.embedding.to(device, dtype).contiguous()
+        self._embedding = weights.embedding.to(device, operations.dtype).contiguous()
         self._final_norm = weights.final_norm.to(device)
         self._inv_freq, self._rope_scaling = weights.inv_freq.to(device), weights.rope_scaling
         self._head = pack(weights.head)
@@ -90,19 +82,6 @@ class Decoder:
                 )
             )
         self._cache: list[tuple[Tensor, Tensor]] = []
-
-    @classmethod
-    def load(
-        cls,
-        source: ModelSource,
-        device: torch.device,
-        dtype: str,
-        lm_head_bits: int | None = None,
-        most_tokens: int = MOST_TOKENS,
-    ) -> Decoder:
-        """Read a model; InputError when the runtime does not serve it (see load_weights)."""
-        check_dtype(dtype)
-        return cls(load_weights(source, lm_head_bits), device, getattr(torch, dtype), most_tokens)
 
     @property
     def description(self) -> str:
@@ -130,9 +109,6 @@ class Decoder:
     def allocate(self, num_blocks: int) -> None:
         """Make the cache."""
         self._cache = [self._new_cache(num_blocks) for _ in self._layers]
-        if self._recorded:
-            self._operations = _operations(self._dtype, self._device, self._most_tokens)
-            self._step(self._operations)
 
     def _new_cache(self, num_blocks: int) -> tuple[Tensor, Tensor]:
         return self._operations.new_cache(
@@ -146,16 +122,9 @@ class Decoder:
                 keys[target] = keys[source]
                 values[target] = values[source]
 
-    @torch.inference_mode()
+    @abstractmethod
     def forward(self, batch: Batch) -> Tensor:
         """The logits of `batch.rows`, float32 [R, V]."""
-        if self._recorded:
-            return self._operations.run(batch)
-        if self._device.type != "cpu":
-            fields = {name: tensor.to(self._device) for name, tensor in vars(batch).items()}
-            batch = Batch(**fields)
-        self._operations.batch = batch
-        return self._step(self._operations)
 
     def _step(self, do: Any) -> Any:
         """One step, in operations; what it returns are logits, or nothing when it is recorded."""
@@ -175,15 +144,39 @@ class Decoder:
         return do.logits(do.rms_norm(hidden, None, self._final_norm, eps)[1], self._head)
 
 
-def _operations(dtype: torch.dtype, device: torch.device, most_tokens: int) -> Any:
-    """The fastest operations for a dtype on a device."""
-    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float32):
-        from compress.kernels.program.build import reason_against
+class EagerDecoder(Decoder):
+    """Computes operation by operation, on any device and in any dtype that PyTorch knows."""
 
-        reason = reason_against()
-        if reason is None:
-            from compress.kernels.program import Recorder
+    def __init__(self, weights: DecoderWeights, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(weights, Eager(dtype, device), device)
 
-            return Recorder(dtype, most_tokens, most_tokens)
-        say(f"CPU kernels: PyTorch's ({reason})")
-    return Eager(dtype, device)
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """The logits of `batch.rows`, float32 [R, V]."""
+        if self._device.type != "cpu":
+            fields = {name: tensor.to(self._device) for name, tensor in vars(batch).items()}
+            batch = Batch(**fields)
+        self._operations.batch = batch
+        return self._step(self._operations)
+
+
+class RecordedDecoder(Decoder):
+    """Computes by a recorded program, on CPUs with AVX-512, in bfloat16 or float32.
+
+    `most_tokens` is the size of the largest batch that it will be given.
+    """
+
+    def __init__(self, weights: DecoderWeights, dtype: torch.dtype, most_tokens: int) -> None:
+        self._new = lambda: Recorder(dtype, most_tokens, most_tokens)
+        super().__init__(weights, self._new(), torch.device("cpu"))
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make the cache, and record the step on it."""
+        super().allocate(num_blocks)
+        self._operations = self._new()
+        self._step(self._operations)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """The logits of `batch.rows`, float32 [R, V]."""
+        return self._operations.run(batch)

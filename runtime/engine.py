@@ -1,6 +1,14 @@
 """The engine: requests in, increments of their outputs out, one step at a time.
 
-    schedule -> copy blocks, forward -> sample -> publish blocks, append tokens, end what has ended
+    schedule -> copy blocks, launch -> collect drawn tokens, end what has ended -> publish blocks
+
+**One step ahead.**  A model that draws on its device (`AsynchronousModel`) is given the next step
+before the tokens of this one are known, so it never waits for the host.  A token that is being
+drawn stands in its sequence as -1 - i, which the device reads as "draw i of the launch before".
+What the host cannot know then, that a token ended its sequence, costs a row computed for nothing;
+blocks can be given to others at once, since the device does one launch after another.  Penalties,
+log-probabilities and min_tokens are the host's: a step with any of them is waited for, as is every
+step of another model.
 
 Not safe for threads; `compress.runtime.engine_loop` gives it one of its own.
 """
@@ -10,21 +18,41 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compress.core.errors import InputError, shown
-from compress.runtime.batch import Model
+from compress.runtime.batch import AsynchronousModel, Launched, Model
 from compress.runtime.batch_builder import build_batch
 from compress.runtime.block_pool import BlockPool
 from compress.runtime.detokenizer import Detokenizer
 from compress.runtime.outputs import Increment, Statistics, TokenLogprob
-from compress.runtime.sampler import SamplingState, log_probability, sample
+from compress.runtime.sampler import SamplingState, draws_of, log_probability, sample
 from compress.runtime.sampling_params import SamplingParams
 from compress.runtime.scheduler import Scheduler
 from compress.runtime.sequence import Request, Sequence
+
+
+@dataclass
+class _Flight:
+    """A step that the model has been given, and what will come of it.
+
+    drawn     who gets a token, and from which row of the logits
+    prompts   whose prompt's log-probabilities are wanted, from which row on, for which positions
+    forks     (first, sibling): who shares the cache of whom once this step has been
+    launched  the tokens to come; None where the host draws
+    logits    float32 [rows, V]; None where the device draws
+    """
+
+    step: list[Sequence]
+    drawn: list[tuple[Sequence, int]] = field(default_factory=list)
+    prompts: list[tuple[Sequence, int, range]] = field(default_factory=list)
+    forks: list[tuple[Sequence, Sequence]] = field(default_factory=list)
+    launched: Launched | None = None
+    logits: Tensor | None = None
 
 
 class Engine:
@@ -61,7 +89,10 @@ class Engine:
         self._arrived = 0
         self._steps = self._computed = self._prompt = self._cached = self._generated = 0
         self._pending: list[Increment] = []  # of aborted requests
+        self._flight: _Flight | None = None  # whose tokens are not known yet
         model.allocate(num_blocks)
+        if isinstance(model, AsynchronousModel):
+            model.capture(max_sequences)
 
     def prepare(self, request_id: str, prompt: list[int], params: SamplingParams) -> Request:
         """Make a request of a prompt's token ids.  InputError for what can never run.
@@ -104,39 +135,35 @@ class Engine:
             indices = list(range(request.params.n))
         for sequence in request.sequences:
             self.scheduler.remove(sequence)
+            sequence.ended = True
         self._pending += [Increment(request_id, index, [], "", "abort") for index in indices]
 
     def reset(self) -> None:
         """Drop every request without a word, as after a step that failed; the cache goes too."""
         self.requests.clear()
         self._pending.clear()
+        self._flight = None
         self.scheduler.reset()
 
     def has_work(self) -> bool:
         """Whether a step has anything to do."""
-        return bool(self.requests or self._pending)
+        return bool(self.requests or self._pending or self._flight)
 
     @torch.inference_mode()
     def step(self) -> list[Increment]:
-        """Compute one batch; return what it added to outputs, in no particular order."""
+        """Compute one batch; return what is new of outputs, in no particular order."""
         increments, self._pending = self._pending, []
         step = self.scheduler.schedule()
-        if not step:
-            return increments
-        if self.scheduler.copies:
-            self.model.copy_blocks(self.scheduler.copies)
-        batch = build_batch(step, self.pool.block_size)
-        logits = self.model.forward(batch)
-        self._steps += 1
-        self._computed += len(batch.tokens)
-        sampled, rows = self._advance(step, logits)
-        if not sampled:
-            return increments
-        if rows != list(range(len(logits))):
-            logits = logits[rows]
-        tokens, logprobs = sample(logits, [sequence.sampling for sequence in sampled])
-        for sequence, token, logprob in zip(sampled, tokens, logprobs, strict=True):
-            increments.append(self._append(sequence, token, logprob))
+        flight = self._launch(step) if step else None
+        before, self._flight = self._flight, None
+        if before:
+            increments += self._collect(before)
+        if flight:
+            self._settle(flight)
+            if flight.launched:
+                self._flight = flight
+            else:
+                increments += self._collect(flight)
         return increments
 
     def statistics(self) -> Statistics:
@@ -208,47 +235,103 @@ class Engine:
             detokenizer = Detokenizer(self._tokenizer, prompt, stop)
         return Sequence(request, index, tokens, sampling, detokenizer)
 
-    def _advance(self, step: list[Sequence], logits: Tensor) -> tuple[list[Sequence], list[int]]:
-        """Take note of what was computed; return who gets a token, and from which row.
+    def _launch(self, step: list[Sequence]) -> _Flight:
+        """Give the model a step, with the draws where it makes them itself."""
+        if self.scheduler.copies:
+            self.model.copy_blocks(self.scheduler.copies)
+        flight = self._plan(step)
+        batch = build_batch(step, self.pool.block_size)
+        self._steps += 1
+        self._computed += len(batch.tokens)
+        on_host = any(
+            sequence.sampling.on_host or sequence.request.prompt_logprobs is not None
+            for sequence in step
+        )
+        if isinstance(self.model, AsynchronousModel) and not on_host:
+            rows = [row for _, row in flight.drawn]
+            states = [(sequence.sampling, sequence.produced) for sequence, _ in flight.drawn]
+            flight.launched = self.model.launch(batch, draws_of(rows, states))
+        else:
+            flight.logits = self.model.forward(batch)
+        return flight
+
+    def _plan(self, step: list[Sequence]) -> _Flight:
+        """Who gets a token of a step, and from which row of its logits.
 
         A prompt that is complete makes its n sequences, which all draw from its one row.
         """
-        sampled, rows, row = [], [], 0
+        flight, row = _Flight(step), 0
         for sequence in step:
-            if sequence.request.prompt_logprobs is not None:
-                row += self._note_prompt(sequence, logits[row:])
-            sequence.advance(self.pool)
-            if sequence.remaining:
+            if positions := sequence.prompt_rows():
+                flight.prompts.append((sequence, row, positions))
+                row += len(positions)
+            if sequence.count < sequence.remaining:
                 continue
             request = sequence.request
-            sampled.append(sequence)
-            rows.append(row)
+            flight.drawn.append((sequence, row))
             if sequence.stands_for_all:
                 self._prompt += request.prompt_length
                 self._cached += request.cached_tokens or 0
                 for index in range(1, request.params.n):
                     sibling = self._new_sequence(request, index, sequence.tokens[:])
                     request.sequences.append(sibling)
-                    self.scheduler.fork(sequence, sibling)
-                    sampled.append(sibling)
-                    rows.append(row)
+                    flight.forks.append((sequence, sibling))
+                    flight.drawn.append((sibling, row))
             row += 1
-        return sampled, rows
+        return flight
 
-    def _note_prompt(self, sequence: Sequence, logits: Tensor) -> int:
-        """Take the prompt's log-probabilities from the first rows; return how many."""
-        positions, request = sequence.prompt_rows(), sequence.request
-        if positions and request.prompt_logprobs is not None:
-            following = sequence.tokens[positions.start + 1 : positions.stop + 1]
-            top = request.params.prompt_logprobs or 0
-            for row, token in zip(logits[: len(positions)].cpu().numpy(), following, strict=True):
-                request.prompt_logprobs.append(log_probability(row, token, top))
-        return len(positions)
+    def _settle(self, flight: _Flight) -> None:
+        """Take note of what the step computes; its own draws take their places as tokens to come.
 
-    def _append(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Increment:
-        """Give a sequence its new token, and end it if that was its last."""
+        The tokens of every step before are known by now, so full blocks can be published.
+        """
+        for sequence, row, positions in flight.prompts:
+            assert flight.logits is not None
+            self._note_prompt(sequence.request, positions, flight.logits[row:])
+        for sequence in flight.step:
+            if not sequence.ended:
+                sequence.advance(self.pool)
+        for sequence, sibling in flight.forks:
+            self.scheduler.fork(sequence, sibling)
+        for draw, (sequence, _) in enumerate(flight.drawn):
+            if not sequence.ended:
+                sequence.tokens.append(-1 - draw)
+
+    def _collect(self, flight: _Flight) -> list[Increment]:
+        """Put the drawn tokens in their places, and end what has ended."""
+        tokens, logprobs = self._drawn(flight)
+        return [
+            self._fill(sequence, token, logprob)
+            for (sequence, _), token, logprob in zip(flight.drawn, tokens, logprobs, strict=True)
+            if not sequence.ended
+        ]
+
+    def _drawn(self, flight: _Flight) -> tuple[list[int], list[TokenLogprob | None]]:
+        if not flight.drawn:
+            return [], []
+        if flight.launched:
+            tokens = flight.launched.tokens()
+            if min(tokens) < 0:
+                raise ArithmeticError("the model's logits hold NaN")
+            return tokens, [None] * len(tokens)
+        logits, rows = flight.logits, [row for _, row in flight.drawn]
+        assert logits is not None
+        if rows != list(range(len(logits))):
+            logits = logits[rows]
+        return sample(logits, [sequence.sampling for sequence, _ in flight.drawn])
+
+    def _note_prompt(self, request: Request, positions: range, logits: Tensor) -> None:
+        """Take the log-probabilities of what follows `positions` of the prompt."""
+        assert request.prompt_logprobs is not None
+        following = request.prompt[positions.start + 1 : positions.stop + 1]
+        top = request.params.prompt_logprobs or 0
+        for row, token in zip(logits[: len(positions)].cpu().numpy(), following, strict=True):
+            request.prompt_logprobs.append(log_probability(row, token, top))
+
+    def _fill(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Increment:
+        """Give a sequence the token that it awaits, and end it if that was its last."""
         request = sequence.request
-        sequence.tokens.append(token)
+        sequence.tokens[-1] = token
         sequence.sampling.record(token)
         self._generated += 1
         increment = Increment(request.id, sequence.index, [token], "")
@@ -256,7 +339,7 @@ class Engine:
             increment.logprobs = [logprob]
         if token in request.stop_ids:
             increment.finish_reason = "stop"
-        elif len(sequence.tokens) - request.prompt_length >= request.limit:
+        elif sequence.produced >= request.limit:
             increment.finish_reason = "length"
         if sequence.detokenizer is not None:
             try:
@@ -279,6 +362,7 @@ class Engine:
     def _end(self, sequence: Sequence) -> None:
         request = sequence.request
         self.scheduler.remove(sequence)
+        sequence.ended = True
         request.sequences.remove(sequence)
         if not request.sequences:
             del self.requests[request.id]

@@ -38,7 +38,8 @@ class LLM:
     """A model ready to answer any number of requests at once, from any number of threads.
 
     `kv_cache_memory` is in bytes, or text such as "2GiB"; left out, it is a share of the free
-    memory, at most what `max_sequences` of full context fill.  Raises InputError for a model that
+    memory, at most what `max_sequences` of full context fill.  `max_tokens_per_step` is by default
+    512 on a CPU and 2,048 on a GPU.  Raises InputError for a model that
     cannot be loaded.  Use it in a `with` statement, or `close` it, to end its thread early.
     """
 
@@ -49,13 +50,13 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         kv_cache_memory: int | str | None = None,
-        max_tokens_per_step: int = 512,
+        max_tokens_per_step: int | None = None,
         max_sequences: int = 64,
         seed: int = 0,
         lm_head_bits: int | None = None,
         prefix_caching: bool = True,
     ) -> None:
-        from compress.runtime.decoder import Decoder
+        from compress.runtime.loading import MOST_TOKENS, load_decoder
 
         source = resolve_model(model)
         place = _device(device)
@@ -63,7 +64,8 @@ class LLM:
             dtype = fastest_dtype(place)
         check_dtype(dtype)
         tokenizer = load_tokenizer(source.folder)
-        decoder = Decoder.load(source, place, dtype, lm_head_bits, max_tokens_per_step)
+        max_tokens_per_step = max_tokens_per_step or MOST_TOKENS[place.type]
+        decoder = load_decoder(source, place, dtype, lm_head_bits, max_tokens_per_step)
         engine = Engine(
             decoder,
             _num_blocks(decoder, place, kv_cache_memory, max_sequences),
@@ -229,14 +231,16 @@ def _num_blocks(
     model: Model, device: torch.device, memory: int | str | None, max_sequences: int
 ) -> int:
     """Blocks that fit in `memory`, or in a share of what is free; no more than can be used."""
-    if memory is not None:
-        size = parse_size(memory)
-    elif device.type == "cuda":
-        size = int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_MEMORY["cuda"])
-    else:
-        size = int(free_memory() * SHARE_OF_MEMORY["cpu"])
+    size = cache_memory(device) if memory is None else parse_size(memory)
     most = max_sequences * -(-model.max_context // model.block_size)
     return min(size // model.bytes_per_block, most)
+
+
+def cache_memory(device: torch.device) -> int:
+    """Bytes that the cache may take, once the model is loaded."""
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory()
+    return int(free * SHARE_OF_MEMORY[device.type])
 
 
 def _as_list(prompts: Prompt | Items[Prompt]) -> list[Prompt]:

@@ -21,9 +21,12 @@ from collections.abc import Sequence as Items
 import numpy as np
 from torch import Tensor
 
+from compress.runtime.batch import Draws
 from compress.runtime.outputs import TokenLogprob
 from compress.runtime.sampling_params import SamplingParams
 
+MOST_TOP_K = 2**31 - 1  # that a device is told; more tokens than any vocabulary has
+HOTTEST = 3e38  # and of temperatures, which are float32 there
 NEAR = -8.0  # below this a token has less than 1/2,900 of the likeliest's probability
 
 
@@ -33,7 +36,7 @@ class SamplingState:
     Everything is kept up token by token; nothing here takes longer as the context grows.
     """
 
-    __slots__ = ("_counts", "_plain", "_seen", "index", "params", "produced", "seed", "stop_ids")
+    __slots__ = ("_counts", "_seen", "index", "params", "produced", "seed", "stop_ids")
 
     def __init__(
         self,
@@ -55,12 +58,11 @@ class SamplingState:
             self._counts = np.zeros(vocab_size, np.float32)
             self._seen = np.zeros(vocab_size, bool)
             self._seen[prompt] = True
-        self._plain = params.greedy and not params.penalized and params.logprobs is None
 
     @property
     def takes_argmax(self) -> bool:
         """Whether the likeliest token is all that is asked for."""
-        return self._plain and self.produced >= self.params.min_tokens
+        return self.params.greedy and not self.on_host
 
     def record(self, token: int) -> None:
         """Count a token of the output."""
@@ -87,9 +89,19 @@ class SamplingState:
             row[self.stop_ids] = -np.inf
         return row
 
-    def uniform(self) -> float:
-        """The number in [0, 1) that decides the next draw."""
-        key = struct.pack("<QQQ", self.seed % 2**64, self.index, self.produced)
+    @property
+    def on_host(self) -> bool:
+        """Whether more is asked for than devices do: penalties, log-probabilities, min_tokens."""
+        params = self.params
+        return (
+            self._counts is not None
+            or params.logprobs is not None
+            or (self.produced < params.min_tokens and bool(self.stop_ids))
+        )
+
+    def uniform(self, produced: int) -> float:
+        """The number in [0, 1) that decides the draw after `produced` tokens."""
+        key = struct.pack("<QQQ", self.seed % 2**64, self.index, produced)
         digest = hashlib.blake2b(key, digest_size=8).digest()
         return (int.from_bytes(digest, "little") >> 11) / 2**53
 
@@ -106,10 +118,32 @@ def sample(
         return _likeliest(logits), logprobs
     tokens = []
     for place, (row, state) in enumerate(zip(logits.cpu().numpy(), states, strict=True)):
-        tokens.append(_draw(state.adjusted(row), state))
+        uniform = 0.0 if state.params.greedy else state.uniform(state.produced)
+        tokens.append(draw(state.adjusted(row), state.params, uniform))
         if state.params.logprobs is not None:
             logprobs[place] = log_probability(row, tokens[-1], state.params.logprobs)
     return tokens, logprobs
+
+
+def draws_of(rows: Items[int], states: Items[tuple[SamplingState, int]]) -> Draws:
+    """Arrays for a device: from `rows` of the logits, for each (state, tokens produced so far)."""
+    settings = np.empty((len(states), 5))
+    for row, (state, produced) in zip(settings, states, strict=True):
+        p = state.params
+        row[:] = (
+            (0, 0, 0, 1, 0)
+            if p.greedy
+            else (state.uniform(produced), p.temperature, max(0, p.top_k), p.top_p, p.min_p)
+        )
+    uniform, temperature, top_k, top_p, min_p = settings.T
+    return Draws(
+        rows=np.array(rows, np.int64),
+        uniform=uniform,
+        temperature=temperature.clip(max=HOTTEST).astype(np.float32),
+        top_k=top_k.clip(max=MOST_TOP_K).astype(np.int32),
+        top_p=top_p.astype(np.float32),
+        min_p=min_p.astype(np.float32),
+    )
 
 
 def log_probability(row: np.ndarray, token: int, top: int) -> TokenLogprob:
@@ -133,9 +167,8 @@ def _likeliest(logits: Tensor) -> list[int]:
     return tokens.tolist()
 
 
-def _draw(row: np.ndarray, state: SamplingState) -> int:
-    """Draw from `row`, adjusted logits [V], as temperature and filters say."""
-    params = state.params
+def draw(row: np.ndarray, params: SamplingParams, uniform: float) -> int:
+    """Draw from `row`, float32 [V], as temperature and filters say and as `uniform` decides."""
     likeliest = int(row.argmax())
     if math.isnan(row[likeliest]):
         raise ArithmeticError("the model's logits hold NaN")
@@ -146,7 +179,7 @@ def _draw(row: np.ndarray, state: SamplingState) -> int:
     if (least := _least(scaled, weights, params)) > -math.inf:
         weights[scaled < least] = 0
     cdf = weights.cumsum(dtype=np.float64)
-    return int(cdf.searchsorted(state.uniform() * cdf[-1], side="right"))
+    return int(cdf.searchsorted(uniform * cdf[-1], side="right"))
 
 
 def _least(scaled: np.ndarray, weights: np.ndarray, params: SamplingParams) -> float:

@@ -57,6 +57,7 @@ class Sequence:
         "computed",
         "count",
         "detokenizer",
+        "ended",
         "identity",
         "index",
         "published",
@@ -75,10 +76,11 @@ class Sequence:
     ) -> None:
         self.request = request
         self.index = index
-        self.tokens = tokens  # int64, prompt and output
+        self.tokens = tokens  # int64, prompt and output; the last may be a token to come
         self.sampling = sampling
         self.detokenizer = detokenizer
         self.count = 0  # tokens in the step under way
+        self.ended = False  # nothing more is wanted, though a step may still be under way
         self.forget()
 
     def forget(self) -> None:
@@ -89,9 +91,22 @@ class Sequence:
         self.identity = ROOT  # of the last of these
 
     @property
+    def produced(self) -> int:
+        """Tokens of the output, one to come included."""
+        return len(self.tokens) - self.request.prompt_length
+
+    @property
+    def awaits(self) -> bool:
+        """Whether the last token is being drawn and not known yet (see `Engine`)."""
+        return self.tokens[-1] < 0
+
+    @property
     def remaining(self) -> int:
-        """Known tokens that are not in the cache; a sequence that decodes has one."""
-        return len(self.tokens) - self.computed
+        """Tokens to compute, beyond those in the cache; a sequence that decodes has one.
+
+        None after the last token that the request may get, since nothing is drawn from it.
+        """
+        return len(self.tokens) - self.computed if self.produced < self.request.limit else 0
 
     @property
     def order(self) -> tuple[int, int]:

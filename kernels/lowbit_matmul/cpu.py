@@ -20,29 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compress.kernels.lowbit_matmul.dense import DenseLinear
 from compress.kernels.lowbit_matmul.weight import LinearWeight
 
 DENSE_ROWS = 48
 INT4_GROUPS = (256, 128, 64, 32)
 INT4_ROWS = 16  # of the weight, at a time
 INT8_COLUMNS = 16
-
-
-class DenseLinear:
-    """A weight that is de-quantized once, in the dtype of the activations."""
-
-    kind = "dense"
-
-    def __init__(
-        self, weight: LinearWeight, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> None:
-        self._weight = weight.dequantize(dtype).to(device)
-        self._bias = None if weight.bias is None else weight.bias.to(device, dtype)
-        self.bytes = self._weight.nbytes
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, in] -> [T, out]"""
-        return F.linear(x, self._weight, self._bias)
 
 
 class Int4Linear:

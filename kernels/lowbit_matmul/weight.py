@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CHUNK_ELEMENTS = 1 << 22  # de-quantized at a time, so that float32 is never a second whole copy
 
 
@@ -67,3 +68,12 @@ class LinearWeight:
                 part += self.shift[run].unsqueeze(-1)
             weight[run] = part.view(-1, columns)
         return weight
+
+
+def least_exact(tensors: list[Tensor]) -> torch.dtype:
+    """The first of SCALE_DTYPES that holds all numbers of some float32 tensors."""
+    return next(
+        dtype
+        for dtype in SCALE_DTYPES
+        if all(torch.equal(tensor.to(dtype).float(), tensor.float()) for tensor in tensors)
+    )

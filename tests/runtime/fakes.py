@@ -1,12 +1,14 @@
 """A model whose cache holds tokens, so that every read can be checked, and the naive loop."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from compress.runtime.batch import Batch
-from compress.runtime.sampler import SamplingState, sample
+from compress.runtime.batch import Batch, Draws
+from compress.runtime.sampler import SamplingState, draw, sample
+from compress.runtime.sampling_params import SamplingParams
 
 VOCAB = 97
 BLOCK = 4
@@ -60,6 +62,55 @@ class FakeModel:
                 if row in wanted:
                     out.append(logits_of(read[: position + 1, 0].tolist()))
         return torch.stack(out) if out else torch.empty(0, self.vocab_size)
+
+
+class FakeAsyncModel(FakeModel):
+    """Draws itself, and lets nobody see a step's tokens before it is waited for.
+
+    It takes the tokens to come of the launch before from its own memory, as a device does.
+    """
+
+    drawn: tuple[int, ...] = ()
+    unfinished = 0
+
+    def capture(self, most_sequences: int) -> None:
+        self.most_sequences = most_sequences
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        tokens = batch.tokens.tolist()
+        known = [token if token >= 0 else self.drawn[-1 - token] for token in tokens]
+        return super().forward(replace(batch, tokens=torch.tensor(known)))
+
+    def launch(self, batch: Batch, draws: Draws) -> "FakeLaunched":
+        logits = self.forward(batch)
+        assert draws.rows.dtype == np.int64
+        rows = zip(
+            logits.numpy()[draws.rows], draws.uniform, draws.temperature, draws.top_k,
+            draws.top_p, draws.min_p, strict=True,
+        )  # fmt: skip
+        self.drawn = tuple(
+            draw(
+                row,
+                SamplingParams(
+                    temperature=float(temperature), top_k=int(top_k), top_p=float(top_p),
+                    min_p=float(min_p),
+                ),
+                uniform,
+            )
+            for row, uniform, temperature, top_k, top_p, min_p in rows
+        )  # fmt: skip
+        self.unfinished += bool(self.drawn)
+        assert self.unfinished <= 2, "a step was given before the last but one was waited for"
+        return FakeLaunched(self, self.drawn)
+
+
+class FakeLaunched:
+    def __init__(self, model: FakeAsyncModel, drawn: tuple[int, ...]) -> None:
+        self.model, self.drawn = model, drawn
+
+    def tokens(self) -> list[int]:
+        self.model.unfinished -= 1
+        return list(self.drawn)
 
 
 def check_layout(batch: Batch) -> None:

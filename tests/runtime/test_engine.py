@@ -6,7 +6,7 @@ import pytest
 
 from compress.runtime.engine import Engine
 from compress.runtime.sampling_params import SamplingParams
-from tests.runtime.fakes import BLOCK, VOCAB, FakeModel, naive, run, tokens_of
+from tests.runtime.fakes import BLOCK, VOCAB, FakeAsyncModel, FakeModel, naive, run, tokens_of
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0)
 SAMPLED = SamplingParams(max_tokens=12, temperature=0.9, top_p=0.9, top_k=40, seed=7)
@@ -22,14 +22,19 @@ def prompts_of(count, longest=40, seed=0):
     ]
 
 
+@pytest.fixture(params=[FakeModel, FakeAsyncModel], ids=["waited for", "one step ahead"])
+def model(request):
+    return request.param()
+
+
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED, PENALIZED])
 @pytest.mark.parametrize(
     ("blocks", "budget", "together"),
     [(500, 512, 32), (500, 5, 4), (20, 64, 8), (16, 7, 5), (500, 1, 1)],
     ids=["batch", "chunks", "preempted", "preempted in chunks", "alone"],
 )
-def test_outputs_equal_the_naive_loop(params, blocks, budget, together):
-    engine = Engine(FakeModel(), blocks, max_tokens_per_step=budget, max_sequences=together, seed=1)
+def test_outputs_equal_the_naive_loop(model, params, blocks, budget, together):
+    engine = Engine(model, blocks, max_tokens_per_step=budget, max_sequences=together, seed=1)
     prompts = prompts_of(32)
     for number, prompt in enumerate(prompts):
         engine.add_request(str(number), prompt, params)
@@ -40,8 +45,7 @@ def test_outputs_equal_the_naive_loop(params, blocks, budget, together):
     assert bool(engine.statistics().preemptions) == (blocks < 500)
 
 
-def test_a_prefix_hit_changes_nothing_and_computes_less():
-    model = FakeModel()
+def test_a_prefix_hit_changes_nothing_and_computes_less(model):
     engine = Engine(model, 100)
     prompt = prompts_of(1, longest=40, seed=5)[0] + list(range(33))
     first = engine.add_request("a", prompt, GREEDY)
@@ -56,9 +60,9 @@ def test_a_prefix_hit_changes_nothing_and_computes_less():
 
 @pytest.mark.parametrize("length", [8, 9, 11])
 @pytest.mark.parametrize("blocks", [200, 9])
-def test_forks_compute_the_prompt_once(length, blocks):
+def test_forks_compute_the_prompt_once(model, length, blocks):
     params = SamplingParams(max_tokens=9, n=5, seed=4)
-    engine = Engine(FakeModel(), blocks)
+    engine = Engine(model, blocks)
     prompt = list(range(length))
     engine.add_request("a", prompt, params)
     got = run(engine)
@@ -69,3 +73,42 @@ def test_forks_compute_the_prompt_once(length, blocks):
         assert engine.statistics().computed_tokens == length + 5 * 8
     else:
         assert engine.statistics().preemptions > 0
+
+
+def test_a_step_is_launched_before_the_last_one_is_known():
+    """Of three greedy requests one ends early, by a stop token that only the host looks for."""
+    model = FakeAsyncModel()
+    engine = Engine(model, 100)
+    prompts = prompts_of(3)
+    stop = naive(prompts[1], GREEDY)[4]
+    early = SamplingParams(max_tokens=12, temperature=0, stop_token_ids=[stop])
+    asked = [GREEDY, early, GREEDY]
+    expected = [naive(*pair) for pair in zip(prompts, asked, strict=True)]
+    for number, prompt in enumerate(prompts):
+        engine.add_request(str(number), prompt, asked[number])
+    unknown, got = [], {}
+    while engine.has_work():
+        for increment in engine.step():
+            got.setdefault(increment.request_id, []).extend(increment.token_ids)
+        engine.check()
+        unknown.append(model.unfinished)
+    assert [got[str(number)] for number in range(3)] == expected
+    assert unknown == [1] * 12 + [0]
+    assert [len(batch.tokens) for batch in model.batches[1:]] == [3] * len(expected[1]) + [2] * (
+        11 - len(expected[1])
+    ), "after its last token a sequence is computed once more, and no oftener"
+
+
+def test_a_model_that_breaks_a_step_ahead_leaves_an_engine_that_works():
+    model = FakeAsyncModel()
+    engine = Engine(model, 100)
+    prompt = prompts_of(1)[0]
+    model.fail_on = naive(prompt, GREEDY)[2]
+    engine.add_request("a", prompt, GREEDY)
+    with pytest.raises(RuntimeError, match="broke"):
+        run(engine)
+    engine.reset()
+    assert not engine.has_work()
+    model.fail_on, model.unfinished = None, 0
+    engine.add_request("b", prompt, GREEDY)
+    assert tokens_of(run(engine)["b", 0]) == naive(prompt, GREEDY)

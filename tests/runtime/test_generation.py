@@ -14,6 +14,7 @@ from compress.recipe import build_recipe
 from compress.runtime.decoder import Decoder
 from compress.runtime.engine import Engine
 from compress.runtime.llm import LLM
+from compress.runtime.loading import load_decoder
 from compress.runtime.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
@@ -47,7 +48,7 @@ def answers(
 
 def load(folder: Any, dtype: str) -> Decoder:
     source = ModelSource(str(folder), folder)
-    return Decoder.load(source, torch.device("cpu"), dtype, most_tokens=64)
+    return load_decoder(source, torch.device("cpu"), dtype, most_tokens=64)
 
 
 @pytest.mark.parametrize("operations", ["program", "torch"])

@@ -16,7 +16,7 @@ from compress.loading import load_model
 from compress.pipeline import run_recipe
 from compress.recipe import build_recipe
 from compress.runtime.batch import Batch
-from compress.runtime.decoder import Decoder
+from compress.runtime.loading import make_decoder
 from compress.runtime.weights import load_weights
 
 BLOCK, BLOCKS = 16, 8
@@ -54,7 +54,7 @@ def operations(request, monkeypatch):
 def decode(folder, chunks=CHUNKS, dtype=torch.float32):
     """Logits [T, V] of one sequence, in chunks, on a paged cache of blocks that lie anywhere."""
     weights = load_weights(ModelSource(str(folder), folder))
-    decoder = Decoder(weights, torch.device("cpu"), dtype, most_tokens=40)
+    decoder = make_decoder(weights, torch.device("cpu"), dtype, most_tokens=40)
     decoder.allocate(BLOCKS)
     blocks = torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(0))
     logits, done = [], 0

@@ -10,7 +10,7 @@ import pytest
 
 from compress.runtime.engine import Engine
 from compress.runtime.sampling_params import SamplingParams
-from tests.runtime.fakes import VOCAB, FakeModel, naive, tokens_of
+from tests.runtime.fakes import VOCAB, FakeAsyncModel, FakeModel, naive, tokens_of
 
 REQUESTS = int(os.environ.get("RANDOM_REQUESTS", "300"))
 
@@ -35,12 +35,13 @@ def random_request(source, prefixes):
     return prompt, params
 
 
+@pytest.mark.parametrize("kind", [FakeModel, FakeAsyncModel])
 @pytest.mark.parametrize("seed", range(4))
-def test_random_requests(seed):
+def test_random_requests(seed, kind):
     source = random.Random(seed)
     prefixes = [[source.randrange(VOCAB) for _ in range(30)] for _ in range(4)]
     engine = Engine(
-        FakeModel(),
+        kind(),
         num_blocks=source.choice([17, 24, 40]),
         max_tokens_per_step=source.choice([8, 19, 64]),
         max_sequences=8,

@@ -134,14 +134,12 @@ def test_a_draw_depends_on_seed_index_and_place_alone():
     together, _ = sample(logits, states)
     alone = [sample(logits[n : n + 1], states[n : n + 1])[0][0] for n in range(16)]
     assert together == alone
-    first = state_of(SamplingParams(), seed=1).uniform()
-    later = state_of(SamplingParams(), seed=1)
-    later.record(3)
+    first = state_of(SamplingParams(), seed=1).uniform(0)
     others = [
-        state_of(SamplingParams(), seed=2).uniform(),
-        state_of(SamplingParams(), seed=1, index=1).uniform(),
-        later.uniform(),
-        state_of(SamplingParams(), seed=-1).uniform(),
+        state_of(SamplingParams(), seed=2).uniform(0),
+        state_of(SamplingParams(), seed=1, index=1).uniform(0),
+        state_of(SamplingParams(), seed=1).uniform(1),
+        state_of(SamplingParams(), seed=-1).uniform(0),
     ]
     assert len({first, *others}) == 5
     assert all(0 <= number < 1 for number in [first, *others])

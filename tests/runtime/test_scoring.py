@@ -7,7 +7,7 @@ import torch
 from compress.core.source import ModelSource
 from compress.loading import load_model
 from compress.runtime import scoring
-from compress.runtime.decoder import Decoder
+from compress.runtime.loading import load_decoder
 from compress.runtime.scoring import Span, logits, score
 from tests.runtime.fakes import VOCAB, FakeModel, logits_of
 
@@ -113,7 +113,7 @@ def test_scores_equal_transformers(family, model_folder):
     model = load_model(folder, "float32", torch.device("cpu"))
     device = torch.device("cpu")
     for most_tokens in (48, 512):
-        decoder = Decoder.load(
+        decoder = load_decoder(
             ModelSource(str(folder), folder), device, "float32", most_tokens=most_tokens
         )
         scored = dict(score(decoder, spans, most_tokens))

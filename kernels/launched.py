@@ -1,0 +1,129 @@
+"""The operations of a decoder as Triton launches: NVIDIA GPUs, or Triton's interpreter in tests.
+
+The same names as `compress.kernels.eager.Eager`.  Nothing here waits for the device or looks at
+what tensors hold, so a step can be captured in a CUDA graph: shapes alone decide what is launched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.kernels.eager import BLOCK_SIZE
+from compress.kernels.embed.triton import embed
+from compress.kernels.lowbit_matmul import LinearWeight, pack_for_triton
+from compress.kernels.lowbit_matmul.dense import DenseLinear
+from compress.kernels.lowbit_matmul.triton import TritonLinear
+from compress.kernels.paged_attention.triton import paged_attention
+from compress.kernels.rms_norm.triton import rms_norm
+from compress.kernels.rope.triton import angles, rope_and_write
+from compress.kernels.silu_mul.triton import silu_mul
+from compress.kernels.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A step as the kernels read it; all tensors are on the device.
+
+    A sequence of context 0 and a token of slot -1 are padding: they read and write no cache.
+    """
+
+    tokens: Tensor  # int64 [T]; -1 - i is draw i of the launch before
+    positions: Tensor  # int64 [T]
+    slots: Tensor  # int64 [T]
+    starts: Tensor  # int32 [S + 1]
+    contexts: Tensor  # int32 [S]
+    block_tables: Tensor  # int32 [S, W], any strides
+    drawn: Tensor  # int64, the last launch's draws
+    rows: Tensor | None  # int64 [R], whose logits are wanted; None for all
+    tiles: Tensor | None  # as `paged_attention` takes them
+    most_new: int
+    splits: int
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """`silu_mul`: the packed weight is gate over up, and does not apply silu itself."""
+
+    packed: TritonLinear | DenseLinear
+    silu_mul: bool
+
+    @property
+    def bytes(self) -> int:
+        return self.packed.bytes
+
+
+class Launched:
+    """The operations on one device; `batch` is what they work on."""
+
+    description = "Triton kernels"
+    batch: DeviceBatch
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self._workspace = Workspace(device)
+
+    @property
+    def workspace(self) -> Workspace:
+        """What all launches share, draws included."""
+        return self._workspace
+
+    def pack(self, weight: LinearWeight, silu_mul: bool = False) -> _Linear:
+        """Lay a weight out for `linear`; with `silu_mul` it is gate over up."""
+        packed = pack_for_triton(weight, self.dtype, self.device, self._workspace, silu_mul)
+        return _Linear(packed, silu_mul and isinstance(packed, DenseLinear))
+
+    def new_cache(self, num_blocks: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, not filled: [blocks, kv_heads, block_size, head_dim] each."""
+        shape = (num_blocks, kv_heads, BLOCK_SIZE, head_dim)
+        kind: Any = {"dtype": self.dtype, "device": self.device}
+        return torch.empty(shape, **kind), torch.empty(shape, **kind)
+
+    def embed(self, table: Tensor) -> Tensor:
+        """Look up the tokens' embeddings: the residual stream [tokens, D]."""
+        return embed(self.batch.tokens, self.batch.drawn, table)
+
+    def angles(self, inverse_frequency: Tensor, attention_scaling: float) -> Tensor:
+        """Cosines and sines of the tokens' rotary angles, float32 [tokens, R]."""
+        return angles(self.batch.positions, inverse_frequency, attention_scaling)
+
+    def rms_norm(
+        self, hidden: Tensor, delta: Tensor | None, gain: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return hidden + delta and its norm times `gain`."""
+        return rms_norm(hidden, gain, eps, delta)
+
+    def linear(self, name: str, x: Tensor, weight: _Linear) -> Tensor:
+        """Return x Wᵀ + bias; with gate and up in one weight, silu(gate) * up."""
+        y = weight.packed(x)
+        return silu_mul(y) if weight.silu_mul else y
+
+    def attention(
+        self, qkv: Tensor, angles: Tensor, keys: Tensor, values: Tensor, *, heads: int,
+        kv_heads: int, head_dim: int, q_gain: Tensor | None, k_gain: Tensor | None, eps: float,
+        window: int | None,
+    ) -> Tensor:  # fmt: skip
+        """Turn queries and keys, write keys and values into the cache, attend: [tokens, N H]."""
+        batch = self.batch
+        q = rope_and_write(
+            qkv, angles, keys, values, batch.slots, heads=heads, kv_heads=kv_heads,
+            head_dim=head_dim, q_gain=q_gain, k_gain=k_gain, eps=eps,
+        )  # fmt: skip
+        out = paged_attention(
+            q, keys, values, batch.starts, batch.contexts, batch.block_tables, head_dim**-0.5,
+            window, tiles=batch.tiles, most_new=batch.most_new, splits=batch.splits,
+            workspace=self._workspace,
+        )  # fmt: skip
+        return out.view(len(qkv), heads * head_dim)
+
+    def take_rows(self, hidden: Tensor, delta: Tensor) -> Tensor:
+        """The residual stream of the tokens whose logits are wanted."""
+        rows = self.batch.rows
+        return hidden + delta if rows is None else hidden[rows] + delta[rows]
+
+    def logits(self, x: Tensor, weight: _Linear) -> Tensor:
+        """Logits float32 [rows, V]."""
+        return weight.packed(x, torch.float32)

@@ -1,0 +1,161 @@
+"""`make gpu-check` and `benchmarks/tune.py` run to their ends, with the interpreter standing in."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+# Not run without a GPU, each for a reason that it gives.
+SKIPPED = {"parity-real", "model-gemlite"}
+STATUSES = {"passed", "failed", "skipped"}
+
+
+def run(*command, expected=0):
+    settings = dict(os.environ)
+    for name in ("TRITON_INTERPRET", "COMPRESS_CPU_KERNELS"):
+        settings.pop(name, None)  # the command sets what it needs
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=settings | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == expected, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def gpu_check(tmp_path):
+    """A function that runs the command in folders of the test's own; its lines, by stage."""
+
+    def check(*options, expected=0):
+        folders = ["--work", tmp_path / "work", "--output", tmp_path / "out"]
+        command = [BENCHMARKS / "gpu_check.py", "--stand-in", "interpreter", *folders, *options]
+        lines = run(*command, expected=expected).splitlines()
+        words = [line.split()[:2] for line in lines]
+        return {name: status for name, status in words if status in STATUSES}, lines[0]
+
+    return check
+
+
+def test_every_stage_runs_to_its_end(gpu_check, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in (BENCHMARKS / "results").iterdir()}
+    said, _ = gpu_check()
+    assert len(said) >= 14
+    assert {name for name, status in said.items() if status == "skipped"} == SKIPPED
+    assert {status for name, status in said.items() if name not in SKIPPED} == {"passed"}
+    record = json.loads((tmp_path / "out" / "triton-s-interpreter.json").read_text())
+    text = (tmp_path / "out" / "triton-s-interpreter.md").read_text()
+    assert set(record["stages"]) == set(said)
+    for stage, key in (("lowbit-w4", "linears"), ("attention", "cases"), ("small", "launches")):
+        rows = record["data"][stage][key]
+        assert rows
+        assert all(row["seconds"] > 0 for row in rows)
+    assert record["data"]["model"]["prefill_tokens_per_s"] > 0
+    assert "no time or share below means anything" in text
+    assert "met" not in text.split("## Targets")[1].split("##")[0]
+    for title in ("Low-bit products", "Paged decode", "Other launches", "Greedy answers"):
+        assert f"## {title}" in text
+    # and where records of real devices lie, nothing has changed
+    after = {path: path.stat().st_mtime_ns for path in (BENCHMARKS / "results").iterdir()}
+    assert after == before
+
+
+def test_a_second_call_goes_on_where_the_first_stopped(gpu_check, tmp_path):
+    names = "bandwidth,lowbit-w4,lowbit-w8"
+    said, _ = gpu_check("--only", "bandwidth")
+    assert said == {"bandwidth": "passed"}
+    (kept,) = (tmp_path / "work").glob("*/bandwidth.json")
+    measured = kept.read_text()
+    said, first = gpu_check("--only", names)
+    assert "1 of them done before" in first
+    assert said == {"lowbit-w4": "passed", "lowbit-w8": "passed"}
+    assert kept.read_text() == measured
+    # one that failed is run again, and nothing else
+    failed = json.loads(kept.with_name("lowbit-w4.json").read_text()) | {"status": "failed"}
+    kept.with_name("lowbit-w4.json").write_text(json.dumps(failed))
+    assert gpu_check("--only", names)[0] == {"lowbit-w4": "passed"}
+    said, first = gpu_check("--only", "bandwidth", "--restart")
+    assert "0 of them done before" in first
+    assert kept.read_text() != measured
+
+
+def test_what_there_is_no_time_for_is_left_for_the_next_call(gpu_check):
+    said, _ = gpu_check("--only", "bandwidth,lowbit-w4", "--minutes", "0", expected=1)
+    assert said == {}
+    said, _ = gpu_check("--only", "bandwidth")
+    assert said == {"bandwidth": "passed"}
+
+
+STAGES = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {benchmarks!r})
+from gpu.stages import Skip, Stage, run_here
+
+def good(place): return {{"number": 1}}
+def wrong(place): return {{"problems": ["off by 2"]}}
+def raises(place): raise ArithmeticError("bad")
+def dies(place): os._exit(9)
+def hangs(place): time.sleep(60)
+def skips(place): raise Skip("not here")
+
+stages = [Stage(f.__name__, f, 2) for f in (wrong, raises, dies, hangs, skips, good)]
+if "--child" in sys.argv:
+    names = sys.argv[sys.argv.index("--child") + 1].split(",")
+    folder = Path(sys.argv[sys.argv.index("--work") + 1])
+    run_here([stage for stage in stages if stage.name in names], None, folder)
+"""
+
+
+def test_a_stage_that_breaks_costs_itself_only(tmp_path, monkeypatch):
+    script = tmp_path / "script.py"
+    script.write_text(STAGES.format(benchmarks=str(BENCHMARKS)))
+    code = (
+        f"import sys, time; sys.path.insert(0, {str(tmp_path)!r}); import script\n"
+        "from pathlib import Path\n"
+        "from gpu.place import Place\n"
+        "from gpu.stages import read, run_in_children\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "deadline = time.monotonic() + 60\n"
+        "left = run_in_children(\n"
+        "    script.stages, Place(False), folder, folder / 'script.py', deadline, str\n"
+        ")\n"
+        "assert not left\n"
+        "for stage in script.stages:\n"
+        "    outcome = read(folder, stage.name)\n"
+        "    print(outcome.name, outcome.status, outcome.reason.partition(';')[0], sep='|')\n"
+    )
+    said = [line.split("|") for line in run("-c", code).splitlines()]
+    assert said == [
+        ["wrong", "failed", "off by 2"],
+        ["raises", "failed", "ArithmeticError: bad"],
+        ["dies", "failed", "exit status 9"],
+        ["hangs", "failed", "stopped after 2 s"],
+        ["skips", "skipped", "not here"],
+        ["good", "passed", ""],
+    ]
+
+
+def test_tuning_runs_to_its_end_and_goes_on(tmp_path):
+    command = [BENCHMARKS / "tune.py", "--stand-in", "interpreter", "--bits", "4"]
+    command += ["--work", tmp_path]
+    run(*command, "--minutes", "0", expected=1)
+    first = run(*command).splitlines()
+    rows = [json.loads(line) for line in first if line.startswith("{")]
+    assert first[0].startswith("w4, 8 rows: ")
+    assert len(rows) == (0 if "de-quantizing is faster" in first[0] else 1)
+    (kept,) = tmp_path.glob("*.json")
+    times = kept.read_text()
+    assert all(json.loads(times).values())
+    again = run(*command).splitlines()
+    assert [json.loads(line) for line in again] == rows
+    assert kept.read_text() == times
+    refused = [BENCHMARKS / "tune.py", "--stand-in", "interpreter", "--write"]
+    run(*refused, expected=2)
