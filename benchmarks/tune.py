@@ -78,7 +78,8 @@ def main(bits: str, minutes: float, write: bool, stand_in: str | None, work: Pat
     if write:
         _write(rows)
     else:
-        click.echo("\n".join(json.dumps(row) for row in rows))
+        for row in rows:
+            click.echo(json.dumps(row))
     if time.monotonic() > deadline:
         click.echo("The time was up: call again to go on")
         sys.exit(1)
