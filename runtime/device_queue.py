@@ -36,7 +36,9 @@ class Uploads:
         self._next = (self._next + 1) % BUFFERS
         host = buffer.memory(places[-1])
         for array, place in zip(arrays, places, strict=False):
-            host[place : place + array.nbytes] = array.reshape(-1).view(np.uint8)
+            host[place : place + array.nbytes] = (
+                np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            )
         if target is None:
             target = torch.empty(places[-1], dtype=torch.uint8, device=self._device)
         buffer.copy_to(target[: places[-1]])

@@ -26,6 +26,7 @@ from compress.runtime.outputs import TokenLogprob
 from compress.runtime.sampling_params import SamplingParams
 
 MOST_TOP_K = 2**31 - 1  # that a device is told; more tokens than any vocabulary has
+HOTTEST = 3e38  # and of temperatures, which are float32 there
 NEAR = -8.0  # below this a token has less than 1/2,900 of the likeliest's probability
 
 
@@ -95,7 +96,7 @@ class SamplingState:
         return (
             self._counts is not None
             or params.logprobs is not None
-            or self.produced < params.min_tokens
+            or (self.produced < params.min_tokens and bool(self.stop_ids))
         )
 
     def uniform(self, produced: int) -> float:
@@ -126,17 +127,19 @@ def sample(
 
 def draws_of(rows: Items[int], states: Items[tuple[SamplingState, int]]) -> Draws:
     """Arrays for a device: from `rows` of the logits, for each (state, tokens produced so far)."""
-    settings = [
-        (0, 0, 0, 1, 0)
-        if (p := state.params).greedy
-        else (state.uniform(produced), p.temperature, max(0, p.top_k), p.top_p, p.min_p)
-        for state, produced in states
-    ]
-    uniform, temperature, top_k, top_p, min_p = np.array(settings).reshape(-1, 5).T
+    settings = np.empty((len(states), 5))
+    for row, (state, produced) in zip(settings, states, strict=True):
+        p = state.params
+        row[:] = (
+            (0, 0, 0, 1, 0)
+            if p.greedy
+            else (state.uniform(produced), p.temperature, max(0, p.top_k), p.top_p, p.min_p)
+        )
+    uniform, temperature, top_k, top_p, min_p = settings.T
     return Draws(
         rows=np.array(rows, np.int64),
         uniform=uniform,
-        temperature=temperature.astype(np.float32),
+        temperature=temperature.clip(max=HOTTEST).astype(np.float32),
         top_k=top_k.clip(max=MOST_TOP_K).astype(np.int32),
         top_p=top_p.astype(np.float32),
         min_p=min_p.astype(np.float32),

@@ -1,18 +1,28 @@
 """Which blocks, warps and stages a product is computed with: a table, made by benchmarks/tune.py.
 
-configs.json is a list of rows: a compute capability, a width of codes, the most tokens (rows of x) a row
-is for, and a Config.  Beyond the last row's tokens W is de-quantized and multiplied by the
-vendor's library.
+configs.json is a list of rows: a compute capability, a width of codes, the most tokens (rows of x)
+that the row is for, and a Config.  Beyond the last row's tokens W is de-quantized and multiplied
+by the vendor's library.
+
+What the first table follows, read off the machine code (nothing has been measured yet):
+- `mma.sync` takes its left operand from registers, so that codes go from words to the tensor cores
+  without a second way through shared memory.  Triton uses it for capability 90 and 100 where
+  num_warps is no multiple of 4, and for 80 always.
+- On 90, 4 warps and 64 rows are `wgmma` with W in registers too: fewer instructions, from 64 tokens
+  on.
+- On 100, 4 warps would be `tcgen05`, whose operands would be written to shared or tensor memory.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 
 CAPABILITIES = (80, 90, 100)
+FLOAT32_TOKENS = 16  # of products in float32: not on tensor cores
 
 
 @dataclass(frozen=True)
@@ -21,9 +31,9 @@ class Config:
 
     block_rows      rows of W of a program: 16 or more, a power of two
     block_tokens    rows of x of a program: 8 or more, a power of two
-    num_warps       up to 2 with block_rows up to 64 keep to mma.sync, whose left operand is registers
-    num_stages      tiles on their way from memory, plus one
-    blocks_per_sm   programs that the columns are split for, on each multiprocessor
+    num_warps       of a program
+    num_stages      tiles that a program has in shared memory, or on their way there
+    blocks_per_sm   programs on each multiprocessor that the columns are split for
     """
 
     block_rows: int
@@ -33,10 +43,15 @@ class Config:
     blocks_per_sm: int
 
 
+Row = tuple[int, int, int, Config]
+"""Capability, bits, most tokens, and the choice for them."""
+
+
+@lru_cache
 def choose(tokens: int, bits: int, capability: int) -> Config | None:
     """The table's choice for `tokens` rows of x; None where de-quantizing is faster."""
-    table = _table()[_nearest(capability), bits]
-    return next((config for most, config in table if tokens <= most), None)
+    rows = _table()[_nearest(capability), bits]
+    return next((config for most, config in rows if tokens <= most), None)
 
 
 def most_tokens(bits: int, capability: int) -> int:
@@ -45,53 +60,63 @@ def most_tokens(bits: int, capability: int) -> int:
 
 
 def splits(config: Config, blocks: int, tiles: int, sm_count: int) -> tuple[int, int]:
-    """How many programs share the tiles of one block of y, and how many tiles each takes.
+    """How many programs share the tiles of each of y's `blocks`, and how many tiles each takes.
 
-    `blocks` is how many blocks of y there are.  Every program gets one tile at least, and several
-    where the device is full already.
+    As many as fill the device, but not so many that a program has fewer tiles than it asks
+    memory for at once.
     """
     wanted = max(1, config.blocks_per_sm * sm_count // blocks)
-    tiles_per_split = max(-(-tiles // wanted), min(tiles, LEAST_TILES))
-    return -(-tiles // tiles_per_split), tiles_per_split
-
-
-LEAST_TILES = 2  # of a program: fewer do not pay for its beginning and its part of the sum
+    each = max(-(-tiles // wanted), min(tiles, config.num_stages - 1), 1)
+    return -(-tiles // each), each
 
 
 def candidates(tokens: int, capability: int) -> list[Config]:
-    """What benchmarks/tune.py tries for `tokens` rows of x."""
-    block_tokens = min(128, max(8, 1 << (tokens - 1).bit_length()))
+    """What benchmarks/tune.py tries for `tokens` rows of x on such a device."""
+    least = max(8, 1 << (tokens - 1).bit_length())  # block that holds all tokens
     found = []
-    for rows in (32, 64, 128):
-        for warps in (1, 2, 4, 8):
-            elements = rows * block_tokens // (32 * warps)  # accumulators of a thread
-            if not 16 * warps <= rows * max(1, block_tokens // 16) or elements > 128:
-                continue
-            for stages in (3, 4, 6) if block_tokens <= 16 else (2, 3, 4):
-                for blocks_per_sm in (4, 8, 12) if block_tokens <= 16 else (1, 2, 4):
-                    found.append(Config(rows, block_tokens, warps, stages, blocks_per_sm))
+    for block_tokens in {min(least, 128), min(least, 64), min(least, 32)}:
+        few = block_tokens <= 16
+        for block_rows in (32, 64, 128):
+            for num_warps in (1, 2, 4, 8):
+                accumulators = block_rows * block_tokens // (32 * num_warps)  # of a thread
+                if block_rows < 16 * num_warps or accumulators > 64:
+                    continue
+                if _nearest(capability) == 100 and num_warps >= 4:
+                    continue
+                for num_stages in (3, 4, 6) if few else (2, 3, 4):
+                    for blocks_per_sm in (4, 8, 12) if few else (1, 2, 4):
+                        parts = (block_rows, block_tokens, num_warps, num_stages, blocks_per_sm)
+                        found.append(Config(*parts))
     return found
 
 
-def rows_of(table: dict[tuple[int, int], list[tuple[int, Config]]]) -> list[dict[str, int]]:
-    """A table in the form of configs.json."""
+def as_json(rows: Iterable[Row]) -> str:
+    """A table as the text of configs.json."""
+    lines = [
+        json.dumps({"capability": capability, "bits": bits, "most_tokens": most} | asdict(config))
+        for capability, bits, most, config in sorted(rows, key=lambda row: row[:3])
+    ]
+    return "[\n  " + ",\n  ".join(lines) + "\n]\n"
+
+
+def table() -> list[Row]:
+    """The rows of configs.json."""
+    folder = resources.files("compress.kernels.lowbit_matmul")
+    stored = json.loads(folder.joinpath("configs.json").read_text(encoding="utf-8"))
+    names = [field.name for field in fields(Config)]
     return [
-        {"capability": capability, "bits": bits, "most_tokens": most, **asdict(config)}
-        for (capability, bits), entries in sorted(table.items())
-        for most, config in entries
+        (row["capability"], row["bits"], row["most_tokens"], Config(*(row[name] for name in names)))
+        for row in stored
     ]
 
 
 @cache
 def _table() -> dict[tuple[int, int], list[tuple[int, Config]]]:
-    """(capability, bits) -> [(most tokens, Config)], fewest tokens first."""
-    text = resources.files(__package__).joinpath("configs.json").read_text(encoding="utf-8")
-    table: dict[tuple[int, int], list[tuple[int, Config]]] = {}
-    for row in sorted(json.loads(text), key=lambda row: row["most_tokens"]):
-        config = Config(**{field.name: row[field.name] for field in fields(Config)})
-        entries = table.setdefault((row["capability"], row["bits"]), [])
-        entries.append((row["most_tokens"], config))
-    return table
+    """(capability, bits) -> its rows, fewest tokens first."""
+    found: dict[tuple[int, int], list[tuple[int, Config]]] = {}
+    for capability, bits, most, config in sorted(table(), key=lambda row: row[:3]):
+        found.setdefault((capability, bits), []).append((most, config))
+    return found
 
 
 def _nearest(capability: int) -> int:

@@ -1,7 +1,7 @@
 """Packing weights for the Triton kernels: what lies where.
 
-A tile is TILE columns of W.  Its codes are stored in 16-bit words (unpack.py says which bits), WORDS
-places to a row and `codes_of(bits)` codes in each place, TILE = codes_of(bits) * WORDS:
+A tile is TILE columns of W.  Its codes are stored in 16-bit words (unpack.py says which bits),
+WORDS places to a row and `codes_of(bits)` codes in each place, TILE = codes_of(bits) * WORDS:
 
     words   int16 [tiles, planes(bits), rows, WORDS]
             code i of place k of tile t is column t * TILE + i * WORDS + k
@@ -9,9 +9,9 @@ places to a row and `codes_of(bits)` codes in each place, TILE = codes_of(bits) 
     shift   likewise, or None
     bias    float32 [rows], or None
 
-so that the words of any run of rows of a tile are contiguous (for each plane), and code i of a block of
-words is a block of WORDS neighbouring columns.  The last tile is filled up with codes of 0.  Codes of other
-widths than 2, 3, 4 and 8 bits are stored in the next wider of these.
+so that the words of any run of rows of a tile are contiguous (for each plane), and code i of a
+block of words is a block of WORDS neighbouring columns.  The last tile is filled up with codes of
+0.  Codes of other widths than 2, 3, 4 and 8 bits are stored in the next wider of these.
 
 A group is kept if it is whole tiles or part of one, else it is cut into equal parts of `group`
 columns with its scale repeated; a part is whole blocks of WORDS columns.  One group for all

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from compress.kernels.entry import INTERPRETED, Entry
-from compress.kernels.lowbit_matmul.configs import Config, choose, most_tokens, splits
+from compress.kernels.lowbit_matmul.configs import (
+    FLOAT32_TOKENS,
+    Config,
+    choose,
+    most_tokens,
+    splits,
+)
 from compress.kernels.lowbit_matmul.layout import Layout, PackedWeight, fits, layout_of, pack
 from compress.kernels.lowbit_matmul.product import dequantize, product
 from compress.kernels.lowbit_matmul.weight import LinearWeight
@@ -57,6 +63,8 @@ class TritonLinear:
         bits, tokens = self.packed.layout.bits, len(x)
         if out_dtype not in (None, self._dtype):
             tokens = min(tokens, most_tokens(bits, self._capability))
+        if self._dtype == torch.float32 and tokens > FLOAT32_TOKENS:
+            return self.run(x, None)
         return self.run(x, choose(tokens, bits, self._capability), out_dtype)
 
     def run(self, x: Tensor, config: Config | None, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -168,64 +176,48 @@ def _device(device: torch.device) -> tuple[int, int]:
     return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
-# (dtype, bits, group size, shift, silu_mul, tokens): what common checkpoints have, at a width
-# that all tiles divide
+# (dtype, bits, group size or 0 for a row's, what else it has, tokens): common checkpoints
 _COMMON = [
-    *((dtype, bits, 128, False, False, 1) for dtype in ("fp16", "bf16") for bits in (2, 3, 4)),
-    *((dtype, 8, 0, False, False, 1) for dtype in ("fp16", "bf16")),
-    *((dtype, 4, 128, False, False, tokens) for dtype in ("fp16", "bf16") for tokens in (64, 128)),
-    *((dtype, 4, 128, True, False, 1) for dtype in ("fp16", "bf16")),
-    ("bf16", 4, 32, False, False, 1),
-    ("bf16", 4, 128, False, True, 1),
+    *((dtype, bits, 128, "", 1) for dtype in ("fp16", "bf16") for bits in (2, 3, 4)),
+    *((dtype, 8, 0, "", 1) for dtype in ("fp16", "bf16")),
+    *(("bf16", 4, 128, extra, 1) for extra in ("shift", "bias", "silu_mul")),
+    ("bf16", 4, 32, "", 1),
+    ("fp16", 4, 128, "shift", 1),
+    *((dtype, 4, 128, "", tokens) for dtype in ("fp16", "bf16") for tokens in (16, 32)),
+    *(("bf16", 4, 128, "", tokens) for tokens in (64, 128)),
 ]
-_DEQUANTIZED = [
-    ("fp16", 4, 128),
-    ("bf16", 2, 128),
-    ("bf16", 3, 128),
-    ("bf16", 4, 128),
-    ("bf16", 8, 0),
-]
-_COLUMNS = 4096
-_INTEGERS = (
-    "tokens",
-    "rows",
-    "columns",
-    "stride",
-    "tiles",
-    "tiles_per_split",
-    "first_row",
-    "end_row",
-)
+_DEQUANTIZED = [("fp16", 4, 128), *(("bf16", bits, 128) for bits in (2, 3, 4)), ("bf16", 8, 0)]
+_COLUMNS = 4096  # whole tiles, as widths of 128 columns or more mostly are
 
 
 def entries(capability: int) -> list[Entry]:
     """The specialisations for checkpoints as they are common, on a device of this capability."""
-    found = []
-    for dtype, bits, group, shift, silu_mul, tokens in _COMMON:
-        layout = layout_of(bits, _COLUMNS, group or _COLUMNS)
+    found: dict[tuple[Any, ...], Entry] = {}
+    for dtype, bits, group, extra, tokens in _COMMON:
         config = choose(tokens, bits, capability)
-        assert config is not None
-        constants: dict[str, Any] = _of_product(layout, silu_mul, config) | {"bias": None}
-        if not shift:
-            constants["shift"] = None
-        name = f"lowbit_matmul w{bits} g{group or 'row'} {dtype} {'shift ' * shift}"
-        name += f"{'silu_mul ' * silu_mul}tokens {tokens}"
-        found.append(_entry(name, product, dtype, constants, config.num_warps, config.num_stages))
+        if config is None:
+            continue
+        layout = layout_of(bits, _COLUMNS, group or _COLUMNS)
+        constants = _of_product(layout, extra == "silu_mul", config)
+        constants |= {name: None for name in ("shift", "bias") if name != extra}
+        name = f"lowbit_matmul w{bits} g{group or 'row'} {dtype} {extra or 'plain'} tokens{tokens}"
+        entry = _entry(name, product, dtype, constants, config.num_warps, config.num_stages)
+        found.setdefault((dtype, config, *constants.values()), entry)
     for dtype, bits, group in _DEQUANTIZED:
         layout = layout_of(bits, _COLUMNS, group or _COLUMNS)
         constants = _of_dequantize(layout, False) | {"shift": None}
         name = f"lowbit_matmul w{bits} g{group or 'row'} {dtype} dequantize"
-        found.append(_entry(name, dequantize, dtype, constants, **DEQUANTIZE))
-    return found
+        found[name,] = _entry(name, dequantize, dtype, constants, **DEQUANTIZE)
+    return list(found.values())
 
 
 def _entry(
     name: str, kernel: Any, dtype: str, constants: dict[str, Any], num_warps: int, num_stages: int
 ) -> Entry:
     """An entry with scales in float16 and widths that are multiples of 16."""
-    kinds = {"words": "*i16", "scale": "*fp16", "shift": "*fp16", "bias": "*fp32"}
-    kinds |= {"partials": "*fp32", "counters": "*i32"} | dict.fromkeys(_INTEGERS, "i32")
-    kinds |= dict.fromkeys(("x", "y", "out"), f"*{dtype}")
-    types = {name: kinds[name] for name in kernel.arg_names if name not in constants}
-    plain = {"tokens", "tiles", "tiles_per_split", "first_row", "end_row"}
-    return Entry(name, kernel, types, constants, num_warps, num_stages, frozenset(types) - plain)
+    pointers = {"words": "*i16", "scale": "*fp16", "shift": "*fp16", "bias": "*fp32"}
+    pointers |= {"partials": "*fp32", "counters": "*i32"}
+    pointers |= dict.fromkeys(("x", "y", "out"), f"*{dtype}")
+    types = {name: pointers.get(name, "i32") for name in kernel.arg_names if name not in constants}
+    aligned = {*pointers, "rows", "columns", "stride"} & set(types)
+    return Entry(name, kernel, types, constants, num_warps, num_stages, frozenset(aligned))

@@ -6,14 +6,14 @@ unsigned, u = code + 2^(bits-1), so that 0 <= u < 2^bits.  Code i is, of words w
     2, 4, 8 bits    u_i = (w[0] >> bits * i) & (2^bits - 1)
     3 bits          u_i = (w[i // 8] >> 2 * (i % 8)) & 3 | ((w[2] >> high_bit(i)) & 1) << 2
 
-The assembly works on one 32-bit register of two words, of neighbouring places or any other two: each
-half becomes one float of 16 bits, and neither looks at the other.  A code that is OR-ed into the
-mantissa of a power of two, p bits from its end, makes the number 1024 + u * 2^p in float16 (10 bits of
-mantissa) and 128 + u * 2^p in bfloat16 (7 bits), and one fma takes that to code = u - 2^(bits-1)
-exactly.  As long as the field lies inside the mantissa no shift is needed, so that the fields of
-a word share few shifts (which the compiler finds out: equal shifts are one instruction).  Codes
-of 8 bits do not fit into bfloat16's mantissa; there u = low + 128 * top, and the code is the difference of
-128 + low and (128 if top else 256).
+The assembly works on one 32-bit register of two words, of neighbouring places or any other two:
+each half becomes one float of 16 bits, and neither looks at the other.  A code that is OR-ed into
+the mantissa of a power of two, p bits from its end, makes the number 1024 + u * 2^p in float16 (10
+bits of mantissa) and 128 + u * 2^p in bfloat16 (7 bits), and one fma takes that to
+code = u - 2^(bits-1) exactly.  As long as the field lies inside the mantissa no shift is needed,
+so that the fields of a word share few shifts (which the compiler finds out: equal shifts are one
+instruction).  Codes of 8 bits do not fit into bfloat16's mantissa; there u = low + 128 * top, and
+the code is the difference of 128 + low and (128 if top else 256).
 
 Source of OR-ing into the mantissa: Kim et al., Who Says Elephants Can't Run: Bringing Large Scale
 MoE Models into Cloud Scale Production, 2022, arXiv:2211.10017, section 3.

@@ -51,17 +51,6 @@ class Guarded(Workspace):
                 assert not whole[MARGIN:-MARGIN].any(), "counters are zero again"
 
 
-class Row:
-    """What `sampler._draw` asks of a state."""
-
-    def __init__(self, params, uniform):
-        self.params = params
-        self._uniform = uniform
-
-    def uniform(self):
-        return self._uniform
-
-
 def settings_of(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
 
@@ -93,7 +82,7 @@ def drawn(logits, uniform, params, filtered=True):
 
 
 def by_host(row, uniform, params):
-    return sampler._draw(np.asarray(row), Row(params, float(uniform)))
+    return sampler.draw(np.asarray(row), params, float(uniform))
 
 
 def assert_same(logits, uniform, params, filtered=True):

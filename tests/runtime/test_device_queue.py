@@ -16,6 +16,7 @@ def arrays(seed):
         source.integers(0, 9, (3, 7), np.int32),
         source.random(3, np.float32),
         np.empty(0, np.int64),
+        source.random((4, 3))[:, 1],
         source.random((2, 1)),
     ]
 

@@ -24,10 +24,10 @@ from compress.runtime.weights import load_weights
 from tests.runtime.test_generation import prompts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
-SAMPLED = SamplingParams(max_tokens=6, temperature=0.9, seed=5, ignore_eos=True)
-FILTERED = SamplingParams(max_tokens=6, top_k=20, top_p=0.8, min_p=0.02, seed=6, ignore_eos=True)
-PENALIZED = SamplingParams(max_tokens=6, seed=7, repetition_penalty=1.3, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
+SAMPLED = SamplingParams(max_tokens=5, temperature=0.9, seed=5, ignore_eos=True)
+FILTERED = SamplingParams(max_tokens=5, top_k=20, top_p=0.8, min_p=0.02, seed=6, ignore_eos=True)
+PENALIZED = SamplingParams(max_tokens=5, seed=7, repetition_penalty=1.3, ignore_eos=True)
 
 
 @pytest.fixture(autouse=True)
@@ -69,13 +69,13 @@ def quantized(model_folder, tmp_path):
 def test_greedy_text_of_a_quantized_model_is_that_of_transformers(quantized):
     """In float32 two ways of summing differ by 1e-6; no two logits here are as close as that."""
     folder = quantized("qwen3")
-    asked = prompts(4)
+    asked = prompts(3)
     found, _ = answers(load(folder), asked, GREEDY)
     model = load_model(folder, "float32", torch.device("cpu"))
     for prompt, (answer,) in zip(asked, found, strict=True):
         ids = torch.tensor([prompt])
         expected = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, min_new_tokens=5,
             do_sample=False, eos_token_id=None, pad_token_id=0,
         )[0, len(prompt) :].tolist()  # fmt: skip
         assert answer == expected
@@ -88,7 +88,7 @@ def test_every_way_of_drawing_gives_the_hosts_tokens(model_folder):
     token would differ once in some 10,000 draws.
     """
     folder = model_folder("llama")
-    several = SamplingParams(max_tokens=6, seed=8, n=3, ignore_eos=True)
+    several = SamplingParams(max_tokens=3, seed=8, n=2, ignore_eos=True)
     asked = prompts(5, seed=2)
     params = [GREEDY, SAMPLED, FILTERED, PENALIZED, several]
     expected, _ = answers(load(folder, EagerDecoder), asked, params)
@@ -96,7 +96,14 @@ def test_every_way_of_drawing_gives_the_hosts_tokens(model_folder):
     decoder = load(folder)
     found, _ = answers(decoder, asked, params)
     assert found == expected
-    found, counts = answers(decoder, asked, params, blocks=11)
+
+
+def test_preempted_while_a_token_is_being_drawn(model_folder):
+    """Two prompts fill a block each, and of the blocks they go on in there is one."""
+    folder = model_folder("llama")
+    asked = [prompts(2)[1][:15], prompts(2)[1][15:30]]
+    expected, _ = answers(load(folder, EagerDecoder), asked, [SAMPLED, FILTERED])
+    found, counts = answers(load(folder), asked, [SAMPLED, FILTERED], blocks=3)
     assert found == expected
     assert counts.preemptions
 
