@@ -41,7 +41,7 @@ def _rms_norm(
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See reference.py; all tensors are contiguous, D is up to 65536."""
+    """See reference.py; all tensors are contiguous, D is up to 65536; gains are float32 in models."""
     width = x.shape[-1]
     out = torch.empty_like(x)
     total = x if residual is None else torch.empty_like(x)
@@ -76,7 +76,8 @@ def entries(capability: int) -> list[Entry]:
                     Entry(
                         f"rms_norm {block}{' residual' if with_residual else ''} {kind}",
                         _rms_norm,
-                        dict.fromkeys(pointers, f"*{kind}") | {"width": "i32", "eps": "fp32"},
+                        dict.fromkeys(pointers, f"*{kind}")
+                        | {"weight": "*fp32", "width": "i32", "eps": "fp32"},
                         constants,
                         num_warps,
                         aligned=frozenset([*pointers, "width"]),

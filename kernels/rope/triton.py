@@ -212,18 +212,20 @@ def entries(capability: int) -> list[Entry]:
     ]  # fmt: skip
     for kind in ("fp16", "bf16"):
         for head_dim, norm in ((64, False), (128, False), (128, True)):
-            pointers = ["qkv", "k_cache", "v_cache", "q", *(["q_gain", "k_gain"] if norm else [])]
+            pointers = ["qkv", "k_cache", "v_cache", "q"]
+            gains = ["q_gain", "k_gain"] if norm else []
             found.append(
                 Entry(
                     f"rope h{head_dim}{' norm' if norm else ''} {kind}",
                     _rope_and_write,
                     dict.fromkeys(pointers, f"*{kind}")
+                    | dict.fromkeys(gains, "*fp32")
                     | {"table": "*fp32", "slots": "*i64", "eps": "fp32"}
                     | {"heads": "i32", "kv_heads": "i32"},
                     constants(head_dim, head_dim)
                     | {"NORM": norm}
                     | ({} if norm else {"q_gain": None, "k_gain": None}),
-                    aligned=frozenset([*pointers, "table"]),
+                    aligned=frozenset([*pointers, *gains, "table"]),
                 )
             )
     return found

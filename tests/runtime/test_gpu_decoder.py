@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from compress.core.source import ModelSource
+from compress.kernels.ahead_of_time import all_entries
 from compress.kernels.eager import Eager
 from compress.loading import load_model
 from compress.pipeline import run_recipe
@@ -24,6 +25,10 @@ from compress.runtime.weights import load_weights
 from tests.runtime.test_generation import prompts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TRITON_NAMES = {
+    torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int16: "i16",
+    torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
 GREEDY = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
 SAMPLED = SamplingParams(max_tokens=5, temperature=0.9, seed=5, ignore_eos=True)
 FILTERED = SamplingParams(max_tokens=5, top_k=20, top_p=0.8, min_p=0.02, seed=6, ignore_eos=True)
@@ -57,9 +62,9 @@ def answers(decoder, asked, params, blocks=60, **settings):
 def quantized(model_folder, tmp_path):
     """A function that quantizes a tiny model of a family."""
 
-    def make(family, **settings):
+    def make(family, folder=None, **settings):
         stage = {"method": "rtn", "group_size": 16, **settings}
-        recipe = {"model": str(model_folder(family)), "out": str(tmp_path / "out")}
+        recipe = {"model": str(folder or model_folder(family)), "out": str(tmp_path / "out")}
         run_recipe(build_recipe({**recipe, "stages": [stage]}))
         return tmp_path / "out"
 
@@ -138,6 +143,47 @@ def test_scores_of_windowed_attention(model_folder):
             rtol=0,
             atol=2e-4,
         )
+
+
+def test_what_is_launched_was_compiled_ahead_of_time(quantized, model_folder):
+    """Types of the arguments of every launch, in float16 and with float16 scales as entries have."""
+    folder = quantized("qwen3", folder=model_folder("qwen3", torch.float16))
+    source = ModelSource(str(folder), folder)
+    decoder = load_decoder(source, DEVICE, "float16", most_tokens=48)
+    compiled: dict[str, list[dict[str, str]]] = {}
+    launched: dict[str, list[dict[str, str]]] = {}
+    for entry in all_entries(90):
+        kernel = entry.kernel
+        pointers = {name: kind for name, kind in entry.types.items() if kind[0] == "*"}
+        compiled.setdefault(kernel.__name__, []).append(pointers)
+
+        def note(*args, kernel=kernel, **constants):
+            given = dict(zip(kernel.arg_names, args, strict=False)) | constants
+            types = {
+                name: "*" + TRITON_NAMES[value.dtype]
+                for name, value in given.items()
+                if isinstance(value, torch.Tensor)
+            }
+            launched.setdefault(kernel.__name__, []).append(types)
+
+        if len(compiled[kernel.__name__]) == 1:
+            kernel.add_pre_run_hook(note)
+    try:
+        answers(decoder, prompts(2), [GREEDY, FILTERED])
+    finally:
+        for entry in all_entries(90):
+            entry.kernel.pre_run_hooks.clear()
+    assert launched.keys() >= {
+        "_embed",
+        "product",
+        "_attend",
+        "_rope_and_write",
+        "_rms_norm",
+        "_draw",
+    }
+    for name, every in launched.items():
+        for types in every:
+            assert types in compiled[name], f"{name}: launched with {types}"
 
 
 def test_logits_that_are_not_numbers_end_the_requests(model_folder):
