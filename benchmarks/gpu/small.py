@@ -16,7 +16,7 @@ from compress.kernels.embed.triton import embed
 from compress.kernels.rms_norm import reference as norm_reference
 from compress.kernels.rms_norm.triton import rms_norm
 from compress.kernels.rope.triton import angles, rope_and_write
-from compress.kernels.sampling import draw
+from compress.kernels.sampling.triton import draw
 from compress.kernels.silu_mul import reference as gate_reference
 from compress.kernels.silu_mul.triton import silu_mul
 from compress.kernels.workspace import Workspace
