@@ -9,7 +9,7 @@ bytes) make the chain of loads, sum and stores shortest.
 """
 
 # pyright: reportInvalidTypeForm=false, reportArgumentType=false, reportIndexIssue=false
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
 
 import torch
 import triton

@@ -3,6 +3,7 @@
 In Triton's interpreter where there is no GPU, with float16 and float32; on one, bfloat16 too.
 """
 
+import itertools
 from dataclasses import replace
 from importlib import resources
 
@@ -261,11 +262,11 @@ def test_nothing_but_the_bits_of_codes_is_stored(bits):
     assert packed.scale.dtype == torch.float16
     assert packed.bytes == packed.words.nbytes + packed.scale.nbytes
     layout = packed.layout
-    words = packed.words.int() & 0xFFFF
-    for row, column in [(0, 0), (4, 511), (2, 300), (3, 77), (1, 255)]:
+    words = (packed.words.int() & 0xFFFF).tolist()  # [tile][plane][row][place]
+    for row, column in itertools.product(range(5), range(512)):
         tile, rest = divmod(column, layout.tile)
         i, place = divmod(rest, layout.words)
-        w = words[tile, :, row, place].tolist()
+        w = [plane[row][place] for plane in words[tile]]
         if bits == 3:
             high_bits = (2, 4, 6, 8, 0, 10, 12, 14, 3, 5, 7, 9, 1, 11, 13, 15)
             u = (w[i // 8] >> 2 * (i % 8)) & 3 | (w[2] >> high_bits[i] & 1) << 2
