@@ -1,4 +1,4 @@
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportFunctionMemberAccess=false
 """Compile every kernel that dispatch can choose, without a GPU, and look at what came out.
 
     python -m compress.kernels.ahead_of_time [--capability 90] [--json] [--jobs N]
