@@ -74,11 +74,13 @@ def main(bits: str, minutes: float, write: bool, stand_in: str | None, work: Pat
         for line in _tune(place, width, times, deadline):
             path.write_text(json.dumps(times, indent=1))
             click.echo(line)
+    from compress.kernels.lowbit_matmul.configs import as_json
+
     rows = _rows(place, times)
     if write:
         _write(rows)
-    else:
-        click.echo("\n".join(json.dumps(row) for row in rows))
+    elif rows:
+        click.echo(as_json(rows).strip())
     if time.monotonic() > deadline:
         click.echo("The time was up: call again to go on")
         sys.exit(1)
@@ -178,30 +180,31 @@ def _best(place: Place, times: dict[str, float | None], bits: int, tokens: int) 
     return best
 
 
-def _rows(place: Place, times: dict[str, float | None]) -> list[dict[str, int]]:
-    """What was timed to its end, as rows of configs.json; the table ends where a product loses."""
-    from compress.kernels.lowbit_matmul.configs import rows_of
+def _rows(place: Place, times: dict[str, float | None]) -> list[tuple[int, int, int, Any]]:
+    """Rows of the table for each width that was timed to its end.
 
-    table: dict[tuple[int, int], list[tuple[int, Any]]] = {}
+    They end where de-quantizing is faster.
+    """
+    found = []
     for bits in (2, 3, 4, 8):
+        rows, known = [], True
         for tokens in TINY_TOKENS if place.stand_in else TOKENS:
-            if any(key not in times for key, _ in _cases(place, bits, tokens)):
-                break
-            best = _best(place, times, bits, tokens)
+            known = all(key in times for key, _ in _cases(place, bits, tokens))
+            best = _best(place, times, bits, tokens) if known else None
             if best is None:
                 break
-            table.setdefault((_capability(place), bits), []).append((tokens, best))
-    return rows_of(table)
+            rows.append((_capability(place), bits, tokens, best))
+        found += rows if known else []
+    return found
 
 
-def _write(rows: list[dict[str, int]]) -> None:
+def _write(rows: list[tuple[int, int, int, Any]]) -> None:
     """Replace the rows of the same generation and widths."""
-    new = {(row["capability"], row["bits"]) for row in rows}
-    old = json.loads(CONFIGS.read_text(encoding="utf-8"))
-    kept = [row for row in old if (row["capability"], row["bits"]) not in new]
-    order = ("capability", "bits", "most_tokens")
-    lines = [json.dumps(row) for row in sorted(kept + rows, key=lambda r: [r[k] for k in order])]
-    CONFIGS.write_text("[\n  " + ",\n  ".join(lines) + "\n]\n", encoding="utf-8")
+    from compress.kernels.lowbit_matmul.configs import as_json, table
+
+    new = {row[:2] for row in rows}
+    kept = [row for row in table() if row[:2] not in new]
+    CONFIGS.write_text(as_json([*kept, *rows]), encoding="utf-8")
 
 
 def _capability(place: Place) -> int:
