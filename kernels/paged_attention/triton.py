@@ -37,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.kernels.entry import Entry
-from compress.kernels.paged_attention.plan import MIN_SPLIT, TILE_ROWS, tile_tokens
+from compress.kernels.paged_attention.plan import TILE_ROWS, tile_tokens
 from compress.kernels.paged_attention.shapes import PAGE, Shape, capability_of, choose, padded
 from compress.kernels.workspace import Workspace
 
@@ -304,7 +304,7 @@ def constants(shape: Shape, head_dim: int) -> dict[str, int]:
         "HEAD_DIM": head_dim,
         "HEAD_PAD": padded(head_dim),
         "PAGE": PAGE,
-        "MIN_SPLIT": MIN_SPLIT,
+        "MIN_SPLIT": shape.min_split,
         "BLOCK_M": shape.block_m,
         "BLOCK_N": shape.block_n,
         "MASK_APART": shape.mask_apart,
