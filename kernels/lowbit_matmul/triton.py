@@ -24,7 +24,7 @@ from compress.kernels.lowbit_matmul.configs import (
 from compress.kernels.lowbit_matmul.layout import Layout, PackedWeight, fits, layout_of, pack
 from compress.kernels.lowbit_matmul.product import dequantize, product
 from compress.kernels.lowbit_matmul.weight import LinearWeight
-from compress.kernels.silu_mul import silu_mul as silu_mul_of
+from compress.kernels.silu_mul.triton import silu_mul as silu_mul_of
 from compress.kernels.workspace import Workspace
 
 __all__ = ["TritonLinear", "entries", "fits"]

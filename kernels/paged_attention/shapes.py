@@ -24,6 +24,8 @@ from functools import cache
 
 import torch
 
+from compress.kernels.paged_attention.plan import TILE_ROWS
+
 PAGE = 16
 """Positions that a block of the cache holds."""
 
@@ -56,41 +58,49 @@ def choose(rows: int, group: int, head_dim: int, dtype: torch.dtype, capability:
             return _shape(max(64, least), 32, 8, 2, wide)
         return _shape(least, 64, 4, 2, wide)
     if rows <= 32:
-        return _shape(rows, min(128, max(32, 8192 // wide)), 4, 3, wide)
-    if wide > 128:
-        if capability == 80:
-            return _shape(max(64, least), 32, 8, 2, wide)
-        return _shape(rows, 32, 8, 3, wide)
-    return _shape(rows, 64, 4 if rows == 64 else 8, 3, wide)
+        num_warps = 8 if rows == 32 and wide <= 64 else 4  # with 4 it spills on some devices
+        return _shape(rows, min(128, max(32, 8192 // wide)), num_warps, 3, wide)
+    if wide <= 128:
+        return _shape(TILE_ROWS, 64, 8, 3, wide)
+    if capability == 80:
+        return _shape(max(64, least), 32, 8, 2, wide)
+    return _shape(TILE_ROWS, 32, 8, 3, wide)
 
 
-def candidates(rows: int, group: int, head_dim: int, dtype: torch.dtype, capability: int):
-    """What a tuner should time: `choose` first, then shapes near it, of any shared memory."""
+def candidates(
+    rows: int, group: int, head_dim: int, dtype: torch.dtype, capability: int
+) -> list[Shape]:
+    """What a tuner should time: `choose` first, then shapes near it.
+
+    Some of these need more shared memory than a device has, which the launch says.
+    """
     chosen = choose(rows, group, head_dim, dtype, capability)
-    found = [chosen]
-    for block_n in (16, 32, 64, 128):
-        for num_stages in (2, 3, 4, 5):
-            for num_warps in (2, 4, 8):
-                for mask_apart in (False, True):
-                    found.append(
-                        replace(
-                            chosen,
-                            block_n=block_n,
-                            num_stages=num_stages,
-                            num_warps=num_warps,
-                            mask_apart=mask_apart,
-                        )
-                    )
-    return list(dict.fromkeys(found))
+    merges = [replace(chosen, merge_splits=splits) for splits in (4, 8, 16, 32)]
+    loops = [
+        replace(
+            chosen,
+            block_n=block_n,
+            num_stages=num_stages,
+            num_warps=num_warps,
+            mask_apart=mask_apart,
+        )
+        for block_n in (16, 32, 64, 128)
+        for num_stages in (2, 3, 4, 5)
+        for num_warps in (2, 4, 8)
+        for mask_apart in (False, True)
+    ]
+    return list(dict.fromkeys([chosen, *merges, *loops]))
 
 
 def _shape(block_m: int, block_n: int, num_warps: int, num_stages: int, wide: int) -> Shape:
-    """Partial sums are merged by 64 numbers a thread: few rows of many splits for decode."""
+    """Partial sums are merged by 64 numbers a thread: few rows of many splits for decode, so that
+    sixteen splits of 128 dimensions wait for the L2 cache at once; more would spill.
+    """
     merge_rows = 4 if block_m <= 32 else 16
-    merge_splits = min(32, max(1, 2048 * num_warps // (merge_rows * wide)))
-    if block_m > 32:
-        merge_splits = min(4, merge_splits)
-    return Shape(block_m, block_n, num_warps, num_stages, block_m > 32, merge_rows, merge_splits)
+    merge_splits = 2048 * num_warps // (merge_rows * wide) if block_m <= 32 else 4
+    return Shape(
+        block_m, block_n, num_warps, num_stages, block_m > 32, merge_rows, min(32, merge_splits)
+    )
 
 
 def padded(count: int) -> int:
