@@ -91,6 +91,11 @@ class Decoder(ABC):
         return self._operations.description
 
     @property
+    def windows(self) -> list[int | None]:
+        """Of each layer: tokens that a query sees, itself included; None for all."""
+        return [layer.window for layer in self._layers]
+
+    @property
     def bytes_per_block(self) -> int:
         """Keys and values of one block, all layers."""
         keys, values = self._new_cache(1)

@@ -16,6 +16,7 @@ from compress.bench.bandwidth import copy_bandwidth, read_bandwidth
 from compress.bench.peers import Peer
 from compress.bench.subject import Subject, memory_bytes
 from compress.core.progress import track
+from compress.roofline import ideal_step, tokens_seen
 from compress.runtime.engine import Engine
 from compress.runtime.loading import MOST_TOKENS
 from compress.runtime.sampling_params import SamplingParams
@@ -177,20 +178,20 @@ def percentile(values: Sequence[float], percent: int) -> float:
 
 
 def _traffic(subject: Subject, shape: Shape, decode_rate: float) -> dict[str, Any]:
-    """Bytes that a decode step reads, by the second, beside what this machine's memory gives.
-
-    A layer with a sliding window reads less than is counted for it.
+    """Bytes that a decode step reads, by the second, beside what this machine's memory gives, and
+    the rate that would be if it gave all of that: the roofline of `compress.roofline`.
     """
     decoder = subject.decoder
-    cached = round(shape.batch * shape.mean_context * subject.kv_bytes_per_token)
-    step_bytes = decoder.weight_bytes + cached
-    achieved = step_bytes * decode_rate / shape.batch
-    read = read_bandwidth(step_bytes)
+    seen = tokens_seen(decoder.windows, shape.mean_context) / len(decoder.windows)
+    cached = round(shape.batch * seen * subject.kv_bytes_per_token)
+    read = read_bandwidth(decoder.weight_bytes + cached)
+    roof = ideal_step(decoder.weight_bytes, cached, read, shape.batch)
     return {
         "kv_bytes_per_step": cached,
-        "bytes_per_step": step_bytes,
-        "bytes_per_s": round(achieved),
+        "bytes_per_step": round(roof.bytes),
+        "bytes_per_s": round(roof.bytes * decode_rate / shape.batch),
         "read_bytes_per_s": round(read),
         "copy_bytes_per_s": round(copy_bandwidth()),
-        "share_of_read": round(achieved / read, 3),
+        "roofline_tokens_per_s": round(roof.tokens_per_s, 2),
+        "share_of_read": round(decode_rate / roof.tokens_per_s, 3),
     }

@@ -219,7 +219,8 @@ def print_latency(report: dict[str, Any]) -> None:
         "a decode step reads": f"{in_words(report['bytes_per_step'])}, of which keys and values "
         f"{in_words(report['kv_bytes_per_step'])}: {_rate(report['bytes_per_s'])}",
         "this machine's memory": f"reads {_rate(report['read_bytes_per_s'])} in pieces of that "
-        f"size ({report['share_of_read']:.0%} reached), copies "
+        f"size ({report['share_of_read']:.0%} reached; all of it would be "
+        f"{report['roofline_tokens_per_s']:,.1f} tokens/s), copies "
         f"{_rate(report['copy_bytes_per_s'])} in large ones, read and written",
         "loading": f"{report['load_seconds']:.1f} s",
         "memory": in_words(report["memory_bytes"]),

@@ -75,12 +75,15 @@ def gguf_file(ref: str) -> Path | None:
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the folder's config.json as a dictionary, or raise InputError."""
     path = folder / "config.json"
+    if not path.exists():
+        raise InputError(f"'{folder}' has no config.json; give a Hugging Face model folder")
+    return read_config_file(path)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Return a config.json, under whatever name, as a dictionary, or raise InputError."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"'{folder}' has no config.json; give a Hugging Face model folder"
-        ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}; download the model again") from None
     except RecursionError:
@@ -127,7 +130,12 @@ def _packaged_file(alias: str) -> Path:
     return Path(spec.origin).parent / name
 
 
-def _from_hub(ref: str, revision: str | None) -> Path:
+def hub_config(ref: str, revision: str | None = None) -> Path:
+    """A folder with the config.json of a Hugging Face id; nothing else of it is fetched."""
+    return _from_hub(ref, revision, ("config.json",))
+
+
+def _from_hub(ref: str, revision: str | None, files: Iterable[str] = HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -137,7 +145,7 @@ def _from_hub(ref: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(ref, revision=revision, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(ref, revision=revision, allow_patterns=list(files)))
     except GatedRepoError:
         raise InputError(
             f"model '{ref}' is gated; accept its terms and run: hf auth login"

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -41,6 +42,18 @@ def refused(done, message):
     assert message in errors[0]
 
 
+def test_a_window_is_read_and_no_more(monkeypatch):
+    """Layers that see 8 tokens and all 20, and keys and values of 64 bytes a token in both."""
+    monkeypatch.setattr(latency, "read_bandwidth", lambda size: 1e6)
+    decoder = SimpleNamespace(windows=[8, None], weight_bytes=1000)
+    subject = SimpleNamespace(decoder=decoder, kv_bytes_per_token=64)
+    found = latency._traffic(subject, Shape(18, 4, batch=3), decode_rate=600)
+    assert found["kv_bytes_per_step"] == 3 * (8 + 20) * 32
+    assert found["bytes_per_step"] == 1000 + 3 * (8 + 20) * 32
+    assert found["roofline_tokens_per_s"] == round(3 * 1e6 / found["bytes_per_step"], 2)
+    assert found["bytes_per_s"] == 200 * found["bytes_per_step"]
+
+
 def test_latency(model_folder, subject):
     flags = [*SMALL, "--repeat", 2]
     done = bench("latency", model_folder(), *flags, "--json")
@@ -58,6 +71,10 @@ def test_latency(model_folder, subject):
     assert found["bytes_per_step"] == found["weight_bytes"] + found["kv_bytes_per_step"]
     expected = found["bytes_per_step"] * found["decode_tokens_per_s"]
     assert found["bytes_per_s"] == pytest.approx(expected, rel=1e-3)  # of a rounded rate
+    roof = found["read_bytes_per_s"] / found["bytes_per_step"]  # tokens/s at batch 1
+    assert found["roofline_tokens_per_s"] == pytest.approx(roof, rel=1e-3)
+    share = found["decode_tokens_per_s"] / found["roofline_tokens_per_s"]
+    assert found["share_of_read"] == pytest.approx(share, abs=1e-3)  # rounded to 3 places
     assert found["copy_bytes_per_s"] == 1e9
     assert found["read_bytes_per_s"] > 0
     assert found["threads"] == 1
