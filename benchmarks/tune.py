@@ -1,6 +1,7 @@
 """Find the fastest configurations of the low-bit product on this GPU, for kernels/.../configs.json.
 
     python benchmarks/tune.py [--bits 4] [--minutes 20] [--write]
+    python benchmarks/tune.py --attention
 
 For each width of codes and row of the table: every candidate of `configs.candidates`, by the time
 of the four linears of a Llama-3-8B layer together, each with a cold L2 in CUDA graphs.  A
@@ -8,6 +9,9 @@ candidate that is wrong, or that does not launch, is out.  Rows are tried from 1
 last for which a product beats de-quantizing, the table ends.  Times are kept in the work folder as
 they come, so a second call goes on where the first stopped.  `--write` puts the rows of this
 device's generation into configs.json; without it they are printed.
+
+`--attention` times the candidates of kernels/paged_attention/shapes.py for decode instead, and
+prints the best; what of it goes into `choose` there is for a person to say.
 """
 
 from __future__ import annotations
@@ -46,6 +50,7 @@ class Linear:
 @click.command()
 @click.option("--bits", default="4,8,3,2", show_default=True, help="Widths of codes, with commas.")
 @click.option("--minutes", type=click.FloatRange(0), default=25.0, show_default=True)
+@click.option("--attention", is_flag=True, help="Shapes of paged attention instead.")
 @click.option("--write", is_flag=True, help="Put what was found into configs.json.")
 @click.option(
     "--stand-in", type=click.Choice(["interpreter"]),
@@ -55,8 +60,10 @@ class Linear:
     "--work", type=click.Path(path_type=Path), default=ROOT / "build" / "tune",
     help="Where times are kept.  [default: build/tune]",
 )  # fmt: skip
-def main(bits: str, minutes: float, write: bool, stand_in: str | None, work: Path) -> None:
-    """Time the candidates for the low-bit product on this machine's GPU."""
+def main(
+    bits: str, minutes: float, attention: bool, write: bool, stand_in: str | None, work: Path
+) -> None:  # fmt: skip
+    """Time the candidates for the low-bit product, or for attention, on this machine's GPU."""
     if stand_in:
         os.environ.update(INTERPRETER)  # before Triton is imported
     import torch
@@ -66,6 +73,12 @@ def main(bits: str, minutes: float, write: bool, stand_in: str | None, work: Pat
     if stand_in and write:
         raise click.UsageError("--write needs a GPU: the interpreter's times mean nothing")
     place, deadline = Place(stand_in is not None), time.monotonic() + 60 * minutes
+    if attention:
+        from gpu.attention import shape_times
+
+        for line in shape_times(place, deadline):
+            click.echo(line)
+        return
     work.mkdir(parents=True, exist_ok=True)
     key = place.key_of("kernels/lowbit_matmul", endings=(".py",))  # configs.json is the output
     path = work / f"{place.slug}-{key}.json"

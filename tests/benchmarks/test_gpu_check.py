@@ -190,5 +190,8 @@ def test_tuning_runs_to_its_end_and_goes_on(tmp_path):
     assert all(json.loads(times).values())
     assert run(*command) == table
     assert kept.read_text() == times
+    first, *shapes = run(*command, "--attention").strip().splitlines()
+    assert first.endswith("2 of 2 candidates are right")
+    assert len(shapes) == 3
     refused = [BENCHMARKS / "tune.py", "--stand-in", "interpreter", "--write"]
     run(*refused, expected=2)
