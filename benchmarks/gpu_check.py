@@ -39,7 +39,7 @@ def all_stages() -> list[Stage]:
     return [
         Stage("bandwidth", partial(call, "timing", "bandwidth"), 60),
         *(
-            Stage(f"tests-{path.stem[5:-7]}", partial(kernel_tests.measure, path=path))
+            Stage(kernel_tests.name_of(path), partial(kernel_tests.measure, path=path))
             for path in kernel_tests.files()
         ),
         Stage("parity-families", partial(call, "parity", "families"), 120),

@@ -1,6 +1,7 @@
 """Find the fastest configurations of the low-bit product on this GPU, for kernels/.../configs.json.
 
     python benchmarks/tune.py [--bits 4] [--minutes 20] [--write]
+    python benchmarks/tune.py --attention
 
 For each width of codes and row of the table: every candidate of `configs.candidates`, by the time
 of the four linears of a Llama-3-8B layer together, each with a cold L2 in CUDA graphs.  A
@@ -8,6 +9,9 @@ candidate that is wrong, or that does not launch, is out.  Rows are tried from 1
 last for which a product beats de-quantizing, the table ends.  Times are kept in the work folder as
 they come, so a second call goes on where the first stopped.  `--write` puts the rows of this
 device's generation into configs.json; without it they are printed.
+
+`--attention` times the candidates of kernels/paged_attention/shapes.py for decode instead, and
+prints the best; what of it goes into `choose` there is for a person to say.
 """
 
 from __future__ import annotations
@@ -46,6 +50,7 @@ class Linear:
 @click.command()
 @click.option("--bits", default="4,8,3,2", show_default=True, help="Widths of codes, with commas.")
 @click.option("--minutes", type=click.FloatRange(0), default=25.0, show_default=True)
+@click.option("--attention", is_flag=True, help="Shapes of paged attention instead.")
 @click.option("--write", is_flag=True, help="Put what was found into configs.json.")
 @click.option(
     "--stand-in", type=click.Choice(["interpreter"]),
@@ -55,8 +60,10 @@ class Linear:
     "--work", type=click.Path(path_type=Path), default=ROOT / "build" / "tune",
     help="Where times are kept.  [default: build/tune]",
 )  # fmt: skip
-def main(bits: str, minutes: float, write: bool, stand_in: str | None, work: Path) -> None:
-    """Time the candidates for the low-bit product on this machine's GPU."""
+def main(
+    bits: str, minutes: float, attention: bool, write: bool, stand_in: str | None, work: Path
+) -> None:  # fmt: skip
+    """Time the candidates for the low-bit product, or for attention, on this machine's GPU."""
     if stand_in:
         os.environ.update(INTERPRETER)  # before Triton is imported
     import torch
@@ -66,6 +73,12 @@ def main(bits: str, minutes: float, write: bool, stand_in: str | None, work: Pat
     if stand_in and write:
         raise click.UsageError("--write needs a GPU: the interpreter's times mean nothing")
     place, deadline = Place(stand_in is not None), time.monotonic() + 60 * minutes
+    if attention:
+        from gpu.attention import shape_times
+
+        for line in shape_times(place, deadline):
+            click.echo(line)
+        return
     work.mkdir(parents=True, exist_ok=True)
     key = place.key_of("kernels/lowbit_matmul", endings=(".py",))  # configs.json is the output
     path = work / f"{place.slug}-{key}.json"
@@ -74,11 +87,13 @@ def main(bits: str, minutes: float, write: bool, stand_in: str | None, work: Pat
         for line in _tune(place, width, times, deadline):
             path.write_text(json.dumps(times, indent=1))
             click.echo(line)
+    from compress.kernels.lowbit_matmul.configs import as_json
+
     rows = _rows(place, times)
     if write:
         _write(rows)
-    else:
-        click.echo("\n".join(json.dumps(row) for row in rows))
+    elif rows:
+        click.echo(as_json(rows).strip())
     if time.monotonic() > deadline:
         click.echo("The time was up: call again to go on")
         sys.exit(1)
@@ -178,30 +193,31 @@ def _best(place: Place, times: dict[str, float | None], bits: int, tokens: int) 
     return best
 
 
-def _rows(place: Place, times: dict[str, float | None]) -> list[dict[str, int]]:
-    """What was timed to its end, as rows of configs.json; the table ends where a product loses."""
-    from compress.kernels.lowbit_matmul.configs import rows_of
+def _rows(place: Place, times: dict[str, float | None]) -> list[tuple[int, int, int, Any]]:
+    """Rows of the table for each width that was timed to its end.
 
-    table: dict[tuple[int, int], list[tuple[int, Any]]] = {}
+    They end where de-quantizing is faster.
+    """
+    found = []
     for bits in (2, 3, 4, 8):
+        rows, known = [], True
         for tokens in TINY_TOKENS if place.stand_in else TOKENS:
-            if any(key not in times for key, _ in _cases(place, bits, tokens)):
-                break
-            best = _best(place, times, bits, tokens)
+            known = all(key in times for key, _ in _cases(place, bits, tokens))
+            best = _best(place, times, bits, tokens) if known else None
             if best is None:
                 break
-            table.setdefault((_capability(place), bits), []).append((tokens, best))
-    return rows_of(table)
+            rows.append((_capability(place), bits, tokens, best))
+        found += rows if known else []
+    return found
 
 
-def _write(rows: list[dict[str, int]]) -> None:
+def _write(rows: list[tuple[int, int, int, Any]]) -> None:
     """Replace the rows of the same generation and widths."""
-    new = {(row["capability"], row["bits"]) for row in rows}
-    old = json.loads(CONFIGS.read_text(encoding="utf-8"))
-    kept = [row for row in old if (row["capability"], row["bits"]) not in new]
-    order = ("capability", "bits", "most_tokens")
-    lines = [json.dumps(row) for row in sorted(kept + rows, key=lambda r: [r[k] for k in order])]
-    CONFIGS.write_text("[\n  " + ",\n  ".join(lines) + "\n]\n", encoding="utf-8")
+    from compress.kernels.lowbit_matmul.configs import as_json, table
+
+    new = {row[:2] for row in rows}
+    kept = [row for row in table() if row[:2] not in new]
+    CONFIGS.write_text(as_json([*kept, *rows]), encoding="utf-8")
 
 
 def _capability(place: Place) -> int:

@@ -57,7 +57,7 @@ def _check_runtime(engine: str, sources: Sequence[ModelSource]) -> None:
     from compress.runtime.weights import check_served  # imports torch
 
     if engine == "auto" and default_device().type != "cpu":
-        raise InputError("there is a GPU, and the runtime computes on the CPU")
+        raise InputError("no GPU has run the runtime's kernels yet; --engine runtime does")
     for source in sources:
         check_served(source)
 

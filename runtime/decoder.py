@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from compress.kernels.eager import BLOCK_SIZE, Eager
+from compress.kernels.lowbit_matmul import LinearWeight
 from compress.kernels.program import Recorder
 from compress.runtime.batch import Batch
 from compress.runtime.weights import DecoderWeights
@@ -64,7 +65,8 @@ class Decoder(ABC):
         self._embedding = weights.embedding.to(device, operations.dtype).contiguous()
         self._final_norm = weights.final_norm.to(device)
         self._inv_freq, self._rope_scaling = weights.inv_freq.to(device), weights.rope_scaling
-        self._head = pack(weights.head)
+        tied = weights.head.dense is weights.embedding
+        self._head = pack(LinearWeight.of_dense(self._embedding) if tied else weights.head)
         self._layers = []
         while weights.layers:  # a layer's own tensors go as their packed ones come
             layer = weights.layers.pop(0)

@@ -294,8 +294,7 @@ class Engine:
         for sequence, sibling in flight.forks:
             self.scheduler.fork(sequence, sibling)
         for draw, (sequence, _) in enumerate(flight.drawn):
-            if not sequence.ended:
-                sequence.tokens.append(-1 - draw)
+            sequence.tokens.append(-1 - draw)
 
     def _collect(self, flight: _Flight) -> list[Increment]:
         """Put the drawn tokens in their places, and end what has ended."""

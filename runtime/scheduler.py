@@ -99,7 +99,7 @@ class Scheduler:
         while self.waiting and budget:
             sequence = self.waiting[0]
             seats += sequence.seats
-            if seats > self.max_sequences or sequence.awaits or not self._find_room(sequence):
+            if seats > self.max_sequences or not self._find_room(sequence):
                 return
             self.running.append(self.waiting.popleft())
             count = min(budget, sequence.remaining)

@@ -96,11 +96,6 @@ class Sequence:
         return len(self.tokens) - self.request.prompt_length
 
     @property
-    def awaits(self) -> bool:
-        """Whether the last token is being drawn and not known yet (see `Engine`)."""
-        return self.tokens[-1] < 0
-
-    @property
     def remaining(self) -> int:
         """Tokens to compute, beyond those in the cache; a sequence that decodes has one.
 

@@ -22,7 +22,7 @@ COMMANDS = [line for line in SHELL_LINES if line.startswith("compress ")]
 def test_newcomers_commands_are_makefile_targets():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = [line.split()[1] for line in SHELL_LINES if line.startswith("make ")]
-    assert targets == ["demo", "test"]
+    assert targets == ["demo", "test", "gpu-check"]
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.M)
 

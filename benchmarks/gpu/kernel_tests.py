@@ -19,17 +19,24 @@ from gpu.place import ROOT, Place, environment
 from gpu.stages import Skip
 
 PART = "GPU_CHECK_PART"  # "i/n": of the tests only every n-th, from the i-th on
-FEW = "GPU_CHECK_FEW"  # at most so many tests
+FEW = "GPU_CHECK_FEW"  # at most so many tests, 1 or more
 FEW_TESTS = "2"
 MOST_PROCESSES = 6  # each has a context on the GPU, of some 500 MB
 COUNTS = re.compile(r"(\d+) (passed|failed|error|skipped)")
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
+LAUNCHING = ("device_queue", "gpu_decoder")  # in tests/runtime
 NO_TESTS = 5  # pytest's exit status
 
 
 def files() -> list[Path]:
-    """Test files of Triton kernels."""
-    return sorted((ROOT / "tests" / "kernels").glob("test_*_triton.py"))
+    """Test files of the Triton kernels, and of what launches them."""
+    kernels = sorted((ROOT / "tests" / "kernels").glob("test_*_triton.py"))
+    return [*kernels, *(ROOT / "tests" / "runtime" / f"test_{name}.py" for name in LAUNCHING)]
+
+
+def name_of(path: Path) -> str:
+    """Of a file's stage."""
+    return f"tests-{path.stem.removeprefix('test_').removesuffix('_triton')}"
 
 
 def measure(place: Place, path: Path) -> dict[str, Any]:
@@ -69,8 +76,7 @@ def _started(place: Place, path: Path, part: str) -> subprocess.Popen[str]:
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """Leave this process its part of the tests, or a few from all over the file."""
+    """Leave this process its part of the tests, or the last few of the file."""
     index, count = map(int, os.environ.get(PART, "0/1").split("/"))
     items[:] = items[index::count]
-    few = int(os.environ.get(FEW, len(items)))
-    items[:] = items[:: max(1, len(items) // max(1, few))][:few]
+    items[:] = items[-int(os.environ.get(FEW, len(items))) :]

@@ -65,6 +65,8 @@ def measure(
 
 def _engine(decoder: Any, batch: int, context: int, chunk: int) -> Engine:
     blocks = batch * (-(-context // decoder.block_size) + 1)
+    # a sequence may grow to the model's whole context, as when serving: attention is split for that
+    blocks = max(blocks, decoder.max_context // decoder.block_size)
     return Engine(
         decoder, blocks, max_tokens_per_step=chunk, max_sequences=batch, prefix_caching=False
     )

@@ -65,10 +65,8 @@ class Gemlite(_Peer):
         middle = 1 << (weight.bits - 1)
         codes = (weight.codes.to(torch.int16) + middle).to(torch.uint8)
         scale = weight.scale.to(dtype)
-        self._linear.pack(codes, scale, torch.full_like(scale, middle), None)
-        tensors = [*self._linear.parameters(), *self._linear.buffers()]
-        held = sum(tensor.nbytes for tensor in tensors)
-        super().__init__(held or codes.numel() * weight.bits // 8 + scale.nbytes, gated)
+        self._linear.pack(codes, scale, middle, None)
+        super().__init__(self._linear.W_q.nbytes + self._linear.scales.nbytes, gated)
 
     def product(self, x: Tensor) -> Tensor:
         return self._linear(x)

@@ -60,7 +60,7 @@ class Place:
 
     def copies(self, size: int) -> int:
         """How many copies of `size` bytes, used in turn, are never found in the L2 cache."""
-        return 1 + COLD_L2 * self.cache_bytes // size
+        return 2 + COLD_L2 * self.cache_bytes // size
 
     @property
     def slug(self) -> str:

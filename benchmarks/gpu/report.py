@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from compress.core.resources import in_words
 from gpu import lowbit
 from gpu.stages import Outcome
 
 Lines = list[str]
+LONG = 32768  # tokens of context that the target for attention speaks of
 
 
 def collected(facts: Mapping[str, Any], outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -35,23 +37,23 @@ def targets(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     data = record["data"]
     copy = data.get("bandwidth", {}).get("copy_bytes_per_s")
 
-    def ratio(rows: list[int]) -> float | None:
-        return min(four[n]["of_dense"] for n in rows) if rows else None
+    def ratio(least: int, most: int) -> float | None:
+        """The smallest; None unless every number of rows was measured."""
+        rows = [number for number in lowbit.ROWS if least <= number <= most]
+        return min(four[n]["of_dense"] for n in rows) if four.keys() >= set(rows) else None
 
     found: list[tuple[str, float, float | None]] = [
         ("W4 products at 1 row, of the copy bandwidth", 0.80,
          four[1]["of_copy"] if 1 in four else None),
-        ("W4 products to 16 rows, times cuBLAS", 3.0, ratio([n for n in four if n <= 16])),
-        ("W4 products to 64 rows, times cuBLAS", 1.0, ratio([n for n in four if n <= 64])),
-        ("W4 products from 1,024 rows, times cuBLAS", 0.85, ratio([n for n in four if n >= 1024])),
+        ("W4 products to 16 rows, times cuBLAS", 3.0, ratio(1, 16)),
+        ("W4 products to 64 rows, times cuBLAS", 1.0, ratio(1, 64)),
+        ("W4 products from 1,024 rows, times cuBLAS", 0.85, ratio(1024, max(lowbit.ROWS))),
     ]  # fmt: skip
-    long = [
-        row["bytes"] / row["seconds"] / copy
-        for row in data.get("attention", {}).get("cases", ())
-        if copy and row["context"] == 32768 and "seconds" in row
-    ]
-    least = min(long, default=None)
-    found.append(("paged decode at 32,768 of context, of the copy bandwidth", 0.80, least))
+    long = [row for row in data.get("attention", {}).get("cases", ()) if row["context"] == LONG]
+    least = None
+    if copy and long and all("seconds" in row for row in long):
+        least = min(row["bytes"] / row["seconds"] / copy for row in long)
+    found.append((f"paged decode at {LONG:,} of context, of the copy bandwidth", 0.80, least))
     ours, theirs = _first(data.get("model")), _first(data.get("model-gemlite"))
     share = ours["bytes"] / ours["seconds"] / copy if ours and copy else None
     found.append(("decode at batch 1, of its roofline", 0.65, share))
@@ -79,16 +81,29 @@ def markdown(record: Mapping[str, Any]) -> str:
     lines = [f"# {facts['device']}", ""]
     if facts.get("stand_in"):
         lines += ["**Made in Triton's interpreter: no time or share below means anything.**", ""]
-    lines.append(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None))
+    lines.append(_facts(facts))
     lines += ["", *_stages(record), *_targets(record)]
     if copy := data.get("bandwidth", {}).get("copy_bytes_per_s"):
         read = data["bandwidth"]["read_bytes_per_s"]
-        lines += ["", f"A large copy moves {copy / 1e9:,.0f} GB/s (read and written), reading "
-                  f"alone {read / 1e9:,.0f}.  L2 is cold in all that follows."]  # fmt: skip
+        said = f"A large copy moves {copy / 1e9:,.0f} GB/s (read and written), reading alone "
+        said += f"{read / 1e9:,.0f}.  L2 is cold, unless a table says otherwise."
+        lines += ["", said]
         lines += [*_lowbit(record["lowbit"]), *_attention(data, copy), *_models(data, copy)]
-        lines += _small(data, copy)
+        lines += _small(data)
     lines += _parity(data)
     return "\n".join(lines) + "\n"
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    """Where, with what and when, in one line."""
+    said = []
+    for name, value in facts.items():
+        if name in ("device", "stand_in") or value is None:
+            continue
+        if name.endswith("_bytes"):
+            name, value = name.removesuffix("_bytes"), in_words(value)
+        said.append(f"{name} {value}")
+    return ", ".join(said) + "."
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Lines:
@@ -141,14 +156,13 @@ def _attention(data: Mapping[str, Any], copy: float) -> Lines:
     return table("Paged decode attention", columns, rows)
 
 
-def _small(data: Mapping[str, Any], copy: float) -> Lines:
+def _small(data: Mapping[str, Any]) -> Lines:
     rows = [
-        [row["name"], str(row["tokens"]), _micro(row["seconds"]),
-         f"{row['bytes'] / row['seconds'] / copy:.0%}"]
+        [row["name"], str(row["tokens"]), _micro(row["seconds"])]
         for row in data.get("small", {}).get("launches", ())
         if "seconds" in row
     ]  # fmt: skip
-    return table("Other launches", ("", "tokens", "microseconds", "of copy"), rows)
+    return table("Other launches, on data in the L2 cache", ("", "tokens", "microseconds"), rows)
 
 
 def _models(data: Mapping[str, Any], copy: float) -> Lines:

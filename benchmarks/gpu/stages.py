@@ -79,7 +79,9 @@ def carry_out(stage: Stage, place: Place) -> Outcome:
         data, status, reason = {}, "skipped", str(skip)
     except Exception as error:
         traceback.print_exc()
-        data, status, reason = {}, "failed", f"{type(error).__name__}: {error}"
+        large = type(error).__name__ == "OutOfMemoryError"  # torch's; not imported here
+        status = "skipped" if large else "failed"
+        data, reason = {}, f"{type(error).__name__}: {error}"
     seconds = round(time.perf_counter() - started, 2)
     return Outcome(stage.name, status, seconds, reason[:500], data)
 

@@ -13,7 +13,7 @@ from gpu.place import Place
 
 @dataclass(frozen=True)
 class Shape:
-    """D model, F ffn, N query heads, K KV heads, H head dim, V vocabulary, L layers."""
+    """D model, F ffn, N query heads, K KV heads, H head dim, V vocabulary, L layers, S context."""
 
     D: int
     F: int
@@ -22,6 +22,7 @@ class Shape:
     H: int
     V: int
     L: int
+    S: int
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -34,8 +35,8 @@ class Shape:
         }
 
 
-LLAMA_3_8B = Shape(D=4096, F=14336, N=32, K=8, H=128, V=128256, L=32)
-TINY = Shape(D=128, F=256, N=4, K=2, H=32, V=256, L=1)
+LLAMA_3_8B = Shape(D=4096, F=14336, N=32, K=8, H=128, V=128256, L=32, S=8192)
+TINY = Shape(D=128, F=256, N=4, K=2, H=32, V=256, L=1, S=64)
 
 
 def shape_of(place: Place) -> Shape:
@@ -44,13 +45,16 @@ def shape_of(place: Place) -> Shape:
 
 
 def quantized(out: int, width: int, bits: int, group: int, place: Place) -> LinearWeight:
-    """Random codes and positive scales [out, width / group]; products of unit x are near 1."""
+    """Random codes, positive scales [out, width / group]; products of unit x are of order 1.
+
+    Scales are numbers of float16, as in checkpoints, which kernels may keep in that.
+    """
     generator = torch.Generator(place.device).manual_seed(out * width + bits)
     kind = {"device": place.device, "generator": generator}
     most = 1 << (bits - 1)
     codes = torch.randint(-most, most, (out, width), dtype=torch.int8, **kind)
     scale = 0.5 + torch.rand(out, width // group, **kind)
-    scale *= 2 / (most * width**0.5)
+    scale = (scale * 2 / (most * width**0.5)).half().float()
     return LinearWeight(None, codes, scale, None, group, bits)
 
 
@@ -75,7 +79,7 @@ def decoder_weights(shape: Shape, bits: int, group: int, place: Place) -> Decode
         kv_heads=shape.K,
         head_dim=shape.H,
         norm_eps=1e-5,
-        max_context=8192,
+        max_context=shape.S,
         vocab_size=shape.V,
         inv_freq=500000.0**-steps,
         rope_scaling=1.0,

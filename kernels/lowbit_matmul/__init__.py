@@ -48,7 +48,7 @@ def pack_for_triton(
     workspace: Workspace,
     silu_mul: bool = False,
 ) -> TritonLinear | DenseLinear:
-    """Lay a weight out for a GPU: its codes for the Triton kernels, floats for the vendor's library.
+    """Lay a weight out for a GPU: codes for the Triton kernels, floats for the vendor's library.
 
     Codes on a grid that the kernels do not take are de-quantized, which is said.  With `silu_mul`
     the weight is gate over up, and a TritonLinear's result silu(gate) * up.

@@ -40,9 +40,8 @@ from compress.kernels.lowbit_matmul.unpack import (
 )
 from compress.kernels.lowbit_matmul.weight import LinearWeight, least_exact
 
-WIDTHS = (2, 3, 4, 8)
 LEAST_WORDS = 16  # columns of a product on tensor cores
-WIDEST = 128  # columns of a tile, except for 3 bits, where 256 are the fewest
+MOST_WORDS = {2: 32, 3: 16, 4: 32, 8: 64}  # tiles of 256 columns for 2 and 3 bits, of 128 else
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,8 @@ def fits(weight: LinearWeight) -> str | None:
     """Why a weight cannot be laid out so, or None if it can."""
     if weight.codes is None:
         return "it is not quantized"
-    if weight.bits > WIDTHS[-1]:
-        return f"its codes have {weight.bits} bits, and at most {WIDTHS[-1]} are taken"
+    if weight.bits > max(MOST_WORDS):
+        return f"its codes have {weight.bits} bits, and at most {max(MOST_WORDS)} are taken"
     if weight.group_size != weight.shape[1] and weight.group_size % LEAST_WORDS:
         return f"groups of {weight.group_size} columns are no multiple of {LEAST_WORDS}"
     return None
@@ -107,11 +106,11 @@ def fits(weight: LinearWeight) -> str | None:
 
 def layout_of(bits: int, columns: int, group_size: int) -> Layout:
     """The cut with the least padding, and of these the one with the widest tiles."""
-    bits = next(width for width in WIDTHS if width >= bits)
+    bits = next(width for width in MOST_WORDS if width >= bits)
     whole_row = group_size == columns
     cuts = []
     words = LEAST_WORDS
-    while words == LEAST_WORDS or words * codes_of(bits) <= WIDEST:
+    while words <= MOST_WORDS[bits]:
         tile = words * codes_of(bits)
         group = group_size if group_size % tile == 0 else gcd(group_size, tile)
         if whole_row or group % words == 0:

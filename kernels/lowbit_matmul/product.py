@@ -1,4 +1,6 @@
-# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 """Triton kernels on codes of few bits: a product, and de-quantizing.  layout.py has the layouts.
 
     y[m, n] = sum over groups g of scale[g, n] * (sum over k in g of x[m, k] * code[n, k])

@@ -24,14 +24,14 @@ from compress.kernels.lowbit_matmul.configs import (
 from compress.kernels.lowbit_matmul.layout import Layout, PackedWeight, fits, layout_of, pack
 from compress.kernels.lowbit_matmul.product import dequantize, product
 from compress.kernels.lowbit_matmul.weight import LinearWeight
-from compress.kernels.silu_mul import silu_mul as silu_mul_of
+from compress.kernels.silu_mul.triton import silu_mul as silu_mul_of
 from compress.kernels.workspace import Workspace
 
 __all__ = ["TritonLinear", "entries", "fits"]
 
 CHUNK_BYTES = 32 << 20  # de-quantized at a time: stays in the second-level cache until it is read
 DEQUANTIZE_ROWS = 64  # of W, of a program
-DEQUANTIZE = {"num_warps": 4, "num_stages": 1}
+DEQUANTIZE: dict[str, Any] = {"num_warps": 4, "num_stages": 1}
 
 
 class TritonLinear:
@@ -107,8 +107,7 @@ class TritonLinear:
             layout.tiles,
             tiles_per_split,
             **_of_product(layout, packed.silu_mul, config),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **_options(config),
         )
 
     def _by_dequantizing(self, x: Tensor, y: Tensor) -> None:
@@ -157,6 +156,11 @@ def _of_product(layout: Layout, silu_mul: bool, config: Config) -> dict[str, Any
     }
 
 
+def _options(config: Config) -> dict[str, Any]:
+    """What the compiler is told besides."""
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
 def _of_dequantize(layout: Layout, silu_mul: bool) -> dict[str, Any]:
     return {
         "BITS": layout.bits,
@@ -201,7 +205,7 @@ def entries(capability: int) -> list[Entry]:
         constants = _of_product(layout, extra == "silu_mul", config)
         constants |= {name: None for name in ("shift", "bias") if name != extra}
         name = f"lowbit_matmul w{bits} g{group or 'row'} {dtype} {extra or 'plain'} tokens{tokens}"
-        entry = _entry(name, product, dtype, constants, config.num_warps, config.num_stages)
+        entry = _entry(name, product, dtype, constants, **_options(config))
         found.setdefault((dtype, config, *constants.values()), entry)
     for dtype, bits, group in _DEQUANTIZED:
         layout = layout_of(bits, _COLUMNS, group or _COLUMNS)

@@ -14,8 +14,9 @@ about 1000 cycles of an H100's tensor cores with 128 rows, so that an SM asks th
 bytes a cycle, which is near what it gives; with 64 rows it would ask for twice that."""
 
 MIN_SPLIT = 256
-"""Positions of a split at least: 128 KiB of keys and values at 128 dimensions, against 2 KiB of
-partial sums for four heads, and some 4 microseconds of reading against 2 of merging."""
+"""Positions of a split at least (shapes.py takes more for tall tiles): 128 KiB of keys and values
+at 128 dimensions, against 2 KiB of partial sums for four heads, and some 4 microseconds of reading
+against 2 of merging."""
 
 PROGRAMS_PER_SM = 2
 """Programs of a decode kernel that an SM holds at a time, by their shared memory (64 KiB in flight

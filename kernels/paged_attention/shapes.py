@@ -5,8 +5,8 @@ Decode reads each key once for at most 32 rows, so bytes in flight decide.  An H
 block of positions is 8192 numbers of keys and as many values, 32 KiB in 16 bits; three stages hold
 two blocks (the third is being computed), so that a program has 32 to 64 KiB in flight in 70 KiB of
 shared memory: two programs an SM on sm_80, three on sm_90 and later.  Four warps share the columns
-of a product, since 16 rows are a single tensor core instruction high.  The products are then a
-tenth of the time of the reads.
+of a product, since 16 rows are a single tensor core instruction high.  A block takes 550
+instructions a warp, a third of what an SM can issue while 32 KiB arrive.
 
 Prefill has 128 rows (plan.TILE_ROWS) with 8 warps, 16 rows a warp on sm_80 and a warp group for
 each 64 on sm_90.  Blocks of 64 positions keep scores, weights and sums in registers without
@@ -24,6 +24,8 @@ from functools import cache
 
 import torch
 
+from compress.kernels.paged_attention.plan import MIN_SPLIT, TILE_ROWS
+
 PAGE = 16
 """Positions that a block of the cache holds."""
 
@@ -37,6 +39,7 @@ class Shape:
     num_warps: int
     num_stages: int
     mask_apart: bool  # blocks of positions that all rows see are computed without masks
+    min_split: int  # positions of a split at least
     merge_rows: int
     merge_splits: int
 
@@ -56,41 +59,61 @@ def choose(rows: int, group: int, head_dim: int, dtype: torch.dtype, capability:
             return _shape(max(64, least), 32, 8, 2, wide)
         return _shape(least, 64, 4, 2, wide)
     if rows <= 32:
-        return _shape(rows, min(128, max(32, 8192 // wide)), 4, 3, wide)
-    if wide > 128:
-        if capability == 80:
-            return _shape(max(64, least), 32, 8, 2, wide)
-        return _shape(rows, 32, 8, 3, wide)
-    return _shape(rows, 64, 4 if rows == 64 else 8, 3, wide)
+        num_warps = 8 if rows == 32 and wide <= 64 else 4  # with 4 it spills on some devices
+        return _shape(rows, min(128, max(32, 8192 // wide)), num_warps, 3, wide)
+    if wide <= 128:
+        return _shape(TILE_ROWS, 64, 8, 3, wide)
+    if capability == 80:
+        return _shape(max(64, least), 32, 8, 2, wide)
+    return _shape(TILE_ROWS, 32, 8, 3, wide)
 
 
-def candidates(rows: int, group: int, head_dim: int, dtype: torch.dtype, capability: int):
-    """What a tuner should time: `choose` first, then shapes near it, of any shared memory."""
+def candidates(
+    rows: int, group: int, head_dim: int, dtype: torch.dtype, capability: int
+) -> list[Shape]:
+    """What a tuner should time: `choose` first, then shapes near it.
+
+    Some of these need more shared memory than a device has, which the launch says.
+    """
     chosen = choose(rows, group, head_dim, dtype, capability)
-    found = [chosen]
-    for block_n in (16, 32, 64, 128):
-        for num_stages in (2, 3, 4, 5):
-            for num_warps in (2, 4, 8):
-                for mask_apart in (False, True):
-                    found.append(
-                        replace(
-                            chosen,
-                            block_n=block_n,
-                            num_stages=num_stages,
-                            num_warps=num_warps,
-                            mask_apart=mask_apart,
-                        )
-                    )
-    return list(dict.fromkeys(found))
+    merges = [replace(chosen, merge_splits=splits) for splits in (4, 8, 16, 32)]
+    loops = [
+        replace(
+            chosen,
+            block_n=block_n,
+            num_stages=num_stages,
+            num_warps=num_warps,
+            mask_apart=mask_apart,
+        )
+        for block_n in (16, 32, 64, 128)
+        for num_stages in (2, 3, 4, 5)
+        for num_warps in (2, 4, 8)
+        for mask_apart in (False, True)
+    ]
+    return list(dict.fromkeys([chosen, *merges, *loops]))
 
 
 def _shape(block_m: int, block_n: int, num_warps: int, num_stages: int, wide: int) -> Shape:
-    """Partial sums are merged by 64 numbers a thread: few rows of many splits for decode."""
-    merge_rows = 4 if block_m <= 32 else 16
-    merge_splits = min(32, max(1, 2048 * num_warps // (merge_rows * wide)))
-    if block_m > 32:
-        merge_splits = min(4, merge_splits)
-    return Shape(block_m, block_n, num_warps, num_stages, block_m > 32, merge_rows, merge_splits)
+    """Partial sums are merged by 64 numbers a thread: few rows of many splits for decode, so that
+    sixteen splits of 128 dimensions wait for the L2 cache at once; more would spill.
+
+    A split of 128 rows takes about a microsecond to merge, and about 90 positions to compute, so
+    that with T positions in n splits, T / 90 / n + n microseconds pass: least for splits of 900
+    positions where T is 8192, and of 1700 where it is 32768.
+    """
+    tall = block_m > 32
+    merge_rows = 16 if tall else 4
+    merge_splits = max(1, 2048 * num_warps // (merge_rows * wide))
+    return Shape(
+        block_m,
+        block_n,
+        num_warps,
+        num_stages,
+        tall,
+        4 * MIN_SPLIT if tall else MIN_SPLIT,
+        merge_rows,
+        min(32, merge_splits),
+    )
 
 
 def padded(count: int) -> int:

@@ -37,14 +37,14 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.kernels.entry import Entry
-from compress.kernels.paged_attention.plan import MIN_SPLIT, TILE_ROWS, tile_tokens
+from compress.kernels.paged_attention.plan import TILE_ROWS, tile_tokens
 from compress.kernels.paged_attention.shapes import PAGE, Shape, capability_of, choose, padded
 from compress.kernels.workspace import Workspace
 
 EVERYTHING = 2**30
 """A window that no context reaches."""
 
-RUNTIME = ("heads", "kv_heads", "most_new", "window", "table_row", "table_column")
+RUNTIME = ("tiled", "heads", "kv_heads", "most_new", "window", "table_row", "table_column")
 INDICES = ("starts", "contexts", "block_tables", "tiles", "counters")
 
 
@@ -134,10 +134,10 @@ def _merge(
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=INDICES)
 def _attend(
     q, k_cache, v_cache, out, starts, contexts, block_tables, tiles, partials, counters,
-    heads, kv_heads, most_new, window, table_row, table_column, factor,
-    TILED: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE: tl.constexpr,
-    MIN_SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASK_APART: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_SPLITS: tl.constexpr,
+    tiled, heads, kv_heads, most_new, window, table_row, table_column, factor,
+    HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE: tl.constexpr, MIN_SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_APART: tl.constexpr,
+    MERGE_ROWS: tl.constexpr, MERGE_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles * parts of a tile, K, splits)."""
     group = heads // kv_heads
@@ -150,12 +150,11 @@ def _attend(
     parts = tl.cdiv(most_new, tokens)
     place = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
-    if TILED:
+    sequence = place
+    tile_first = 0
+    if tiled:
         sequence = tl.load(tiles + 2 * place)
         tile_first = tl.load(tiles + 2 * place + 1)
-    else:
-        sequence = place
-        tile_first = 0
     start = tl.load(starts + sequence)
     new = tl.load(starts + sequence + 1) - start
     context = tl.load(contexts + sequence)
@@ -175,6 +174,18 @@ def _attend(
     low = begin + split * share
     high = tl.minimum(low + share, end)
 
+    # Blocks [front, back) are seen whole by all rows; those around them need masks.
+    blocks = tl.cdiv(high - low, BLOCK_N)
+    front = 0
+    back = 0
+    if MASK_APART:
+        front = tl.cdiv(tl.maximum(place0 + count - window - low, 0), BLOCK_N)
+        front = tl.minimum(front, blocks)
+        back = tl.maximum((tl.minimum(place0 + 1, high) - low) // BLOCK_N, front)
+    # The first pages are looked up before the queries are waited for.
+    table = block_tables + sequence.to(tl.int64) * table_row
+    pages = _pages(table, table_column, low + front * BLOCK_N, high, BLOCK_N, PAGE)
+
     r = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, HEAD_PAD)
     rows = count * group
@@ -186,37 +197,30 @@ def _attend(
     m = tl.full([BLOCK_M], -1e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
-    table = block_tables + sequence.to(tl.int64) * table_row
     page_stride = kv_heads * (PAGE * HEAD_DIM)
     base = kv_head * (PAGE * HEAD_DIM)
 
-    # Blocks [front, back) are seen whole by all rows; those around them need masks.
-    blocks = tl.cdiv(high - low, BLOCK_N)
-    front = 0
-    back = 0
+    block_start = low
     if MASK_APART:
-        front = tl.cdiv(tl.maximum(place0 + count - window - low, 0), BLOCK_N)
-        front = tl.minimum(front, blocks)
-        back = tl.maximum((tl.minimum(place0 + 1, high) - low) // BLOCK_N, front)
-        pages = _pages(table, table_column, low + front * BLOCK_N, high, BLOCK_N, PAGE)
         for block in range(front, back):
-            start = low + block * BLOCK_N
-            following = _pages(table, table_column, start + BLOCK_N, high, BLOCK_N, PAGE)
+            block_start = low + block * BLOCK_N
+            following = _pages(table, table_column, block_start + BLOCK_N, high, BLOCK_N, PAGE)
             m, total, acc = _attend_block(
-                queries, m, total, acc, k_cache, v_cache, pages, page_stride, base, start, high,
-                window, factor, places, dims, BLOCK_N, PAGE, HEAD_DIM, False, HEAD_DIM == HEAD_PAD,
+                queries, m, total, acc, k_cache, v_cache, pages, page_stride, base, block_start,
+                high, window, factor, places, dims, BLOCK_N, PAGE, HEAD_DIM, False,
+                HEAD_DIM == HEAD_PAD,
             )  # fmt: skip
             pages = following
-    start = low + tl.where(front > 0, 0, back) * BLOCK_N
-    pages = _pages(table, table_column, start, high, BLOCK_N, PAGE)
+        block_start = low + tl.where(front > 0, 0, back) * BLOCK_N
+        pages = _pages(table, table_column, block_start, high, BLOCK_N, PAGE)
     for step in range(1, blocks - back + front + 1):
         following_start = low + tl.where(step < front, step, step + back - front) * BLOCK_N
         following = _pages(table, table_column, following_start, high, BLOCK_N, PAGE)
         m, total, acc = _attend_block(
-            queries, m, total, acc, k_cache, v_cache, pages, page_stride, base, start, high, window,
-            factor, places, dims, BLOCK_N, PAGE, HEAD_DIM, True, HEAD_DIM == HEAD_PAD,
+            queries, m, total, acc, k_cache, v_cache, pages, page_stride, base, block_start, high,
+            window, factor, places, dims, BLOCK_N, PAGE, HEAD_DIM, True, HEAD_DIM == HEAD_PAD,
         )  # fmt: skip
-        start = following_start
+        block_start = following_start
         pages = following
 
     # The same offsets again, where the compiler cannot know it: kept through the loops they spill.
@@ -261,6 +265,7 @@ def paged_attention(
     most_new: int,
     splits: int,
     workspace: Workspace,
+    shape: Shape | None = None,
 ) -> Tensor:
     """See reference.py; q and the caches are contiguous and of one dtype, scale is above 0.
 
@@ -268,6 +273,7 @@ def paged_attention(
     tiles         int32 [tiles, 2] of plan.tiles_of, or None: every sequence fits one tile
     most_new      new tokens of a sequence at most
     splits        shares of the keys at most, see plan.splits_of
+    shape         of shapes.candidates, for a tuner; None for `choose`'s
 
     Rows of a sequence whose context is 0 (padding) become zeros, and nothing is read for them.
     """
@@ -275,28 +281,30 @@ def paged_attention(
     kv_heads = k_cache.shape[1]
     group = heads // kv_heads
     most_new = min(most_new, tile_tokens(heads, kv_heads))  # of a tile
-    shape = choose(most_new * group, group, head_dim, q.dtype, capability_of(q.device))
+    if shape is None:
+        shape = choose(most_new * group, group, head_dim, q.dtype, capability_of(q.device))
     parts = -(-most_new // (shape.block_m // group))
     count = parts * (len(starts) - 1 if tiles is None else len(tiles))
     out = torch.empty_like(q)
     partials = 0 if splits == 1 else count * kv_heads * splits * shape.block_m * (head_dim + 2)
     _attend[(count, kv_heads, splits)](
-        q, k_cache, v_cache, out, starts, contexts, block_tables, tiles,
-        workspace.floats(max(partials, 1)), workspace.counters(count * kv_heads), heads, kv_heads,
-        most_new, EVERYTHING if window is None else window, block_tables.stride(0),
-        block_tables.stride(1), scale * math.log2(math.e), **constants(shape, head_dim),
-        TILED=tiles is not None, num_warps=shape.num_warps, num_stages=shape.num_stages,
+        q, k_cache, v_cache, out, starts, contexts, block_tables,
+        starts if tiles is None else tiles, workspace.floats(max(partials, 1)),
+        workspace.counters(count * kv_heads), int(tiles is not None), heads, kv_heads, most_new,
+        EVERYTHING if window is None else window, block_tables.stride(0), block_tables.stride(1),
+        scale * math.log2(math.e), **constants(shape, head_dim), num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
     )  # fmt: skip
     return out
 
 
 def constants(shape: Shape, head_dim: int) -> dict[str, int]:
-    """The compile-time constants of `_attend`, without TILED."""
+    """The compile-time constants of `_attend`."""
     return {
         "HEAD_DIM": head_dim,
         "HEAD_PAD": padded(head_dim),
         "PAGE": PAGE,
-        "MIN_SPLIT": MIN_SPLIT,
+        "MIN_SPLIT": shape.min_split,
         "BLOCK_M": shape.block_m,
         "BLOCK_N": shape.block_n,
         "MASK_APART": shape.mask_apart,
@@ -306,35 +314,34 @@ def constants(shape: Shape, head_dim: int) -> dict[str, int]:
 
 
 def entries(capability: int) -> list[Entry]:
-    """Decode and prefill of common models: heads of 64 and 128 dimensions in 16 bits."""
+    """Every height of tile for heads of 64 and 128 dimensions in 16 bits.
+
+    Groups of more than 16 query heads and other sizes of a head are compiled when met.
+    """
     found = []
     for dtype, kind in ((torch.float16, "fp16"), (torch.bfloat16, "bf16")):
         for head_dim in (64, 128):
-            for name, rows in (("decode", 16), ("prefill", TILE_ROWS)):
-                shape = choose(rows, 1, head_dim, dtype, capability)
-                tiled = name == "prefill"
-                found.append(
-                    Entry(
-                        f"paged_attention {name} h{head_dim} {kind}",
-                        _attend,
-                        types(kind, tiled),
-                        constants(shape, head_dim)
-                        | {"TILED": tiled}
-                        | ({} if tiled else {"tiles": None}),
-                        shape.num_warps,
-                        shape.num_stages,
-                        frozenset(["q", "k_cache", "v_cache", "out", "partials"]),
-                    )
+            shapes = [choose(rows, 1, head_dim, dtype, capability) for rows in (16, 32, TILE_ROWS)]
+            found += [
+                Entry(
+                    f"paged_attention rows{shape.block_m} h{head_dim} {kind}",
+                    _attend,
+                    types(kind),
+                    constants(shape, head_dim),
+                    shape.num_warps,
+                    shape.num_stages,
+                    frozenset(["q", "k_cache", "v_cache", "out", "partials"]),
                 )
+                for shape in shapes
+            ]
     return found
 
 
-def types(kind: str, tiled: bool) -> dict[str, str]:
+def types(kind: str) -> dict[str, str]:
     """Types of the arguments of `_attend` for a cache of `kind`."""
-    indices = [name for name in INDICES if tiled or name != "tiles"]
     return (
         dict.fromkeys(("q", "k_cache", "v_cache", "out"), f"*{kind}")
-        | dict.fromkeys(indices, "*i32")
+        | dict.fromkeys(INDICES, "*i32")
         | {"partials": "*fp32", "factor": "fp32"}
         | dict.fromkeys(RUNTIME, "i32")
     )

@@ -9,7 +9,7 @@ bytes) make the chain of loads, sum and stores shortest.
 """
 
 # pyright: reportInvalidTypeForm=false, reportArgumentType=false, reportIndexIssue=false
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
 
 import torch
 import triton
@@ -41,7 +41,7 @@ def _rms_norm(
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See reference.py; all tensors are contiguous, D is up to 65536; gains are float32 in models."""
+    """See reference.py; tensors are contiguous, D is up to 65536; models' gains are float32."""
     width = x.shape[-1]
     out = torch.empty_like(x)
     total = x if residual is None else torch.empty_like(x)

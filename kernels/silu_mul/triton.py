@@ -1,7 +1,7 @@
 """The gate of a feed-forward network on a GPU: silu(gate) * up, as reference.py rounds it."""
 
 # pyright: reportInvalidTypeForm=false, reportArgumentType=false, reportIndexIssue=false
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
 
 import torch
 import triton

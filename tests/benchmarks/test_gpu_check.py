@@ -68,29 +68,62 @@ def test_every_stage_runs_to_its_end(gpu_check, tmp_path):
 
 
 def test_a_second_call_goes_on_where_the_first_stopped(gpu_check, tmp_path):
-    names = "bandwidth,lowbit-w4,lowbit-w8"
-    said, _ = gpu_check("--only", "bandwidth")
-    assert said == {"bandwidth": "passed"}
+    both = ("--only", "bandwidth,lowbit-w8")
+    assert gpu_check(*both, "--minutes", "0", expected=1)[0] == {}  # no time: nothing is begun
+    assert gpu_check("--only", "bandwidth")[0] == {"bandwidth": "passed"}
     (kept,) = (tmp_path / "work").glob("*/bandwidth.json")
     measured = kept.read_text()
-    said, first = gpu_check("--only", names)
+    # one that failed is run again, and one that passed is not
+    other = kept.with_name("lowbit-w8.json")
+    other.write_text(json.dumps({"name": "lowbit-w8", "status": "failed"}))
+    said, first = gpu_check(*both)
     assert "1 of them done before" in first
-    assert said == {"lowbit-w4": "passed", "lowbit-w8": "passed"}
+    assert said == {"lowbit-w8": "passed"}
     assert kept.read_text() == measured
-    # one that failed is run again, and nothing else
-    failed = json.loads(kept.with_name("lowbit-w4.json").read_text()) | {"status": "failed"}
-    kept.with_name("lowbit-w4.json").write_text(json.dumps(failed))
-    assert gpu_check("--only", names)[0] == {"lowbit-w4": "passed"}
     said, first = gpu_check("--only", "bandwidth", "--restart")
     assert "0 of them done before" in first
     assert kept.read_text() != measured
+    assert not other.exists()
 
 
-def test_what_there_is_no_time_for_is_left_for_the_next_call(gpu_check):
-    said, _ = gpu_check("--only", "bandwidth,lowbit-w4", "--minutes", "0", expected=1)
-    assert said == {}
-    said, _ = gpu_check("--only", "bandwidth")
-    assert said == {"bandwidth": "passed"}
+def test_targets_are_judged_only_where_all_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from gpu import lowbit, report
+    from gpu.stages import Outcome
+
+    def outcomes(**changes):
+        def products(rows):
+            sizes = {"bytes": 4.5e6, "seconds": 1.25e-6, "dense_seconds": 5e-6, "error": 0.001}
+            return [{"linear": name, "rows": rows} | sizes for name in ("qkv", "down")]
+
+        linears = [row for rows in lowbit.ROWS for row in products(rows)]
+        case = {"context": 32768, "batch": 1, "bytes": 4e8, "torch_seconds": 1e-3, "error": 0.001}
+        decode = {"batch": 1, "bytes": 4e9}
+        data = {
+            "bandwidth": {"copy_bytes_per_s": 4e12, "read_bytes_per_s": 4e12},
+            "lowbit-w4": {"bits": 4, "linears": linears},
+            "attention": {"cases": [case | {"seconds": 2e-4}]},
+            "model": {"decode": [decode | {"seconds": 1e-3}]},
+            "model-gemlite": {"decode": [decode | {"seconds": 2e-3}]},
+        } | changes
+        return [Outcome(name, "passed", 1.0, data=value) for name, value in data.items()]
+
+    def judged(**changes):
+        record = report.collected({"device": "a GPU"}, outcomes(**changes))
+        assert "## Targets" in report.markdown(record)
+        return [(round(row["found"] or 0, 2), row["met"]) for row in record["targets"]]
+
+    # 4.5 MB in 1.25 microseconds are 90% of 4 TB/s, and a quarter of cuBLAS's time
+    everything = judged()
+    assert everything == [
+        (0.9, True), (4, True), (4, True), (4, True), (0.5, False), (1, True), (2, True)
+    ]  # fmt: skip
+    products = outcomes()[1].data["linears"]
+    del products[4]["seconds"]  # at 4 rows, where the result was wrong
+    wrong = judged(**{"lowbit-w4": {"bits": 4, "linears": products}})
+    assert wrong[:4] == [(0.9, True), (0, None), (0, None), (4, True)]
+    assert judged(**{"model-gemlite": {}})[6] == (0, None)
+    assert judged(bandwidth={}) == [(0, None)] * 6 + [(2, True)]
 
 
 STAGES = """
@@ -147,15 +180,18 @@ def test_tuning_runs_to_its_end_and_goes_on(tmp_path):
     command = [BENCHMARKS / "tune.py", "--stand-in", "interpreter", "--bits", "4"]
     command += ["--work", tmp_path]
     run(*command, "--minutes", "0", expected=1)
-    first = run(*command).splitlines()
-    rows = [json.loads(line) for line in first if line.startswith("{")]
-    assert first[0].startswith("w4, 8 rows: ")
-    assert len(rows) == (0 if "de-quantizing is faster" in first[0] else 1)
+    first, _, table = run(*command).partition("\n")
+    assert first.startswith("w4, 8 rows: ")
+    rows = [] if "de-quantizing is faster" in first else [(80, 4, 8)]
+    found = json.loads(table or "[]")
+    assert [(row["capability"], row["bits"], row["most_tokens"]) for row in found] == rows
     (kept,) = tmp_path.glob("*.json")
     times = kept.read_text()
     assert all(json.loads(times).values())
-    again = run(*command).splitlines()
-    assert [json.loads(line) for line in again] == rows
+    assert run(*command) == table
     assert kept.read_text() == times
+    first, *shapes = run(*command, "--attention").strip().splitlines()
+    assert first.endswith("2 of 2 candidates are right")
+    assert len(shapes) == 3
     refused = [BENCHMARKS / "tune.py", "--stand-in", "interpreter", "--write"]
     run(*refused, expected=2)

@@ -105,7 +105,7 @@ def test_what_is_not_served_is_refused_before_weights_are_read(
     def never(*_):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("compress.engines.load_decoder", never)
+    monkeypatch.setattr("compress.runtime.loading.load_decoder", never)
     monkeypatch.setattr("compress.engines.load_model", never)
     config = TextEvalConfig(text_file, seq_len=32, windows=2, engine="runtime")
     llama, gemma = (resolve_model(str(model_folder(family))) for family in ("llama", "gemma2"))

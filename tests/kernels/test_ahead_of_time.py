@@ -147,10 +147,10 @@ def test_too_much_shared_memory_is_refused(checked):
 def test_spills_are_refused(checked):
     """128 x 128 sums of float32 are 512 registers for each of 32 threads; they have 255."""
     (result,) = checked("[(product(num_stages=1, num_warps=1), 80)]")
-    assert result["local_bytes"] > 0
+    assert result["local_bytes"] > 1000
     assert result["violations"] == [
         f"product, sm_80: {result['local_bytes']:,} bytes a thread spilled to local memory, "
-        "allowed are 0"
+        "allowed are 32"
     ]
 
 

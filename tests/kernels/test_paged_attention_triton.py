@@ -6,6 +6,7 @@ import torch
 
 from compress.kernels.paged_attention import plan
 from compress.kernels.paged_attention import triton as kernels
+from compress.kernels.paged_attention.shapes import candidates, choose
 from compress.kernels.workspace import Workspace
 from tests.kernels.guarded import Guard
 from tests.kernels.paged import make, plain
@@ -27,7 +28,9 @@ def guard(monkeypatch):
     guard.check()
 
 
-def check(sequences, sizes, dtype, window=None, splits=1, tiled=False, transposed=False):
+def check(
+    sequences, sizes, dtype, window=None, splits=1, tiled=False, transposed=False, shape=None
+):
     """Run, and compare with float64 sequence by sequence; return the arguments and the output."""
     heads, kv_heads, _ = sizes
     batch, contiguous = make(sequences, *sizes, dtype)
@@ -46,6 +49,7 @@ def check(sequences, sizes, dtype, window=None, splits=1, tiled=False, transpose
         "most_new": most_new,
         "splits": splits,
         "workspace": workspace,
+        "shape": shape,
     }
     found = kernels.paged_attention(*arguments, 0.3, window, **options)
     for row, (k, v) in enumerate(contiguous):
@@ -61,8 +65,17 @@ def check(sequences, sizes, dtype, window=None, splits=1, tiled=False, transpose
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, 1, 23])
-@pytest.mark.parametrize("sizes", [(9, 3, 64), (6, 2, 8), (4, 4, 128), (3, 1, 48)])
+@pytest.mark.parametrize(
+    ("sizes", "window"),
+    [
+        ((9, 3, 64), None),
+        ((9, 3, 64), 23),
+        ((6, 2, 8), None),
+        ((6, 2, 8), 1),
+        ((4, 4, 128), 23),
+        ((3, 1, 48), None),
+    ],
+)
 def test_mixed_batch(sizes, window, dtype, guard):
     check(MIXED, sizes, dtype, window, splits=1, tiled=True)
 
@@ -86,10 +99,10 @@ def test_several_new_tokens_in_splits(window, dtype, guard):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("window", [None, 1150])
 def test_prefill_behind_a_cached_prefix(window, splits, dtype, guard):
-    """Tiles of 42 tokens, three heads each; the last one is not full."""
-    check([(600, 100), (0, 43), (800, 1)], (3, 1, 64), dtype, window, splits, tiled=True)
+    """Tiles of 42 tokens, three heads each, the last one not full, in up to two splits."""
+    check([(1200, 50), (0, 43), (1030, 1)], (3, 1, 64), dtype, window, splits, tiled=True)
 
 
 @pytest.mark.parametrize("group", [1, 16, 20])
@@ -116,6 +129,37 @@ def test_padding(splits, guard):
     )  # fmt: skip
     assert torch.equal(more[:2], found)
     assert (more[2:] == 0).all()
+
+
+def test_other_shapes():
+    """What a tuner may choose gives the same result, for a tile of five tokens in two splits."""
+    chosen, *others = candidates(15, 3, 16, torch.float16, 90)
+    assert chosen == choose(15, 3, 16, torch.float16, 90)
+    for shape in others[::16]:
+        check([(400, 5), (3, 1)], (3, 1, 16), torch.float16, None, 2, shape=shape)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_shapes_hold_every_tile(dtype, capability):
+    for head_dim in (8, 64, 80, 128, 256):
+        for group in (1, 3, 8, 20, 128):
+            tokens = plan.tile_tokens(group, 1)
+            for new in range(1, tokens + 1):
+                shape = choose(new * group, group, head_dim, dtype, capability)
+                assert group <= shape.block_m <= plan.TILE_ROWS
+                assert plan.MIN_SPLIT % shape.block_n == 0
+
+
+def test_what_is_compiled_ahead_is_what_is_chosen():
+    """Any number of new tokens of heads in groups up to 16, in 16 bits."""
+    for capability in (80, 90, 100):
+        compiled = [entry.constants for entry in kernels.entries(capability)]
+        for head_dim in (64, 128):
+            for group in range(1, 17):
+                for new in range(1, plan.tile_tokens(group, 1) + 1):
+                    shape = choose(new * group, group, head_dim, torch.bfloat16, capability)
+                    assert kernels.constants(shape, head_dim) in compiled
 
 
 def test_tiles_cover_every_token_once():

@@ -99,6 +99,49 @@ def test_a_step_is_launched_before_the_last_one_is_known():
     ), "after its last token a sequence is computed once more, and no oftener"
 
 
+def test_log_probabilities_are_the_same_a_step_ahead():
+    """Some steps then have a host's draws, some a device's, and some both kinds of requests."""
+    asked = [
+        SamplingParams(max_tokens=9, temperature=0, ignore_eos=True),
+        SamplingParams(max_tokens=4, seed=1, logprobs=3),
+        SamplingParams(max_tokens=12, seed=2, top_p=0.9),
+        SamplingParams(max_tokens=3, temperature=0, prompt_logprobs=2),
+        SamplingParams(max_tokens=6, seed=3, min_tokens=4, stop_token_ids=list(range(0, VOCAB, 2))),
+    ]
+    prompts = prompts_of(len(asked), longest=20)
+    outputs = []
+    for kind in (FakeModel, FakeAsyncModel):
+        engine = Engine(kind(), 100, max_tokens_per_step=16, max_sequences=8)
+        requests = []
+        got = {}
+        for number, pair in enumerate(zip(prompts, asked, strict=True)):
+            requests.append(engine.add_request(str(number), *pair))
+            for increment in engine.step():  # they come one by one, so that steps are mixed
+                got.setdefault(increment.request_id, []).append(increment)
+        for (name, _), increments in run(engine).items():
+            got.setdefault(name, []).extend(increments)
+        for params in asked:  # and alone
+            engine.add_request("alone", prompts[0], params)
+            got[str(params)] = run(engine)["alone", 0]
+        outputs.append((got, [request.prompt_logprobs for request in requests]))
+    assert outputs[0] == outputs[1]
+    assert all(increment.logprobs for increment in outputs[0][0]["1"])
+    assert outputs[0][1][3]
+
+
+def test_blocks_of_one_token_are_published_by_those_that_go_on():
+    """A sequence that has ended is still in the step that was launched before that was known."""
+    engine = Engine(FakeAsyncModel(block_size=1), 200)
+    prompts = prompts_of(4)
+    stop = [naive(prompt, GREEDY)[3 + n] for n, prompt in enumerate(prompts)]
+    params = SamplingParams(max_tokens=12, temperature=0, stop_token_ids=stop)
+    for number, prompt in enumerate(prompts):
+        engine.add_request(str(number), prompt, params)
+    got = run(engine)
+    for number, prompt in enumerate(prompts):
+        assert tokens_of(got[str(number), 0]) == naive(prompt, params)
+
+
 def test_a_model_that_breaks_a_step_ahead_leaves_an_engine_that_works():
     model = FakeAsyncModel()
     engine = Engine(model, 100)

@@ -4,6 +4,9 @@ On a machine without a GPU Triton's interpreter computes, and a captured step is
 float32 alone then, which is what the interpreter is right in.
 """
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -129,9 +132,11 @@ def test_captured_steps_give_what_single_launches_give(quantized, monkeypatch):
     assert counts.steps == same.steps
 
 
-def test_scores_of_windowed_attention(model_folder):
+def test_scores_with_a_window(model_folder, tmp_path):
     """Log-probabilities, as other decoders give them: float32 sums in another order."""
-    folder = model_folder("mistral")
+    folder = shutil.copytree(model_folder("mistral"), tmp_path / "windowed")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 21}))
     spans = [Span(torch.randint(3, 120, (70,)).numpy(), 3), Span(torch.arange(5, 25).numpy(), 1)]
     found, expected = (
         dict(score(load(folder, kind), spans, 48)) for kind in (GpuDecoder, EagerDecoder)
@@ -146,7 +151,7 @@ def test_scores_of_windowed_attention(model_folder):
 
 
 def test_what_is_launched_was_compiled_ahead_of_time(quantized, model_folder):
-    """Types of the arguments of every launch, in float16 and with float16 scales as entries have."""
+    """Types of the arguments of every launch, in float16 with float16 scales, as entries have."""
     folder = quantized("qwen3", folder=model_folder("qwen3", torch.float16))
     source = ModelSource(str(folder), folder)
     decoder = load_decoder(source, DEVICE, "float16", most_tokens=48)
