@@ -209,13 +209,15 @@ def _write_files(question: Question, given: dict[str, Any], report: dict[str, An
         if given["html"]:
             from compress.planning.page import write_page
 
-            start = {"batch": question.batch, "context": question.context}
-            start["new_tokens"] = question.new_tokens
-            drafting: dict[str, Any] = {}
+            start: dict[str, Any] = {"batch": question.batch, "context": question.context}
+            start |= {"new_tokens": question.new_tokens, "devices": question.tensor_parallel}
             if draft is not None:
-                drafting = {"draft_length": draft.length, "acceptance": draft.acceptance}
-                drafting["draft_cost"] = case.draft_cost
-            write_page(given["html"], case.shape, case.precision, case.device, **start, **drafting)
+                start |= {"draft_length": draft.length, "acceptance": draft.acceptance}
+                if draft.shape is not None and draft.precision is not None:
+                    start["draft_model"] = (draft.shape, draft.precision)
+                else:
+                    start["draft_cost"] = draft.cost
+            write_page(given["html"], case.shape, case.precision, case.device, **start)
             report["html"] = str(given["html"])
     except OSError as error:
         raise InputError(f"cannot write '{error.filename}': {reason_of(error)}") from None
