@@ -213,10 +213,9 @@ def _write_files(question: Question, given: dict[str, Any], report: dict[str, An
             start |= {"new_tokens": question.new_tokens, "devices": question.tensor_parallel}
             if draft is not None:
                 start |= {"draft_length": draft.length, "acceptance": draft.acceptance}
+                start["draft_cost"] = case.draft_cost
                 if draft.shape is not None and draft.precision is not None:
                     start["draft_model"] = (draft.shape, draft.precision)
-                else:
-                    start["draft_cost"] = draft.cost
             write_page(given["html"], case.shape, case.precision, case.device, **start)
             report["html"] = str(given["html"])
     except OSError as error:

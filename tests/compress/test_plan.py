@@ -202,6 +202,20 @@ def test_files_are_written(folder, tmp_path):
     assert found["plot"] == str(png)
 
 
+def test_the_page_begins_where_the_report_is(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("compress.planning.page.write_page", lambda *a, **k: asked.update(k))
+    flags = ("--tensor-parallel", 4, "--batch", 2, "--context", 9, "--new-tokens", 5)
+    found = reported("llama-2-70b", *flags, "--draft", "llama-2-7b", "--html", tmp_path / "a.html")
+    shape, _ = asked.pop("draft_model")
+    assert shape.name == "llama-2-7b"
+    assert asked.pop("draft_cost") == pytest.approx(found["draft"]["cost"], rel=1e-5)
+    assert asked == {
+        "batch": 2, "context": 9, "new_tokens": 5, "devices": 4,
+        "draft_length": DRAFT_TOKENS, "acceptance": ACCEPTANCE,
+    }  # fmt: skip
+
+
 def test_plots_reach_past_the_largest_batch():
     case = Question("llama-2-13b", batch=5).case
     assert batches(case) == [1, 2, 4, 5, 8, 16, 32, 64, 128]
