@@ -48,7 +48,10 @@ def measured(options: argparse.Namespace, model: str, batch: int) -> dict[str, A
     command = [sys.executable, "-m", "compress", "plan", model, "--calibrate", "--json"]
     command += ["--threads", str(options.threads), "--context", str(options.context)]
     command += ["--new-tokens", str(options.new_tokens), "--batch", str(batch)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    for note in report["notes"][1:]:
+        print(f"{model}, batch {batch}: {note}", file=sys.stderr, flush=True)
+    return report
 
 
 def within(row: dict[str, float]) -> bool:
@@ -83,8 +86,11 @@ def table(options: argparse.Namespace, reports: list[dict[str, Any]]) -> str:
             for which in ("uncalibrated", "calibrated"):
                 cells += [milliseconds(row[f"{which}_s"]), f"{row[f'{which}_error']:+.0%}"]
             lines.append("| " + " | ".join(cells) + " |")
-    head = "| model | batch | copies | matrix products | a step reads of weights | on top |"
-    lines += ["", "What calibration measured:", "", head, "|---|---|---|---|---|---|"]
+    head = (
+        "| model | batch | copies | matrix products | a step reads of weights | on top | spread |"
+    )
+    lines += ["", "What calibration measured; the spread is of the model's own steps, their 90th"]
+    lines += ["percentile over the 10th:", "", head, "|---|---|---|---|---|---|---|"]
     for report in reports:
         reads = ", ".join(
             f"{kind} {found['bandwidth'] / 1e9:.1f} GB/s"
@@ -93,7 +99,8 @@ def table(options: argparse.Namespace, reports: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {report['name']} | {report['batch']} | {report['copy_bytes_per_s'] / 1e9:.1f} GB/s "
             f"| {report['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s | {reads} "
-            f"| {report['efficiency']['overhead'] * 1e3:.2f} ms |"
+            f"| {report['efficiency']['overhead'] * 1e3:.2f} ms "
+            f"| {report['step_spread']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from compress.bench.bandwidth import copy_bandwidth
-from compress.bench.latency import Run, Shape, run_once
+from compress.bench.latency import Run, Shape, percentile, run_once
 from compress.core.device import default_device, fastest_dtype
 from compress.core.errors import InputError, reason_of
 from compress.core.files import write_text
@@ -40,6 +40,7 @@ NEW_TOKENS = 64  # where none are asked for
 ROUNDS = 5
 PRODUCT = 2048  # rows and columns of the product that gives the matmul rate
 PROMPT_SEED = 0
+MOST_SPREAD = 1.5  # slow over fast steps; on a quiet machine they are within 1.2
 Kind = tuple[int | None, int]  # bits of codes and their group, or None and 0: dense
 
 
@@ -97,8 +98,14 @@ def calibrate(question: Question, save: Path | None) -> dict[str, Any]:
         "new_tokens": load.new_tokens,
         "efficiency": asdict(measured_device.efficiency),
         "compared": compared(runs, guess, known),
+        "step_spread": rounded(spread(runs)),
         "notes": [f"before calibration: {guess.device.name}, {guess.device.source}"],
     }
+    if report["step_spread"] > MOST_SPREAD:
+        report["notes"].append(
+            f"the model's steps differ by a factor of {report['step_spread']:.1f}: something else "
+            "ran here; repeat it on a quiet machine, or with fewer --threads"
+        )
     if save is not None:
         _save(save, measured_device)
         report["saved"] = str(save)
@@ -246,6 +253,12 @@ def compared(runs: list[Run], guess: Case, known: Case) -> dict[str, dict[str, f
             rows[name][f"{which}_s"] = rounded(value)
             rows[name][f"{which}_error"] = round(value / seconds - 1, 4)
     return rows
+
+
+def spread(runs: list[Run]) -> float:
+    """The 90th percentile of the steps' seconds over the 10th."""
+    steps = [seconds for run in runs for seconds in run.steps]
+    return percentile(steps, 90) / percentile(steps, 10)
 
 
 def _save(path: Path, device: Device) -> None:

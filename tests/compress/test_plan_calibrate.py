@@ -113,6 +113,12 @@ def test_medians_are_compared_at_the_mean_context():
     assert found["decode step"]["calibrated_error"] == pytest.approx(expected / 17 - 1, abs=1e-4)
 
 
+def test_a_busy_machine_is_told():
+    quiet = [Run([1.0], 1.0, [1.0] * 9 + [9.0], 10)]  # one step in ten does not count
+    assert calibrate.spread(quiet) == 1
+    assert calibrate.spread([Run([1.0], 1.0, [1.0, 1.0, 3.0, 3.0], 5)]) == 3
+
+
 def test_the_precision_is_that_of_the_weights():
     codes, scale = torch.zeros(8, 64, dtype=torch.int8), torch.ones(8, 2)
     grid = LinearWeight(None, codes, scale, None, 32, 4)
