@@ -86,9 +86,7 @@ def table(options: argparse.Namespace, reports: list[dict[str, Any]]) -> str:
             for which in ("uncalibrated", "calibrated"):
                 cells += [milliseconds(row[f"{which}_s"]), f"{row[f'{which}_error']:+.0%}"]
             lines.append("| " + " | ".join(cells) + " |")
-    head = (
-        "| model | batch | copies | matrix products | a step reads weights | on top | spread |"
-    )
+    head = "| model | batch | copies | matrix products | a step reads weights | on top | spread |"
     lines += ["", "What calibration measured; the spread is of the model's own steps, their 90th"]
     lines += ["percentile over the 10th:", "", head, "|---|---|---|---|---|---|---|"]
     for report in reports:
