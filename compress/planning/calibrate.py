@@ -66,7 +66,7 @@ def calibrate(question: Question, save: Path | None) -> dict[str, Any]:
             f"{weights.max_context}; lower --context or --new-tokens"
         )
     copy, matmul = copy_bandwidth(device=device), matmul_rate(dtype, device)
-    stand_ins = {kind: StandIn(*kind, dtype, device) for kind in dict.fromkeys(kinds)}
+    stand_ins = {kind: StandIn(*kind, dtype, device, load.batch) for kind in dict.fromkeys(kinds)}
     guess = Case(question.model_shape, precision, _table_device(question, device), load)
     decoder = make_decoder(weights, device, dtype)
     shape = Shape(load.context, load.new_tokens, load.batch)
@@ -189,7 +189,8 @@ def _device(
         rates={"bf16": round(matmul)},
         efficiency=efficiency,
         source=f"compress plan --calibrate, for models like {guess.shape.name} "
-        f"({guess.precision.weights:g} bits a weight, {guess.shape.layers} layers)",
+        f"({guess.precision.weights:g} bits a weight, {guess.shape.layers} layers, batch "
+        f"{guess.load.batch})",
     )
 
 

@@ -51,12 +51,18 @@ class Reached:
 class StandIn:
     """Random models with linears of `bits`, in groups, or dense ones in `dtype` where it is None.
 
-    `run` measures once more; take turns with what is compared, so that the machine's drift hits
-    both.
+    They decode `batch` sequences at once: how fast kernels read weights depends on the rows that
+    these meet.  `run` measures once more; take turns with what is compared, so that the machine's
+    drift hits both.
     """
 
     def __init__(
-        self, bits: int | None, group_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        bits: int | None,
+        group_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch: int,
     ) -> None:
         def decoder(size: tuple[int, int], layers: int) -> Any:
             torch.manual_seed(SEED)
@@ -70,14 +76,17 @@ class StandIn:
             decoder(LARGE, MANY_LAYERS),
         )
         self._decoders = (self._few, self._many, self._large)
-        self._engines = [engine_on(one, device, 1, PREFILL + STEPS) for one in self._decoders]
+        self._batch = batch
+        room = Shape(PROMPT, PREFILL + STEPS, batch).cached_tokens
+        self._engines = [engine_on(one, device, batch, room) for one in self._decoders]
         self._steps: list[list[float]] = [[] for _ in self._decoders]
         self._prefills: list[float] = []
 
     def run(self) -> None:
         """Decode with each model, and fill the large one's cache with a longer prompt."""
         for engine, steps in zip(self._engines, self._steps, strict=True):
-            run = run_once(engine, [list(range(PROMPT))], Shape(PROMPT, STEPS))
+            prompts = [list(range(PROMPT))] * self._batch
+            run = run_once(engine, prompts, Shape(PROMPT, STEPS, self._batch))
             steps += run.steps[STEPS // 4 :]
         prompt = [number % VOCAB for number in range(PREFILL)]
         self._prefills.append(run_once(self._engines[-1], [prompt], Shape(PREFILL, 2)).prefill)

@@ -126,8 +126,8 @@ def _result(report: dict[str, Any]) -> dict[str, str]:
 
 def print_sweep(key: str, rows: list[dict[str, Any]]) -> None:
     """Print what `sweep_report` returned."""
-    columns = ("to 1st token", "a token", "tokens/s", "FLOP/byte", "limit", "memory", "fits")
-    table = _table(f"By {key} (in brackets the largest batch)", key, *columns)
+    columns = ("1st token", "a token", "tokens/s", "FLOP/B", "limit", "memory", "largest")
+    table = _table(f"By {key} (with the largest batch that fits)", key, *columns)
     for row in rows:
         value = row["value"]
         table.add_row(
@@ -138,7 +138,7 @@ def print_sweep(key: str, rows: list[dict[str, Any]]) -> None:
             f"{row['decode_intensity']:,.4g}",
             row["decode_limit"],
             size(row["memory_bytes"]),
-            f"yes ({row['largest_batch']:,})" if row["fits"] else f"NO ({row['largest_batch']:,})",
+            f"{row['largest_batch']:,}" + " (NO)" * (not row["fits"]),
         )
     Console(highlight=False).print(table)
 

@@ -102,6 +102,15 @@ def test_the_tables_say_it(folder):
     assert max(map(len, done.stdout.splitlines()[:-10])) <= 80
 
 
+def test_a_sweep_shows_its_values_in_80_columns():
+    lines = plan("llama-2-13b", "--device", "h100", "--sweep", "batch=1,64,256").stdout.splitlines()
+    start = next(at for at, line in enumerate(lines) if line.startswith("By batch"))
+    cells = [line.split("│") for line in lines[start:] if "│" in line]
+    assert [row[1].strip() for row in cells] == ["1", "64", "256"]
+    assert [row[-2].strip() for row in cells] == ["64", "64", "64 (NO)"]
+    assert max(map(len, lines[start:])) <= 80
+
+
 @pytest.mark.parametrize(
     ("text", "values"),
     [

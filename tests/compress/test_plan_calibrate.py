@@ -41,7 +41,7 @@ def plan(*arguments):
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
 def test_a_machine_is_measured_on_random_models(bits, quick):
-    machine = StandIn(bits, 32, torch.float32, CPU)
+    machine = StandIn(bits, 32, torch.float32, CPU, 2)
     machine.run()
     found = machine.reached()
     assert found.bandwidth > 0
