@@ -307,6 +307,15 @@ def test_a_turn_that_cannot_be_answered_is_left_out(llm):
         assert note == "(cut off: the model's context of 128 tokens is full; /reset)"
 
 
+@pytest.fixture
+def interrupts():
+    """SIGINT as a terminal's programs have it: a shell has its background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_stops_the_answer_only(llm, monkeypatch):
     closed = threading.Event()
 
