@@ -28,8 +28,8 @@ from compress.runtime.decoder import Decoder
 from compress.runtime.device_queue import Download, Graph, Uploads, offsets
 from compress.runtime.weights import DecoderWeights
 
-# Sizes of decode steps that are captured; rows between two of them compute padding.
 SETTINGS = ("uniform", "temperature", "top_k", "top_p", "min_p")  # of `Draws`, but for the rows
+# Sizes of decode steps that are captured; rows between two of them compute padding.
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 INTERPRETER_PROCESSORS = 4  # so that attention is split in tests
 
