@@ -90,9 +90,10 @@ class Engine:
         self._steps = self._computed = self._prompt = self._cached = self._generated = 0
         self._pending: list[Increment] = []  # of aborted requests
         self._flight: _Flight | None = None  # whose tokens are not known yet
+        self._ahead = model if isinstance(model, AsynchronousModel) else None
         model.allocate(num_blocks)
-        if isinstance(model, AsynchronousModel):
-            model.capture(max_sequences)
+        if self._ahead:
+            self._ahead.capture(max_sequences)
 
     def prepare(self, request_id: str, prompt: list[int], params: SamplingParams) -> Request:
         """Make a request of a prompt's token ids.  InputError for what can never run.
@@ -243,14 +244,10 @@ class Engine:
         batch = build_batch(step, self.pool.block_size)
         self._steps += 1
         self._computed += len(batch.tokens)
-        on_host = any(
-            sequence.sampling.on_host or sequence.request.prompt_logprobs is not None
-            for sequence in step
-        )
-        if isinstance(self.model, AsynchronousModel) and not on_host:
+        if self._ahead and not any(sequence.draws_on_host for sequence in step):
             rows = [row for _, row in flight.drawn]
             states = [(sequence.sampling, sequence.produced) for sequence, _ in flight.drawn]
-            flight.launched = self.model.launch(batch, draws_of(rows, states))
+            flight.launched = self._ahead.launch(batch, draws_of(rows, states))
         else:
             flight.logits = self.model.forward(batch)
         return flight

@@ -91,6 +91,11 @@ class Sequence:
         self.identity = ROOT  # of the last of these
 
     @property
+    def draws_on_host(self) -> bool:
+        """Whether a device cannot do what is asked of this sequence's logits."""
+        return self.sampling.on_host or self.request.prompt_logprobs is not None
+
+    @property
     def produced(self) -> int:
         """Tokens of the output, one to come included."""
         return len(self.tokens) - self.request.prompt_length
