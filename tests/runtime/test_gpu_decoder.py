@@ -6,6 +6,7 @@ float32 alone then, which is what the interpreter is right in.
 
 import json
 import shutil
+from array import array
 
 import pytest
 import torch
@@ -16,12 +17,13 @@ from compress.kernels.eager import Eager
 from compress.loading import load_model
 from compress.pipeline import run_recipe
 from compress.recipe import build_recipe
-from compress.runtime.batch import AsynchronousModel
+from compress.runtime.batch import AsynchronousModel, Batch
 from compress.runtime.decoder import EagerDecoder
 from compress.runtime.engine import Engine
 from compress.runtime.gpu_decoder import GpuDecoder
 from compress.runtime.llm import LLM
 from compress.runtime.loading import load_decoder
+from compress.runtime.sampler import SamplingState, draws_of
 from compress.runtime.sampling_params import SamplingParams
 from compress.runtime.scoring import Span, score
 from compress.runtime.weights import load_weights
@@ -130,6 +132,32 @@ def test_captured_steps_give_what_single_launches_give(quantized, monkeypatch):
     assert not single._graphs
     assert found == expected
     assert counts.steps == same.steps
+
+
+def test_padding_touches_no_cache(model_folder):
+    """Three first tokens in a step of four, on a cache of NaN: nothing else is read or written."""
+    decoder = load(model_folder("llama"))
+    decoder.allocate(8)
+    decoder.capture(4)
+    for keys, values in decoder._cache:
+        keys.fill_(torch.nan)
+        values.fill_(torch.nan)
+    blocks = torch.tensor([3, 5, 6])
+    batch = Batch(
+        tokens=torch.tensor([7, 8, 9]),
+        positions=torch.zeros(3, dtype=torch.int64),
+        slots=16 * blocks,
+        starts=torch.arange(4, dtype=torch.int32),
+        contexts=torch.ones(3, dtype=torch.int32),
+        block_tables=blocks[:, None].int(),
+        rows=torch.arange(3),
+    )
+    states = [(SamplingState(GREEDY, 0, 0, array("q"), frozenset(), 128), 0)] * 3
+    assert decoder._graph_for(batch, draws_of(range(3), states)).size == 4
+    assert min(decoder.launch(batch, draws_of(range(3), states)).tokens()) >= 0
+    for part in (part for layer in decoder._cache for part in layer):
+        written = ~part.isnan().any(dim=(1, 3))  # [blocks, 16]
+        assert written.nonzero().tolist() == [[3, 0], [5, 0], [6, 0]]
 
 
 def test_scores_with_a_window(model_folder, tmp_path):
