@@ -184,8 +184,8 @@ function askForKey(reason) {
 async function watchLoad() {
   if (watching) return;
   watching = true;
-  for (;;) {
-    if (!document.hidden) {
+  for (let second = 0; ; second += 1) {
+    if (!document.hidden && (running || second % 4 === 0)) {
       try {
         showLoad(await readLoad());
       } catch (error) {
@@ -193,7 +193,7 @@ async function watchLoad() {
         if (error.status === 404 || error.status === 401) break;
       }
     }
-    await new Promise((resolve) => setTimeout(resolve, running ? 1000 : 4000));
+    await new Promise((resolve) => setTimeout(resolve, 1000));
   }
   watching = false;
 }
