@@ -57,7 +57,7 @@ def make_app(service: Service) -> FastAPI:
     if settings.metrics:
         _add_metrics(app, service)
     _add_docs(app)
-    open_paths = ["/health", "/ready", *_add_page(app)]
+    open_paths = ["/", "/health", "/ready", *_add_page(app)]
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, most_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
     if settings.api_keys:
