@@ -19,11 +19,13 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from compress.core.errors import InputError, nearest, shown
+from compress.core.errors import InputError, shown
 
 logger = logging.getLogger("compress.server")
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+CODES = ("unknown_parameter", "unsupported_parameter")  # of mistakes in a body
+LONGEST_PARAM = 200  # characters; it may hold names that a client made up
 MOST_REPORTED = 3  # mistakes of one body that its message names
 
 
@@ -126,13 +128,23 @@ def _of_validation(errors: Iterable[Mapping[str, Any]]) -> ApiError:
     lines = [_line(error) for error in found[:MOST_REPORTED]]
     if len(found) > MOST_REPORTED:
         lines.append(f"and {len(found) - MOST_REPORTED} more mistakes")
-    return ApiError(400, str(InputError("; ".join(lines))), param=_path(found[0]) or None)
+    code = found[0]["type"] if found[0]["type"] in CODES else None
+    param = _path(found[0])[:LONGEST_PARAM] or None
+    return ApiError(400, str(InputError("; ".join(lines))), param=param, code=code)
 
 
 def _path(error: Mapping[str, Any]) -> str:
-    """`messages.0.content` for ("body", "messages", 0, "content")."""
-    loc = error["loc"]
-    return ".".join(str(part) for part in (loc[1:] if loc and loc[0] == "body" else loc))
+    """`messages.0.content` for ("body", "messages", 0, "content").
+
+    A mistake that a whole object was found to have names its field in "ctx".  Parts in parentheses
+    say what pydantic took a value for, and are not in the path, nor is its `[key]`.
+    """
+    loc = [str(part) for part in error["loc"] if not str(part).startswith(("(", "[key]"))]
+    if loc[:1] == ["body"]:
+        del loc[0]
+    if name := error.get("ctx", {}).get("name"):
+        loc.append(name)
+    return ".".join(loc)
 
 
 def _line(error: Mapping[str, Any]) -> str:
@@ -142,9 +154,7 @@ def _line(error: Mapping[str, Any]) -> str:
         return "the body must be a JSON object, sent with Content-Type: application/json"
     if error["type"] == "missing":
         return f"{path} is missing"
-    if error["type"] == "extra_forbidden":
-        return f"{path}: there is no such parameter"
-    message = error["msg"].removeprefix("Value error, ")
-    if not path:
-        return f"the body: {message}"
-    return f"{path} = {shown(error['input'])}: {message[:1].lower()}{message[1:]}"
+    message = error["msg"][:1].lower() + error["msg"][1:]
+    if "name" in error.get("ctx", {}):  # the value is the object around it
+        return f"{path}: {message}"
+    return f"{path or 'the body'} = {shown(error['input'])}: {message}"
