@@ -15,10 +15,10 @@ from starlette.responses import JSONResponse, Response
 from compress.runtime.llm import LLM
 from compress.runtime.outputs import CompletionOutput, Increment
 from compress.runtime.server.errors import ApiError
+from compress.runtime.server.metered import MeteredStream
 from compress.runtime.server.protocol import Message
 from compress.runtime.server.service import Service
 from compress.runtime.server.sse import close, unless_gone
-from compress.runtime.streams import Stream
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ def head(kind: str, model: str, prefix: str) -> dict[str, Any]:
 
 async def in_one_piece(
     request: Request,
-    streams: Sequence[Stream],
+    streams: Sequence[MeteredStream],
     answer: Callable[[list[list[CompletionOutput]]], dict[str, Any]],
 ) -> Response:
     """Wait for all outputs, and answer what `answer` makes of those of each stream."""
@@ -87,7 +87,7 @@ async def in_one_piece(
     return JSONResponse(answer(outputs))
 
 
-async def whole(streams: Sequence[Stream]) -> list[list[CompletionOutput]]:
+async def whole(streams: Sequence[MeteredStream]) -> list[list[CompletionOutput]]:
     """The outputs of each stream, once all have ended.  Raises what ended one early."""
     found = []
     for stream in streams:
@@ -117,7 +117,7 @@ def check(increment: Increment) -> None:
         raise ApiError(503, "the server ended this request, as it is shutting down")
 
 
-def usage(streams: Iterable[Stream], generated: int) -> dict[str, Any]:
+def usage(streams: Iterable[MeteredStream], generated: int) -> dict[str, Any]:
     """Counts of tokens."""
     requests = [stream.request for stream in streams]
     prompt = sum(request.prompt_length for request in requests)

@@ -18,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from compress.core.errors import InputError, shown
 
@@ -98,13 +99,40 @@ def error_of(error: BaseException) -> ApiError:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Have `app` answer every exception with an error object."""
+    """Have `app` answer every exception with an error object.
+
+    To be called before any middleware is added: `_LastResort` has to be the innermost, so that the
+    others see the answer and not the exception.
+    """
 
     async def handle(_: Request, error: Exception) -> Response:
         return error_of(error).response()
 
-    for kind in (ApiError, RequestValidationError, InputError, HTTPException, Exception):
+    for kind in (ApiError, RequestValidationError, InputError, HTTPException):
         app.add_exception_handler(kind, handle)
+    app.add_middleware(_LastResort)
+
+
+class _LastResort:
+    """Answers what no handler is for."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def note_and_send(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, note_and_send)
+        except Exception as error:
+            if begun:  # the connection breaks, which tells the client that this was not all
+                raise
+            await error_of(error).response()(scope, receive, send)
 
 
 def _of_http(error: HTTPException) -> ApiError:

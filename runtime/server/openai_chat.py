@@ -13,9 +13,9 @@ from compress.runtime.outputs import CompletionOutput
 from compress.runtime.server import answering, sse
 from compress.runtime.server.answers import ChatChunk, ChatCompletion, streamed
 from compress.runtime.server.logprobs import chat_logprobs
+from compress.runtime.server.metered import MeteredStream
 from compress.runtime.server.protocol import ChatRequest
 from compress.runtime.server.token_text import TokenText, token_text
-from compress.runtime.streams import Stream
 
 router = APIRouter()
 
@@ -60,7 +60,7 @@ def _logprobs(output: CompletionOutput, texts: TokenText) -> dict[str, Any] | No
 
 
 async def _events(
-    body: ChatRequest, head: dict[str, Any], streams: list[Stream], texts: TokenText
+    body: ChatRequest, head: dict[str, Any], streams: list[MeteredStream], texts: TokenText
 ) -> AsyncGenerator[bytes]:
     """For each output its role, its text as it comes, and how it ended; then the counts."""
     generated = 0

@@ -17,9 +17,9 @@ from compress.runtime.outputs import CompletionOutput
 from compress.runtime.server import answering, sse
 from compress.runtime.server.answers import Completion, streamed
 from compress.runtime.server.logprobs import TextLogprobs
+from compress.runtime.server.metered import MeteredStream
 from compress.runtime.server.protocol import CompletionRequest
 from compress.runtime.server.token_text import TokenText, token_text
-from compress.runtime.streams import Stream
 
 router = APIRouter()
 
@@ -39,7 +39,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         prompt_logprobs=body.logprobs if body.echo else None,
     )
     tokens = [await _tokens(llm, prompt, body) for prompt in body.prompt]
-    echoes = [_echo(llm, prompt) if body.echo else "" for prompt in body.prompt]
+    echoes = [_echo(llm, prompt) if body.echo else None for prompt in body.prompt]
     streams = service.submit(tokens, [params] * len(tokens))
     head = answering.head("text_completion", model, "cmpl")
     texts = token_text(llm.tokenizer)
@@ -80,7 +80,7 @@ class _Choice:
     """Makes entries of `choices` for one output: the prompt first where it is echoed."""
 
     def __init__(
-        self, stream: Stream, index: int, echo: str | None, generates: bool, texts: TokenText
+        self, stream: MeteredStream, index: int, echo: str | None, generates: bool, texts: TokenText
     ) -> None:
         self.generated = 0  # tokens so far
         self._request = stream.request
@@ -116,7 +116,7 @@ class _Choice:
 async def _events(
     body: CompletionRequest,
     head: dict[str, Any],
-    streams: list[Stream],
+    streams: list[MeteredStream],
     choices: list[list[_Choice]],
 ) -> AsyncGenerator[bytes]:
     """The texts as they come, and the counts at the end."""

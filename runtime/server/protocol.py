@@ -113,6 +113,8 @@ def utf8(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(utf8)]
 TokenId = Annotated[int, Field(ge=0)]
+TokenKey = Annotated[str, Field(pattern="^[0-9]{1,9}$")]  # a token id, as JSON's objects have it
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class Body(BaseModel):

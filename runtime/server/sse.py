@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from compress.runtime.outputs import Increment
 from compress.runtime.server.errors import error_of
-from compress.runtime.streams import Stream
+from compress.runtime.server.metered import MeteredStream
 
 T = TypeVar("T")
 
@@ -32,11 +32,30 @@ def event(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-async def news(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, list[Increment]]]:
+async def news(streams: Sequence[MeteredStream]) -> AsyncGenerator[tuple[int, list[Increment]]]:
     """Yield what arrives as (which of the streams, increments); no increments after a silence.
 
     Ends with the last stream; raises what ended one.
     """
+    if len(streams) > 1:
+        async for place, found in _news_of_several(streams):
+            yield place, found
+        return
+    while True:
+        try:
+            async with asyncio.timeout(SILENCE):
+                found = await streams[0].next()
+        except TimeoutError:
+            yield 0, []
+            continue
+        if not found:
+            return
+        yield 0, found
+
+
+async def _news_of_several(
+    streams: Sequence[MeteredStream],
+) -> AsyncGenerator[tuple[int, list[Increment]]]:
     waiting = {asyncio.ensure_future(stream.next()): place for place, stream in enumerate(streams)}
     try:
         while waiting:
@@ -63,7 +82,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes], streams: Sequence[Stream]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], streams: Sequence[MeteredStream]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(headers=headers)
         del self.headers["content-length"]
@@ -114,7 +133,7 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def close(streams: Sequence[Stream]) -> None:
+async def close(streams: Sequence[MeteredStream]) -> None:
     """Abort what has not ended."""
     for stream in streams:
         await stream.aclose()

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from compress.core.errors import shown
 from compress.runtime.server import answering
 from compress.runtime.server.answers import ERRORS, Detokenized, Tokens
 from compress.runtime.server.errors import ApiError
@@ -46,6 +47,6 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> dict[str, Any
     vocab = llm.engine.model.vocab_size
     if wrong := [token for token in body.tokens if token >= vocab]:
         raise ApiError(
-            400, f"tokens = [{wrong[0]:.80}]; allowed is 0 to {vocab - 1}", param="tokens"
+            400, f"tokens holds {shown(wrong[0])}; allowed is 0 to {vocab - 1}", param="tokens"
         )
     return {"prompt": llm.tokenizer.decode(body.tokens)}
