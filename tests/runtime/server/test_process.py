@@ -144,7 +144,7 @@ def test_a_signal_under_load_loses_no_output():
         if client.body["stream"]:
             assert client.events[-1] == b"[DONE]"
     assert code == 0, said
-    assert "12 requests have up to 20 s" in said
+    assert "unfinished requests: 12, which have up to 20 s" in said
 
 
 def test_what_does_not_finish_in_time_ends_with_an_error():
@@ -167,7 +167,7 @@ def test_what_does_not_finish_in_time_ends_with_an_error():
             assert client.status == 503
             assert json.loads(client.content)["error"]["code"] == "draining"
     assert code == 1
-    assert "4 requests were cut off" in said
+    assert "Requests that were cut off: 4" in said
     assert "Traceback" not in said
 
 
