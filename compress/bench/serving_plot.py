@@ -26,11 +26,10 @@ def write_plot(path: Path, report: dict[str, Any]) -> None:
     loads = report["loads"]
     by_clients = loads[0]["max_concurrency"] is not None
     label = "clients" if by_clients else "requests/s offered"
-    # requests that come all at once stand at the rate at which they were answered
-    places = [
-        load["max_concurrency"] or load["request_rate"] or load["request_throughput"]
-        for load in loads
-    ]
+    offered = [load["max_concurrency"] or load["request_rate"] for load in loads]
+    # requests that come all at once stand one step to the right of the largest rate
+    last = max((rate for rate in offered if rate), default=0.5)
+    places = [rate or 2 * last for rate in offered]
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     *latencies, throughput = figure.subplots(1, 3)
     for axes, (name, title) in zip(latencies, PANELS.items(), strict=True):
@@ -40,28 +39,21 @@ def write_plot(path: Path, report: dict[str, Any]) -> None:
         limit = report["goodput_objective_ms"].get(name)
         if limit is not None:
             axes.axhline(limit, color="grey", linestyle=":", label="objective")
-        axes.set(title=title, ylabel="ms", ylim=(0, None))
+        axes.set(title=title, ylabel="ms")
         axes.legend()
     answered = [load["request_throughput"] for load in loads]
     throughput.plot(places, answered, "o-", color=COLOURS["median"], label="answered")
     if report["goodput_objective_ms"]:
         good = [load["request_goodput"] for load in loads]
         throughput.plot(places, good, "s--", color=COLOURS["p99"], label="within the objective")
-    throughput.set(title="Throughput", ylabel="requests/s", ylim=(0, None))
-    tokens = throughput.twinx()
-    tokens.plot(
-        places, [load["output_throughput"] for load in loads], "^:", color="grey", label="tokens/s"
-    )
-    tokens.set(ylabel="new tokens/s", ylim=(0, None))
-    throughput.legend(loc="lower right")
+    throughput.set(title="Throughput", ylabel="requests/s")
+    throughput.legend()
     for axes in (*latencies, throughput):
-        axes.set_xticks(places, [_name(load) for load in loads])
+        axes.set_xscale("log")
+        axes.set_xticks(places, [f"{rate:g}" if rate else "all at once" for rate in offered])
+        axes.set_xticks([], minor=True)
         axes.set_xlabel(label)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     figure.suptitle(f"{report['model']}, {report['endpoint']}, {report['dataset']}")
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
-
-
-def _name(load: dict[str, Any]) -> str:
-    offered = load["max_concurrency"] or load["request_rate"]
-    return f"{offered:g}" if offered else "all at once"

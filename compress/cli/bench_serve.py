@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
-from compress.cli.output import print_json, print_pairs
+from compress.cli.output import print_json
 from compress.cli.runtime_options import JSON, add_options
+from compress.cli.serving_tables import print_serving
 from compress.core.errors import InputError, reason_of
 
 COUNT = click.IntRange(min=1)
 FILE = click.Path(dir_okay=False, path_type=Path)
-LATENCIES = {
-    "ttft": "first token",
-    "tpot": "a token after it",
-    "itl": "between events",
-    "e2e": "whole answer",
-}
 
 
 class Rates(click.ParamType):
@@ -207,8 +201,6 @@ def _base(url: str) -> str:
 
 
 def _write(report: dict[str, Any], out: Path | None) -> None:
-    import json
-
     from compress.core.files import write_text
 
     if out is None:
@@ -217,87 +209,3 @@ def _write(report: dict[str, Any], out: Path | None) -> None:
         write_text(out, json.dumps(report, indent=1) + "\n")
     except OSError as error:
         raise InputError(f"cannot write --out '{out}': {reason_of(error)}") from None
-
-
-def print_serving(report: dict[str, Any]) -> None:
-    """Print what `measure_serving` returned: a load, or a table of several."""
-    title = f"{report['model']} at {report['url']}, {report['endpoint']}, {report['dataset']}"
-    loads = report["loads"]
-    if len(loads) > 1:
-        _print_sweep(title, report)
-    else:
-        _print_load(title, loads[0])
-    rows = {}
-    if limits := report["goodput_objective_ms"]:
-        words = ", ".join(f"{name} {limit:g} ms" for name, limit in limits.items())
-        rows["goodput"] = f"answers within {words}" + (
-            f": {loads[0]['request_goodput']:.2f}/s, {loads[0]['good']} of "
-            f"{loads[0]['completed'] + loads[0]['failed']}"
-            if len(loads) == 1
-            else ""
-        )
-    for load in loads:
-        for kind, number in load["errors"].items():
-            words = f"{number} at {_name(load)}, such as: {load['error_messages'][kind]}"
-            rows[kind] = f"{rows[kind]}\n{words}" if kind in rows else words
-    if report["prompts_repeat"]:
-        rows["prompts"] = "the dataset's come again: a cache may know them"
-    if any(load["tokens_counted_by"] != "the server" for load in loads):
-        rows["tokens"] = "counted by events, at most one a token: the server sent no usage"
-    if rows:
-        print_pairs("", rows)
-
-
-def _print_load(title: str, load: dict[str, Any]) -> None:
-    table = Table(title=f"{title}, {_name(load)}", title_justify="left")
-    table.add_column("ms")
-    for kind in ("mean", "median", "p90", "p99"):
-        table.add_column(kind, justify="right")
-    for name, words in LATENCIES.items():
-        cells = [_number(load[f"{kind}_{name}_ms"]) for kind in ("mean", "median", "p90", "p99")]
-        table.add_row(f"{name.upper()}, {words}", *cells)
-    Console(highlight=False).print(table)
-    print_pairs(
-        "",
-        {
-            "answered": f"{load['completed']:,} of {load['completed'] + load['failed']:,} in "
-            f"{load['duration']:.1f} s, {load['request_throughput']:.2f}/s",
-            "tokens/s": f"{load['output_throughput']:,.1f} new, "
-            f"{load['total_token_throughput']:,.1f} with prompts",
-        },
-    )
-
-
-def _print_sweep(title: str, report: dict[str, Any]) -> None:
-    table = Table(title=f"{title}; ms are median / p99", title_justify="left")
-    columns = ["load", "answered", "req/s", "tok/s", "TTFT", "TPOT", "E2E"]
-    if report["goodput_objective_ms"]:
-        columns.append("good/s")
-    for name in columns:
-        table.add_column(name, justify="left" if name == "load" else "right")
-    for load in report["loads"]:
-        cells = [
-            f"{load['completed']}/{load['completed'] + load['failed']}",
-            f"{load['request_throughput']:.2f}",
-            f"{load['output_throughput']:,.0f}",
-            *(
-                f"{_number(load[f'median_{name}_ms'])} / {_number(load[f'p99_{name}_ms'])}"
-                for name in ("ttft", "tpot", "e2e")
-            ),
-        ]
-        if report["goodput_objective_ms"]:
-            cells.append(f"{load['request_goodput']:.2f}")
-        table.add_row(_name(load), *cells)
-    Console(highlight=False).print(table)
-
-
-def _name(load: dict[str, Any]) -> str:
-    if load["max_concurrency"]:
-        return f"{load['max_concurrency']} at a time"
-    return f"{load['request_rate']:g}/s" if load["request_rate"] else "all at once"
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
