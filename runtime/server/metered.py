@@ -23,6 +23,8 @@ class MeteredStream:
     `on_end` is called once, when the request has ended in any way.
     """
 
+    _unfinished = 0  # outputs
+
     def __init__(
         self,
         stream: Stream,
