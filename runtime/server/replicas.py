@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import re
@@ -25,13 +26,14 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from compress.core.errors import InputError, reason_of
 from compress.runtime.server.app import make_app
@@ -123,3 +125,138 @@ class ReplicatedService(Service):
             yield
         finally:
             self._taken -= 1
+
+    def check_open(self) -> None:
+        """ApiError 503 while the replicas start, at the end, and when none works."""
+        self.llm  # noqa: B018
+
+    def call(self, key: str, request: dict[str, Any], body: bytes, tried: tuple[str, ...]) -> Any:
+        """Ray's response generator for one request, on the replica that `key` prefers."""
+        return self._handle.options(
+            method_name="answer", stream=True, session_id=key,
+            request_serialization="pickle", response_serialization="pickle",
+        ).remote(request, body, tried=tried)  # fmt: skip
+
+    async def metrics_text(self) -> bytes:
+        """/metrics of all."""
+        texts = {str(rank): text for rank, text in await self._ask("metrics")}
+        return merged(self.metrics.text(), dict(sorted(texts.items())))
+
+    async def watch(self) -> None:
+        """For ever: see how many replicas work."""
+        while True:
+            await asyncio.sleep(POLL)
+            if self._running is None:
+                continue
+            answers = await self._ask("health")
+            running = sum(ok for ok, _ in answers)
+            for reason in (reason for ok, reason in answers if not ok):
+                logger.error("a replica has failed: %s", reason)
+            if running != self._running:
+                logger.warning("%d of %d replicas work", running, self.replicas)
+            self._running = running
+
+    def cut_off(self) -> int:
+        """Have the replicas end what is left, with an error; how many requests there are."""
+        if self._taken:
+            self._cutting = asyncio.ensure_future(self._ask("cut_off"))
+        return self._taken
+
+    def close(self) -> None:
+        """End the replicas and Ray's processes."""
+        if self._folder is None:
+            return
+        import ray
+
+        ray.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder = None
+
+    async def _ask(self, method: str) -> list[Any]:
+        """What each replica says; those that do not are left out."""
+        if self._running is None:
+            return []
+        try:
+            answers = await self._handle.broadcast(method).results_async(
+                timeout_s=SECONDS_TO_ANSWER, return_exceptions=True
+            )
+        except Exception as error:  # Ray says so when there is none
+            logger.warning("no replica answers: %s", reason_of(error))
+            return []
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+    def _start(self, make_llm: Callable[[], LLM]) -> None:
+        """Start Ray and the replicas; returns when all have their model."""
+        import torch
+
+        self._folder = tempfile.mkdtemp(prefix="compress-")  # a socket's path has to be short
+        _start_ray(self._folder, self.replicas, torch.cuda.device_count())
+        from ray import serve
+
+        from compress.runtime.server.replica import Replica
+
+        gpus = torch.cuda.device_count()
+        deployment = serve.deployment(Replica).options(
+            num_replicas=self.replicas,
+            ray_actor_options={"num_cpus": 1, "num_gpus": min(1.0, gpus / self.replicas)},
+            max_ongoing_requests=MOST_REQUESTS,
+            max_constructor_retry_count=1,
+            health_check_period_s=POLL,
+            health_check_timeout_s=60,
+            graceful_shutdown_wait_loop_s=0.1,
+            graceful_shutdown_timeout_s=1,
+            request_router_config={
+                "request_router_class": "compress.runtime.server.replica_router.PrefixRouter"
+            },
+        )
+        settings = dataclasses.replace(self.settings, api_keys=(), allowed_hosts=None)
+        threads = max(1, torch.get_num_threads() // self.replicas)
+        try:
+            self._handle = serve.run(
+                deployment.bind(settings, make_llm, threads), name=NAME, route_prefix=None
+            )
+        except Exception as error:
+            raise _failure(error) from error
+
+
+def make_replicated_app(service: ReplicatedService) -> FastAPI:
+    """The application of the process in front: what needs a model goes on to a replica."""
+    app = make_app(service)
+
+    async def metrics(_: Request) -> Response:
+        return Response(await service.metrics_text(), media_type=CONTENT_TYPE)
+
+    if service.settings.metrics:
+        app.router.routes.insert(0, Route("/metrics", metrics))
+    app.router.routes.insert(0, ReplicaRoute(service))
+    return app
+
+
+def _start_ray(folder: str, replicas: int, gpus: int) -> None:
+    os.environ.update(ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    ray.init(
+        address="local",
+        num_cpus=replicas,
+        num_gpus=gpus,
+        object_store_memory=OBJECT_STORE,
+        include_dashboard=False,
+        configure_logging=False,
+        _temp_dir=folder,
+    )
+    from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+    quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
+    serve.start(proxy_location="Disabled", logging_config=quiet)
+
+
+def _failure(error: Exception) -> Exception:
+    """What the constructor of a replica raised, out of the traceback that Ray tells."""
+    found = re.findall(r"^\s*(?:[\w.]+\.)?(\w*Error): (.+)$", str(error), re.MULTILINE)
+    if not found:
+        return error
+    name, message = found[-1]
+    return InputError(message if name == InputError.__name__ else f"{name}: {message}")
