@@ -85,6 +85,7 @@ export function addAnswer(turn, onAgain) {
     render(text, turn.content);
     element.querySelector(".facts").textContent = factsOf(turn);
     element.querySelector(".problem").textContent = turn.problem ?? "";
+    element.querySelector(".answer > .under .copy").hidden = turn.content === "";
     element.querySelector(".again").textContent = turn.problem ? "Try again" : "Regenerate";
     if (follow) scrollToEnd();
   }

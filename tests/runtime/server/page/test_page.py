@@ -53,10 +53,10 @@ def test_the_times_are_those_that_the_user_saw(opened):
     page.ask("x" * 50)
     facts = page.text(page.part(page.answered(), ".facts"))
     rate = float(re.search(r"([\d.]+) tokens/s", facts)[1])
-    first = float(re.search(r"([\d.]+) ms", facts)[1])
-    assert 20 <= first <= 500
-    # A step of 20 ms makes at most 50 a second; the machine may be busy with other things.
-    assert 10 < rate <= 51
+    first, unit = re.search(r"after ([\d.]+) (m?s)", facts).groups()
+    # A step takes 20 ms or more; how much more is the machine's, which may have other work.
+    assert 0.02 <= float(first) / {"ms": 1000, "s": 1}[unit] < 5
+    assert 2 < rate <= 51
 
 
 def test_the_conversation_and_the_settings_are_sent(opened, quiet):
@@ -160,6 +160,20 @@ def test_answers_are_made_anew_and_questions_edited(opened, quiet):
     page.ask("three")
     page.answered()
     assert asked[4]["messages"] == [{"role": "user", "content": "three"}]
+
+
+def test_a_reload_amid_an_answer_keeps_what_had_arrived(opened, quiet):
+    page = opened()
+    page.site.model.answers["long"] = "x" * 800
+    page.site.model.delay = 0.01
+    page.ask("long")
+    page.eventually(lambda: len(page.turns()[-1]) > 10, "the beginning")
+    page.driver.refresh()
+    page.eventually(lambda: page.all("option"), "the page")
+    assert page.turns()[0] == "long"
+    assert 10 < len(page.turns()[1]) < 800
+    assert page.text(page.all(".facts")[-1]).endswith("stopped")
+    page.eventually(lambda: page.site.llm.statistics().running == 0, "the end in the engine", 2)
 
 
 def test_a_new_chat_ends_the_answer_of_the_old_one(opened, quiet):
@@ -300,8 +314,10 @@ def test_a_setting_that_the_server_refuses_is_marked(opened):
     assert "top_p" in page.text(page.part(answer, ".problem"))
     assert page["top_p"].get_attribute("aria-invalid") == "true"
     assert page["top_p"].is_displayed()
+    assert "top_p" in page.text(page["setting-problem"])  # on a phone the settings cover the answer
     page.put("top_p", "0.9")
     assert page["top_p"].get_attribute("aria-invalid") is None
+    assert page.text(page["setting-problem"]) == ""
     page.choose(".again")
     page.eventually(lambda: page.turns() == ["hello", "hello"], "the answer")
     page["seed"].send_keys("1-2")  # no number: not sent at all
@@ -309,6 +325,16 @@ def test_a_setting_that_the_server_refuses_is_marked(opened):
     page.wait(100)
     assert len(page.site.gate.asked) == 2
     assert page["prompt"].get_property("value") == "more"
+
+
+def test_a_server_that_has_another_model_by_now(opened):
+    page = opened(model_names=("one", "two"))
+    page.run("document.getElementById('model').append(new Option('old', 'old', true, true))")
+    page.ask("hello")
+    assert "old" in page.text(page.part(page.answered(), ".problem"))
+    page.eventually(lambda: [o.text for o in page.all("option")] == ["one", "two"], "the models")
+    page.choose(".again")
+    page.eventually(lambda: page.turns() == ["hello", "hello"], "the answer")
 
 
 def test_a_server_that_goes_away_amid_an_answer(opened):
