@@ -3,23 +3,23 @@ at the end the server is told to stop.
 
     python benchmarks/serve_load.py MODEL WORK_FOLDER --dataset questions.jsonl
 
-Right answers come first, from `LLM.generate` in a process of its own.  Then `compress serve` starts,
-and in each of three rounds
+Right answers come first, from `LLM.generate` in a process of its own.  Then `compress serve` is
+started, and in each of three rounds
 
-- a fifth more requests than it has room for come at once (running and waiting: --streams): chat and
-  completions, streamed or not, greedy or with seeds, one output or two.  Three in ten clients
+- a fifth more requests than it has room for come at once (running and waiting: --streams): chat
+  and completions, streamed or not, greedy or with seeds, one output or two.  Three in ten clients
   leave: in the queue, about when their prompt is computed, or in the middle of the stream;
-- requests that are not in order come between them, three dozen of them of 29 kinds.
+- requests that are not in order come between them, of 29 kinds.
 
-Every answer must equal the right one to the last token, and what a client that left has seen must be
-its beginning.  Others may only be refused, by 429 with Retry-After, and what is not in order by the
-status for that.  After each round nothing may run, wait or hold a block, the engine recounts its
-blocks, open files are as many as before, and after later rounds memory is at most --memory-bound above
-that after the first.
+Every answer must equal the right one to the last token, and what a client that left has seen must
+be its beginning.  Others may only be refused, by 429 with Retry-After, and what is not in order by
+the status for that.  After each round nothing may run, wait or hold a block, the engine recounts
+its blocks, open files are as many as before, and after later rounds memory is at most
+--memory-bound above that after the first.
 
-Then SIGTERM under load, twice.  With time to finish, every accepted request must be answered right, and
-the process ends by itself with exit code 0.  With 3 seconds, streams may instead end with an error
-event and other requests with 503, but nothing in silence, and the process must end in time.
+Then SIGTERM under load, twice.  With time to finish, every accepted request must be answered right,
+and the process ends by itself with exit code 0.  With 3 seconds, streams may instead end with an
+error event and other requests with 503, but nothing in silence, and the process must end in time.
 """
 
 from __future__ import annotations

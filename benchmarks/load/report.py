@@ -42,8 +42,8 @@ def _head(options: argparse.Namespace, result: dict[str, Any]) -> list[str]:
         "",
         f"{result['model']}, {versions}, Python {sys.version.split()[0]}. Room for "
         f"{options.streams} requests, of which {options.slots} run; keys and values in "
-        f"{options.kv_cache_memory}; answers of up to {options.max_tokens} tokens. What is asked and "
-        "checked stands in the docstring of the script.",
+        f"{options.kv_cache_memory}; answers of up to {options.max_tokens} tokens. What is asked "
+        "and checked stands in the docstring of the script.",
         "",
     ]
 
@@ -103,9 +103,14 @@ def _endings(result: dict[str, Any]) -> list[str]:
             ", ".join(f"{number} {name}" for name, number in sorted(found[key].items()))
             for key in ("outcomes", "afterwards")
         )
-        lines.append(
-            f"| {found['drain_seconds']} | {found['unfinished_at_term']:g} of {found['requests']} | "
-            f"{outcomes} | {late} | {found['seconds']:.0f} s | {found['exit_code']} | "
-            f"{len(found['faults'])} |"
-        )
+        cells = [
+            f"{found['drain_seconds']}",
+            f"{found['unfinished_at_term']:g} of {found['requests']}",
+            outcomes,
+            late,
+            f"{found['seconds']:.0f} s",
+            f"{found['exit_code']}",
+            f"{len(found['faults'])}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -9,15 +9,14 @@ import sys
 import time
 from typing import Any
 
+from compress.core.resources import in_words
+from compress.core.source import read_config, resolve_model
 from load import clients
 from load.asked import Asked, Fate, fates
 from load.clients import Outcome, Progress
 from load.malformed import malformed
 from load.report import line
 from load.server import ServerProcess
-
-from compress.core.resources import in_words
-from compress.core.source import read_config, resolve_model
 
 MAX_BODY = 2 << 20
 NONSENSE = 0.06  # requests not in order, for each that is
