@@ -109,6 +109,11 @@ class Stream:
             raise
         return self._take()
 
+    def fail(self, error: Exception) -> None:
+        """Abort the request; its consumer gets `error`, after what has arrived."""
+        self._inbox.put(error)
+        self._abort([self.request.id])
+
     async def aclose(self) -> None:
         """Abort the request unless it has ended."""
         self._end()

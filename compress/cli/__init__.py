@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": ("compress.cli.eval", "eval_command"),
     "generate": ("compress.cli.generate", "generate_command"),
     "chat": ("compress.cli.chat", "chat_command"),
+    "serve": ("compress.cli.serve", "serve_command"),
     "bench": ("compress.cli.bench", "bench_command"),
     "plan": ("compress.cli.plan", "plan_command"),
     "inspect": ("compress.cli.inspect", "inspect_command"),

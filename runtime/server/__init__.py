@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's API on `compress.runtime`, for `compress serve`."""

@@ -1,0 +1,262 @@
+"""`compress serve --replicas N`: N engines, each in a process of its own, behind one address.
+
+    HTTP -> this process: guards, log, choice of a replica -> replica: the same application -> engine
+
+Ray Serve starts the replicas, asks after their health, replaces those that die, and carries requests
+and answers (gRPC on the loopback interface); `replica_router` tells it which replica to take.  HTTP is
+ours, not Ray's proxy, so that what a client sees is what a server of one process shows.
+
+Relied on, of Ray 2.60:
+- `serve.start(proxy_location="Disabled")` and `route_prefix=None`: no HTTP of Ray's.
+- RAY_SERVE_USE_GRPC_BY_DEFAULT and RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP=0: an item of a stream costs
+  this process half of what it costs through Ray's object store and a loop of the router's own.
+- RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 has Ray's processes listen on 127.0.0.1, as they do on those
+  systems; RAY_AUTH_MODE=token with a token made here has them refuse who does not know it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from compress.core.errors import InputError, reason_of
+from compress.runtime.server.app import make_app
+from compress.runtime.server.forward import ReplicaRoute
+from compress.runtime.server.merged_metrics import merged
+from compress.runtime.server.metrics import CONTENT_TYPE
+from compress.runtime.server.service import ServerSettings, Service
+
+if TYPE_CHECKING:
+    from compress.runtime.llm import LLM
+
+logger = logging.getLogger("compress.server")
+
+NAME = "compress"  # of Ray Serve's application
+OBJECT_STORE = 80 << 20  # bytes; nothing of ours goes through it, and Ray takes no less
+MOST_REQUESTS = 100_000  # of a replica, for Ray; the engine's own limit is what counts
+POLL = 1.0  # seconds between questions after the replicas' health
+SECONDS_TO_ANSWER = 10.0  # of a replica that is asked how it is
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anybody
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_memory_monitor_refresh_ms": "0",  # memory is the system's to watch, as in one process
+    "RAY_AUTH_MODE": "token",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+}
+
+
+class ReplicatedService(Service):
+    """The replicas, as the application and the process see them."""
+
+    def __init__(self, settings: ServerSettings, replicas: int) -> None:
+        """Raises InputError without Ray."""
+        if find_spec("ray") is None or find_spec("ray.serve") is None:
+            raise InputError("--replicas needs Ray; run pip install 'compress-llm[ray]'")
+        super().__init__(settings)
+        self.replicas = replicas
+        self._running: int | None = None  # replicas that work; None while they are started
+        self._taken = 0  # requests that were taken and are not answered
+        self._folder: str | None = None  # of Ray's sockets and logs
+        self._handle: Any = None
+
+    def load(
+        self,
+        make_llm: Callable[[], LLM],
+        on_ready: Callable[[], None],
+        on_failure: Callable[[Exception], None],
+    ) -> None:
+        """Start the replicas in a thread, each with a model of `make_llm`, which has to pickle."""
+
+        def start() -> None:
+            try:
+                self._start(make_llm)
+            except Exception as error:
+                on_failure(error)
+            else:
+                self._running = self.replicas
+                on_ready()
+
+        threading.Thread(target=start, name="loading", daemon=True).start()
+
+    @property
+    def state(self) -> str:
+        """In a word: loading, ready, draining or fault (no replica works)."""
+        if self.draining:
+            return "draining"
+        if self._running is None:
+            return "loading"
+        return "ready" if self._running else "fault"
+
+    def health(self) -> tuple[bool, str]:
+        """Whether a replica works, or will."""
+        if self._running == 0:
+            return False, f"none of {self.replicas} replicas works; they are being restarted"
+        return True, "ok"
+
+    @property
+    def active(self) -> int:
+        """Requests that were taken and have not ended."""
+        return self._taken
+
+    @contextlib.contextmanager
+    def taking(self) -> Iterator[None]:
+        """While a request is answered."""
+        self._taken += 1
+        try:
+            yield
+        finally:
+            self._taken -= 1
+
+    def check_open(self) -> None:
+        """ApiError 503 while the replicas start, at the end, and when none works."""
+        self.llm  # noqa: B018
+
+    def call(self, key: str, request: dict[str, Any], body: bytes, tried: tuple[str, ...]) -> Any:
+        """Ray's response generator for one request, on the replica that `key` prefers."""
+        return self._handle.options(
+            method_name="answer", stream=True, session_id=key,
+            request_serialization="pickle", response_serialization="pickle",
+        ).remote(request, body, tried=tried)  # fmt: skip
+
+    async def metrics_text(self) -> bytes:
+        """/metrics of all."""
+        texts = {str(rank): text for rank, text in await self._ask("metrics")}
+        return merged(self.metrics.text(), dict(sorted(texts.items())))
+
+    async def watch(self) -> None:
+        """For ever: see how many replicas work."""
+        while True:
+            await asyncio.sleep(POLL)
+            if self._running is None:
+                continue
+            answers = await self._ask("health")
+            running = sum(ok for ok, _ in answers)
+            for reason in (reason for ok, reason in answers if not ok):
+                logger.error("a replica has failed: %s", reason)
+            if running != self._running:
+                logger.warning("%d of %d replicas work", running, self.replicas)
+            self._running = running
+
+    def cut_off(self) -> int:
+        """Have the replicas end what is left, with an error; how many requests there are."""
+        if self._taken:
+            self._cutting = asyncio.ensure_future(self._ask("cut_off"))
+        return self._taken
+
+    def close(self) -> None:
+        """End the replicas and Ray's processes."""
+        if self._folder is None:
+            return
+        import ray
+
+        ray.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder = None
+
+    async def _ask(self, method: str) -> list[Any]:
+        """What each replica says; those that do not are left out."""
+        if self._running is None:
+            return []
+        try:
+            answers = await self._handle.broadcast(method).results_async(
+                timeout_s=SECONDS_TO_ANSWER, return_exceptions=True
+            )
+        except Exception as error:  # Ray says so when there is none
+            logger.warning("no replica answers: %s", reason_of(error))
+            return []
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+    def _start(self, make_llm: Callable[[], LLM]) -> None:
+        """Start Ray and the replicas; returns when all have their model."""
+        import torch
+
+        self._folder = tempfile.mkdtemp(prefix="compress-")  # a socket's path has to be short
+        _start_ray(self._folder, self.replicas, torch.cuda.device_count())
+        from ray import serve
+
+        from compress.runtime.server.replica import Replica
+
+        gpus = torch.cuda.device_count()
+        deployment = serve.deployment(Replica).options(
+            num_replicas=self.replicas,
+            ray_actor_options={"num_cpus": 1, "num_gpus": min(1.0, gpus / self.replicas)},
+            max_ongoing_requests=MOST_REQUESTS,
+            max_constructor_retry_count=1,
+            health_check_period_s=POLL,
+            health_check_timeout_s=60,
+            graceful_shutdown_wait_loop_s=0.1,
+            graceful_shutdown_timeout_s=1,
+            request_router_config={
+                "request_router_class": "compress.runtime.server.replica_router.PrefixRouter"
+            },
+        )
+        settings = dataclasses.replace(self.settings, api_keys=(), allowed_hosts=None)
+        threads = max(1, torch.get_num_threads() // self.replicas)
+        try:
+            self._handle = serve.run(
+                deployment.bind(settings, make_llm, threads), name=NAME, route_prefix=None
+            )
+        except Exception as error:
+            raise _failure(error) from error
+
+
+def make_replicated_app(service: ReplicatedService) -> FastAPI:
+    """The application of the process in front: what needs a model goes on to a replica."""
+    app = make_app(service)
+
+    async def metrics(_: Request) -> Response:
+        return Response(await service.metrics_text(), media_type=CONTENT_TYPE)
+
+    if service.settings.metrics:
+        app.router.routes.insert(0, Route("/metrics", metrics))
+    app.router.routes.insert(0, ReplicaRoute(service))
+    return app
+
+
+def _start_ray(folder: str, replicas: int, gpus: int) -> None:
+    os.environ.update(ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    ray.init(
+        address="local",
+        num_cpus=replicas,
+        num_gpus=gpus,
+        object_store_memory=OBJECT_STORE,
+        include_dashboard=False,
+        configure_logging=False,
+        _temp_dir=folder,
+    )
+    from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+    quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
+    serve.start(proxy_location="Disabled", logging_config=quiet)
+
+
+def _failure(error: Exception) -> Exception:
+    """What the constructor of a replica raised, out of the traceback that Ray tells."""
+    found = re.findall(r"^\s*(?:[\w.]+\.)?(\w*Error): (.+)$", str(error), re.MULTILINE)
+    if not found:
+        return error
+    name, message = found[-1]
+    return InputError(message if name == InputError.__name__ else f"{name}: {message}")
