@@ -58,8 +58,13 @@ def main() -> None:
     flags += ["--max-queued-requests", str(options.streams - options.slots)]
     flags += ["--kv-cache-memory", options.kv_cache_memory]
     result: dict[str, Any] = {"model": Path(options.model).name, **facts(options)}
-    result["rounds"] = rounds(options, asked, right, flags)
-    result["endings"] = [ending(options, asked, right, flags, patient) for patient in (True, False)]
+    with started(options, flags, options.drain) as server:
+        result["rounds"] = rounds(options, server, asked, right)
+        result["endings"] = [ending(options, server, asked, right, options.drain, patient=True)]
+    with started(options, flags, options.short_drain) as server:
+        result["endings"].append(
+            ending(options, server, asked, right, options.short_drain, patient=False)
+        )
     report.write(options.out or options.work, options, result)
     faults = [fault for part in result["rounds"] + result["endings"] for fault in part["faults"]]
     for fault in faults[:FAULTS_SHOWN]:
