@@ -31,9 +31,13 @@ from compress.runtime.block_pool import BlockPool
 from compress.runtime.detokenizer import Detokenizer
 from compress.runtime.outputs import Increment, Statistics, TokenLogprob
 from compress.runtime.sampler import SamplingState, draws_of, log_probability, sample
-from compress.runtime.sampling_params import SamplingParams
+from compress.runtime.sampling_params import SamplingParams, SettingError
 from compress.runtime.scheduler import Scheduler
 from compress.runtime.sequence import Request, Sequence
+
+
+class PromptTooLongError(InputError):
+    """The prompt leaves no room in the model's context, or in a cache smaller than that."""
 
 
 @dataclass
@@ -101,7 +105,8 @@ class Engine:
         Changes nothing in the engine, so any thread may call it.
         """
         if params.stop and self._tokenizer is None:
-            raise InputError(f"stop = {shown(params.stop)} needs a tokenizer; give stop_token_ids")
+            message = f"stop = {shown(params.stop)} needs a tokenizer; give stop_token_ids"
+            raise SettingError("stop", message)
         limit = self._limit(prompt, params)
         eos = frozenset() if params.ignore_eos else self._eos_ids
         stop_ids = eos.union(params.stop_token_ids)
@@ -199,16 +204,16 @@ class Engine:
         if min(prompt) < 0 or max(prompt) >= vocab:
             raise InputError(f"the prompt holds a token outside 0 to {vocab - 1}")
         if wrong := [token for token in params.stop_token_ids if token >= vocab]:
-            raise InputError(f"stop_token_ids = {wrong[0]}; allowed is 0 to {vocab - 1}")
+            message = f"stop_token_ids = {wrong[0]}; allowed is 0 to {vocab - 1}"
+            raise SettingError("stop_token_ids", message)
         if len(prompt) >= context:
-            raise InputError(
+            raise PromptTooLongError(
                 f"a prompt of {len(prompt)} tokens leaves no room in the model's context of "
                 f"{context}; shorten it"
             )
         if params.n > self.scheduler.max_sequences:
-            raise InputError(
-                f"n = {params.n} is more than max_sequences = {self.scheduler.max_sequences}"
-            )
+            most = self.scheduler.max_sequences
+            raise SettingError("n", f"n = {params.n} is more than max_sequences = {most}")
         room = self.pool.num_blocks * self.pool.block_size
         limit = context - len(prompt)
         if params.max_tokens is None:
@@ -216,7 +221,7 @@ class Engine:
         else:
             limit = min(limit, params.max_tokens)
         if (needed := len(prompt) + limit - 1) > room:  # the last token is not read again
-            raise InputError(
+            raise PromptTooLongError(
                 f"a prompt of {len(prompt)} tokens and {limit} new ones need a cache of {needed}, "
                 f"and it holds {room}; lower max_tokens or give the cache more memory"
             )

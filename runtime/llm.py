@@ -7,7 +7,7 @@ import itertools
 import json
 import queue
 import weakref
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping, MutableMapping
 from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from compress.runtime.engine_loop import EngineLoop, Listener
 from compress.runtime.outputs import CompletionOutput, Increment, RequestOutput, Statistics
 from compress.runtime.sampling_params import SamplingParams
 from compress.runtime.sequence import Request
+from compress.runtime.streams import Doorbell, Inbox, Stream
 
 Prompt = str | list[int]  # text, or token ids
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
@@ -39,8 +40,10 @@ class LLM:
 
     `kv_cache_memory` is in bytes, or text such as "2GiB"; left out, it is a share of the free
     memory, at most what `max_sequences` of full context fill.  `max_tokens_per_step` is by default
-    512 on a CPU and 2,048 on a GPU.  Raises InputError for a model that
-    cannot be loaded.  Use it in a `with` statement, or `close` it, to end its thread early.
+    512 on a CPU and 2,048 on a GPU.  With `max_queued_requests`, only so many requests are taken
+    beyond the `max_sequences` that may run at once; the next gets a QueueFullError.  Raises
+    InputError for a model that cannot be loaded.  Use it in a `with` statement, or `close` it, to
+    end its thread early.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class LLM:
         seed: int = 0,
         lm_head_bits: int | None = None,
         prefix_caching: bool = True,
+        max_queued_requests: int | None = None,
     ) -> None:
         from compress.runtime.loading import MOST_TOKENS, load_decoder
 
@@ -76,19 +80,30 @@ class LLM:
             tokenizer=tokenizer,
             eos_ids=stop_tokens(source.folder, tokenizer),
         )
-        self._set_up(engine, tokenizer)
+        self._set_up(engine, tokenizer, max_queued_requests)
 
     @classmethod
-    def from_engine(cls, engine: Engine, tokenizer: Any = None) -> LLM:
+    def from_engine(
+        cls, engine: Engine, tokenizer: Any = None, max_queued_requests: int | None = None
+    ) -> LLM:
         """Wrap an engine that was made by hand, with the tokenizer that it has, if any."""
         llm = cls.__new__(cls)
-        llm._set_up(engine, tokenizer)
+        llm._set_up(engine, tokenizer, max_queued_requests)
         return llm
 
-    def _set_up(self, engine: Engine, tokenizer: Any) -> None:
+    def _set_up(self, engine: Engine, tokenizer: Any, max_queued_requests: int | None) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
-        self._loop = EngineLoop(engine)
+        most = None
+        if max_queued_requests is not None:
+            if max_queued_requests < 0:
+                raise InputError(
+                    f"max_queued_requests = {max_queued_requests}; allowed is 0 or more"
+                )
+            most = engine.scheduler.max_sequences + max_queued_requests
+        self._loop = EngineLoop(engine, most)
+        self._doorbells: MutableMapping[asyncio.AbstractEventLoop, Doorbell]
+        self._doorbells = weakref.WeakKeyDictionary()
         self._numbers = itertools.count()
         self._finalizer = weakref.finalize(self, self._loop.close)
 
@@ -110,7 +125,7 @@ class LLM:
         outputs = [_empty_output(*pair) for pair in zip(several, requests, strict=True)]
         finished: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         listeners = [_collector(output, finished) for output in outputs]
-        self._loop.submit(zip(requests, listeners, strict=True))
+        self._loop.submit(list(zip(requests, listeners, strict=True)))
         waits = range(len(outputs))
         try:
             for _ in track(waits, "Generating") if progress else waits:
@@ -137,33 +152,29 @@ class LLM:
         prompts = [self.chat_prompt(conversation) for conversation in conversations]
         return self.generate(prompts, params, progress=progress)
 
-    async def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None
-    ) -> AsyncIterator[Increment]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """Yield what each step adds, until all outputs have ended.
 
-        When the consumer goes away (closes the iterator, or is cancelled) the request is aborted,
-        and its blocks are free before the next step.
+        Called in an event loop.  The request is checked and queued at once: InputError if it never
+        can run, QueueFullError if too many are waiting.
         """
-        request = self._prepare(prompt, params or SamplingParams())
+        return self.streams([prompt], params)[0]
+
+    def streams(
+        self,
+        prompts: Items[Prompt],
+        params: SamplingParams | Items[SamplingParams] | None = None,
+    ) -> list[Stream]:
+        """Streams of several prompts, all of which are queued or none."""
+        settings = _one_each(params, len(prompts))
         loop = asyncio.get_running_loop()
-        arrived: asyncio.Queue[Increment | Exception] = asyncio.Queue()
-
-        def listen(item: Increment | Exception) -> None:
-            loop.call_soon_threadsafe(arrived.put_nowait, item)
-
-        unfinished = request.params.n
-        self._loop.submit([(request, listen)])
-        try:
-            while unfinished:
-                item = await arrived.get()
-                if isinstance(item, Exception):
-                    raise item
-                unfinished -= item.finish_reason is not None
-                yield item
-        finally:
-            if unfinished:
-                self._loop.abort([request.id])
+        doorbell = self._doorbells.setdefault(loop, Doorbell(loop))
+        requests = [self._prepare(*pair) for pair in zip(prompts, settings, strict=True)]
+        inboxes = [Inbox(doorbell) for _ in requests]
+        listeners = [inbox.put for inbox in inboxes]
+        self._loop.submit(list(zip(requests, listeners, strict=True)))
+        pairs = zip(requests, inboxes, strict=True)
+        return [Stream(request, inbox, self._loop.abort) for request, inbox in pairs]
 
     def chat_prompt(self, messages: Items[Message]) -> list[int]:
         """Token ids of a conversation, with the beginning of the answer's turn."""
@@ -180,6 +191,11 @@ class LLM:
     def statistics(self) -> Statistics:
         """Return the engine's counts; while it runs they may be of different steps."""
         return self.engine.statistics()
+
+    @property
+    def fault(self) -> str | None:
+        """Why the engine computes nothing now: a step failed, or hangs, or its thread has ended."""
+        return self._loop.fault
 
     def close(self) -> None:
         """End the engine's thread.  Unfinished requests fail."""

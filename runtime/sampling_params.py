@@ -9,9 +9,17 @@ from compress.core.errors import InputError, shown
 MOST_LOGPROBS = 1000
 
 
+class SettingError(InputError):
+    """A setting has a value that is not allowed.  `name` says which."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
 @dataclass(frozen=True)
 class SamplingParams:
-    """Settings of one request.  Raises InputError for a value out of range.
+    """Settings of one request.  Raises SettingError for a value out of range.
 
     Order of work: penalties, temperature, top_k, top_p, min_p.
     """
@@ -38,9 +46,11 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", self._tuple("stop_token_ids"))
         if any(not isinstance(text, str) or not text for text in stop):
-            raise InputError(f"stop = {shown(self.stop)}; give strings that are not empty")
+            message = f"stop = {shown(self.stop)}; give strings that are not empty"
+            raise SettingError("stop", message)
         if any(not _is_int(token) or token < 0 for token in self.stop_token_ids):
-            raise InputError(f"stop_token_ids = {shown(self.stop_token_ids)}; give token numbers")
+            message = f"stop_token_ids = {shown(self.stop_token_ids)}; give token numbers"
+            raise SettingError("stop_token_ids", message)
         if self.max_tokens is not None:
             self._check_int("max_tokens", 1, None)
         if self.seed is not None:
@@ -59,9 +69,11 @@ class SamplingParams:
         self._check_number("frequency_penalty", -2, 2)
         for name in ("top_p", "repetition_penalty"):
             if getattr(self, name) == 0:
-                raise InputError(f"{name} = 0; give a number above 0, or 1 to switch it off")
+                message = f"{name} = 0; give a number above 0, or 1 to switch it off"
+                raise SettingError(name, message)
         if not isinstance(self.ignore_eos, bool):
-            raise InputError(f"ignore_eos = {shown(self.ignore_eos)}; allowed are true and false")
+            message = f"ignore_eos = {shown(self.ignore_eos)}; allowed are true and false"
+            raise SettingError("ignore_eos", message)
 
     @property
     def greedy(self) -> bool:
@@ -79,21 +91,23 @@ class SamplingParams:
         if value is None:
             return ()
         if not isinstance(value, list | tuple | set | frozenset):
-            raise InputError(f"{name} = {shown(value)}; give a list")
+            raise SettingError(name, f"{name} = {shown(value)}; give a list")
         return tuple(value)
 
     def _check_int(self, name: str, least: int, most: int | None) -> None:
         value = getattr(self, name)
         if not _is_int(value) or value < least or (most is not None and value > most):
             allowed = f"{least} or more" if most is None else f"{least} to {most}"
-            raise InputError(f"{name} = {shown(value)}; allowed is a whole number, {allowed}")
+            message = f"{name} = {shown(value)}; allowed is a whole number, {allowed}"
+            raise SettingError(name, message)
 
     def _check_number(self, name: str, least: float, most: float) -> None:
         value = getattr(self, name)
         ok = isinstance(value, int | float) and not isinstance(value, bool)
         if not ok or not least <= value <= most or not math.isfinite(value):
             allowed = f"{least} or more" if most == math.inf else f"{least} to {most}"
-            raise InputError(f"{name} = {shown(value)}; allowed is a number, {allowed}")
+            message = f"{name} = {shown(value)}; allowed is a number, {allowed}"
+            raise SettingError(name, message)
 
 
 def _is_int(value: Any) -> bool:

@@ -14,6 +14,7 @@ Every waiting sequence is younger than every running one.
 
 from __future__ import annotations
 
+import time
 from array import array
 from bisect import insort
 from collections import deque
@@ -131,7 +132,8 @@ class Scheduler:
         sequence.blocks, sequence.identity = blocks, identity
         sequence.published = len(blocks)
         sequence.computed = len(blocks) * pool.block_size
-        if sequence.request.cached_tokens is None:
+        if sequence.request.started is None:
+            sequence.request.started = time.monotonic()
             sequence.request.cached_tokens = sequence.computed
         return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 
 from compress.runtime.block_pool import ROOT, BlockPool
@@ -15,6 +16,7 @@ class Request:
     """A prompt, its settings, and the n sequences that continue it."""
 
     __slots__ = (
+        "arrived",
         "cached_tokens",
         "id",
         "limit",
@@ -24,6 +26,7 @@ class Request:
         "prompt_length",
         "prompt_logprobs",
         "sequences",
+        "started",
         "stop_ids",
     )
 
@@ -36,6 +39,8 @@ class Request:
         stop_ids: frozenset[int],
     ) -> None:
         self.id = request_id
+        self.arrived = time.monotonic()
+        self.started: float | None = None  # when it was first scheduled, on the same clock
         self.number = 0  # in order of arrival, once it has arrived
         self.prompt = prompt  # int64
         self.prompt_length = len(prompt)
@@ -46,7 +51,7 @@ class Request:
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
         if params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
-        self.cached_tokens: int | None = None  # of the prompt, when it was first scheduled
+        self.cached_tokens: int | None = None  # of the prompt, found when it was first scheduled
 
 
 class Sequence:

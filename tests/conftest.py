@@ -17,6 +17,8 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+pytest_plugins = ["tests.browser"]
+
 WORDS = [f"w{i}" for i in range(120)]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from compress.bench.bandwidth import copy_bandwidth, read_bandwidth
 from compress.bench.peers import Peer
+from compress.bench.percentiles import percentile
 from compress.bench.subject import Subject, memory_bytes
 from compress.core.progress import track
 from compress.roofline import ideal_step, tokens_seen
@@ -169,12 +170,6 @@ def _times(runs: list[Run]) -> dict[str, Any]:
             "p99": round(percentile(steps, 99), 4),
         },
     }
-
-
-def percentile(values: Sequence[float], percent: int) -> float:
-    """The smallest value that `percent` % of the values do not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
 
 
 def _traffic(subject: Subject, shape: Shape, decode_rate: float) -> dict[str, Any]:

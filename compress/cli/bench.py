@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from compress.cli.bench_serve import serve_command
 from compress.cli.output import print_json, print_pairs
 from compress.cli.runtime_options import DTYPE, HEAD_BITS, JSON, ModelChoice, add_options
 from compress.core.resources import in_words
@@ -45,14 +46,18 @@ def shared(repeat: int) -> list[Any]:
 
 @click.group("bench")
 def bench_command() -> None:
-    """Measure how fast the runtime serves a model on this machine.
+    """Measure how fast the runtime serves a model on this machine, or a server answers.
 
     \b
     Examples:
       compress bench latency smollm2 --prompt-tokens 512 --new-tokens 128
       compress bench latency smollm2 --compare llama-cpp --gguf smollm2.gguf --json
       compress bench throughput smollm2 --batch 1,4,16
+      compress bench serve --url http://127.0.0.1:8000 --dataset random:256,64
     """
+
+
+bench_command.add_command(serve_command)
 
 
 @bench_command.command("latency")

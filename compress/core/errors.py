@@ -39,7 +39,7 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     return f"; did you mean '{matches[0]}'?" if matches else ""
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """The first line of a library's error, or its type, for a one-line message.
 
     A first line that ends in a colon only says what the second is about: both are taken then.

@@ -17,6 +17,7 @@ from compress.runtime.server.errors import ErrorBody, install_handlers
 from compress.runtime.server.guard import BodyLimit, HostCheck, KeyCheck
 from compress.runtime.server.metrics import CONTENT_TYPE
 from compress.runtime.server.request_log import RequestLog
+from compress.runtime.server.routes import ROUTERS
 from compress.runtime.server.service import SECONDS_TO_LOAD, Service
 
 PAGE = Path(__file__).parent / "page"
@@ -53,11 +54,13 @@ def make_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     install_handlers(app)
+    for router in ROUTERS:
+        app.include_router(router)
     _add_state(app, service)
     if settings.metrics:
         _add_metrics(app, service)
     _add_docs(app)
-    open_paths = ["/health", "/ready", *_add_page(app)]
+    open_paths = ["/", "/health", "/ready", *_add_page(app)]
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, most_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
     if settings.api_keys:

@@ -18,12 +18,15 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from compress.core.errors import InputError, nearest, shown
+from compress.core.errors import InputError, shown
 
 logger = logging.getLogger("compress.server")
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+CODES = ("unknown_parameter", "unsupported_parameter")  # of mistakes in a body
+LONGEST_PARAM = 200  # characters; it may hold names that a client made up
 MOST_REPORTED = 3  # mistakes of one body that its message names
 
 
@@ -96,13 +99,40 @@ def error_of(error: BaseException) -> ApiError:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Have `app` answer every exception with an error object."""
+    """Have `app` answer every exception with an error object.
+
+    To be called before any middleware is added: `_LastResort` has to be the innermost, so that the
+    others see the answer and not the exception.
+    """
 
     async def handle(_: Request, error: Exception) -> Response:
         return error_of(error).response()
 
-    for kind in (ApiError, RequestValidationError, InputError, HTTPException, Exception):
+    for kind in (ApiError, RequestValidationError, InputError, HTTPException):
         app.add_exception_handler(kind, handle)
+    app.add_middleware(_LastResort)
+
+
+class _LastResort:
+    """Answers what no handler is for."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def note_and_send(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, note_and_send)
+        except Exception as error:
+            if begun:  # the connection breaks, which tells the client that this was not all
+                raise
+            await error_of(error).response()(scope, receive, send)
 
 
 def _of_http(error: HTTPException) -> ApiError:
@@ -126,13 +156,23 @@ def _of_validation(errors: Iterable[Mapping[str, Any]]) -> ApiError:
     lines = [_line(error) for error in found[:MOST_REPORTED]]
     if len(found) > MOST_REPORTED:
         lines.append(f"and {len(found) - MOST_REPORTED} more mistakes")
-    return ApiError(400, str(InputError("; ".join(lines))), param=_path(found[0]) or None)
+    code = found[0]["type"] if found[0]["type"] in CODES else None
+    param = _path(found[0])[:LONGEST_PARAM] or None
+    return ApiError(400, str(InputError("; ".join(lines))), param=param, code=code)
 
 
 def _path(error: Mapping[str, Any]) -> str:
-    """`messages.0.content` for ("body", "messages", 0, "content")."""
-    loc = error["loc"]
-    return ".".join(str(part) for part in (loc[1:] if loc and loc[0] == "body" else loc))
+    """`messages.0.content` for ("body", "messages", 0, "content").
+
+    A mistake that a whole object was found to have names its field in "ctx".  Parts in parentheses
+    say what pydantic took a value for, and are not in the path, nor is its `[key]`.
+    """
+    loc = [str(part) for part in error["loc"] if not str(part).startswith(("(", "[key]"))]
+    if loc[:1] == ["body"]:
+        del loc[0]
+    if name := error.get("ctx", {}).get("name"):
+        loc.append(name)
+    return ".".join(loc)
 
 
 def _line(error: Mapping[str, Any]) -> str:
@@ -142,9 +182,7 @@ def _line(error: Mapping[str, Any]) -> str:
         return "the body must be a JSON object, sent with Content-Type: application/json"
     if error["type"] == "missing":
         return f"{path} is missing"
-    if error["type"] == "extra_forbidden":
-        return f"{path}: there is no such parameter"
-    message = error["msg"].removeprefix("Value error, ")
-    if not path:
-        return f"the body: {message}"
-    return f"{path} = {shown(error['input'])}: {message[:1].lower()}{message[1:]}"
+    message = error["msg"][:1].lower() + error["msg"][1:]
+    if "name" in error.get("ctx", {}):  # the value is the object around it
+        return f"{path}: {message}"
+    return f"{path or 'the body'} = {shown(error['input'])}: {message}"

@@ -83,36 +83,27 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         stated = _header(scope, b"content-length") or b"0"
-        body: bytes | None = None
-        error = None
         try:
+            if stated.isdigit() and int(stated) > self.most_bytes:
+                if _header(scope, b"expect") is None:
+                    await _hear_out(receive)
+                raise self._too_large()
             async with asyncio.timeout(self.seconds):
-                if not stated.isdigit() or int(stated) <= self.most_bytes:
-                    body = await self._read(receive)
-            if body is None:
-                error = ApiError(
-                    413,
-                    f"the body is larger than {self.most_bytes:,} bytes, which is the limit here",
-                    code="body_too_large",
-                )
-        except TimeoutError:
-            error = ApiError(
-                408,
-                f"the body was not there after {self.seconds:g} seconds",
-                code="body_timeout",
-            )
-        except _GoneError:
-            return
-        if error is not None:
-            if _header(scope, b"expect") is None:
-                await _hear_out(receive)
+                body = await self._read(receive)
+        except ApiError as error:
             error.headers["Connection"] = "close"  # what is left of the body is no request
             await error.response()(scope, receive, send)
-            return
-        await self.app(scope, _replay(body or b"", receive), send)
+        except TimeoutError:
+            text = f"the body was not there after {self.seconds:g} seconds"
+            error = ApiError(408, text, code="body_timeout", headers={"Connection": "close"})
+            await error.response()(scope, receive, send)
+        except _GoneError:
+            pass
+        else:
+            await self.app(scope, _replay(body, receive), send)
 
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The body, or None if it is too large."""
+    async def _read(self, receive: Receive) -> bytes:
+        """The whole body; ApiError if it is too large."""
         parts, size, more = [], 0, True
         while more:
             message = await receive()
@@ -120,10 +111,16 @@ class BodyLimit:
                 raise _GoneError
             parts.append(message.get("body", b""))
             size += len(parts[-1])
-            if size > self.most_bytes:
-                return None
             more = message.get("more_body", False)
+            if size > self.most_bytes:
+                if more:
+                    await _hear_out(receive)
+                raise self._too_large()
         return b"".join(parts)
+
+    def _too_large(self) -> ApiError:
+        text = f"the body is larger than {self.most_bytes:,} bytes, which is the limit here"
+        return ApiError(413, text, code="body_too_large")
 
 
 class _GoneError(Exception):

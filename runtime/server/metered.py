@@ -67,8 +67,8 @@ class MeteredStream:
         return increments
 
     def fail(self, error: ApiError) -> None:
-        """Have the consumer's next read raise `error`, after what has arrived; from any thread."""
-        self._stream.put(error)
+        """Have the consumer's next read raise `error`, after what has arrived."""
+        self._stream.fail(error)
 
     async def aclose(self) -> None:
         """Abort the request unless it has ended."""

@@ -10,6 +10,7 @@ import pytest
 
 from compress.core.errors import InputError
 from compress.runtime.engine import Engine
+from compress.runtime.engine_loop import QueueFullError
 from compress.runtime.llm import LLM, stop_tokens
 from compress.runtime.sampling_params import SamplingParams
 from tests.runtime.fakes import VOCAB, FakeModel, naive
@@ -143,6 +144,156 @@ def test_a_broken_model_ends_the_call_and_not_the_engine(llm):
     llm.engine.model.fail_on = None
     assert llm.generate([1, 2], GREEDY)[0].outputs[0].token_ids == naive([1, 2], GREEDY)
     llm.engine.check()
+
+
+def test_a_stream_that_is_dropped_is_aborted(llm):
+    async def main():
+        stream = llm.stream([1, 2, 3], SamplingParams(max_tokens=190, seed=0))
+        await anext(stream)
+        del stream
+
+    asyncio.run(main())
+    llm.generate([1], GREEDY)
+    assert not llm._loop._listeners
+    assert llm.statistics().generated_tokens < 190
+
+
+def test_next_gives_all_that_has_arrived(llm):
+    params = SamplingParams(max_tokens=10, n=3, seed=0)
+
+    async def main():
+        stream = llm.stream([1, 2, 3], params)
+        with pytest.raises(TimeoutError):  # a wait that was given up loses nothing
+            await asyncio.wait_for(stream.next(), 1e-9)
+        got = []
+        while items := await stream.next():
+            time.sleep(0.02)  # the loop is busy while the engine goes on
+            got.append(items)
+        assert await stream.next() == []
+        return got
+
+    got = asyncio.run(main())
+    assert len(got) < 10
+    for index in range(3):
+        tokens = [t for items in got for one in items if one.index == index for t in one.token_ids]
+        assert tokens == naive([1, 2, 3], params, index=index)
+
+
+def test_one_wake_up_serves_all_streams(llm):
+    """A step's increments for many streams cross into the event loop together."""
+    calls = 0
+
+    async def main():
+        nonlocal calls
+        loop = asyncio.get_running_loop()
+        call = loop.call_soon_threadsafe
+
+        def counted(*args):
+            nonlocal calls
+            calls += 1
+            return call(*args)
+
+        loop.call_soon_threadsafe = counted
+        streams = llm.streams([[n] for n in range(12)], GREEDY)
+        time.sleep(0.3)  # all of it is computed while the loop does not look
+        for stream in streams:
+            assert sum(len(one.token_ids) for one in await stream.next()) == 10
+
+    asyncio.run(main())
+    assert calls == 1
+
+
+def test_a_full_queue_refuses_all_or_takes_all():
+    engine = Engine(FakeModel(), 60, max_sequences=2)
+    release = threading.Event()
+    forward = engine.model.forward
+
+    def wait_then_forward(batch):
+        release.wait(5)
+        return forward(batch)
+
+    engine.model.forward = wait_then_forward
+    with LLM.from_engine(engine, max_queued_requests=3) as made:
+
+        async def main():
+            streams = made.streams([[1]] * 3, GREEDY)
+            with pytest.raises(QueueFullError, match="3 requests are unfinished, of 5"):
+                made.streams([[2]] * 3, GREEDY)
+            streams += made.streams([[2]] * 2, GREEDY)
+            with pytest.raises(QueueFullError):
+                made.stream([3], GREEDY)
+            await streams.pop().aclose()
+            release.set()
+            for stream in streams:
+                assert [one async for one in stream]
+            assert [one async for one in made.stream([3], GREEDY)]
+
+        asyncio.run(main())
+        made.engine.check()
+    with pytest.raises(InputError, match="max_queued_requests = -1"):
+        LLM.from_engine(Engine(FakeModel(), 60), max_queued_requests=-1)
+
+
+def test_times_are_taken(llm):
+    async def main():
+        stream = llm.stream([1, 2, 3], GREEDY)
+        assert stream.request.started is None
+        before = time.monotonic()
+        await stream.next()
+        assert stream.request.arrived <= stream.request.started <= time.monotonic()
+        assert stream.request.arrived <= before
+
+    asyncio.run(main())
+
+
+def test_a_fault_is_known_until_a_step_succeeds(llm, monkeypatch):
+    monkeypatch.setattr("compress.runtime.engine_loop.RETRY", 0.05)
+    llm.engine.model.fail_on = 0  # which the loop's own attempts give the model too
+    with pytest.raises(RuntimeError, match="the model broke"):
+        llm.generate([[0]], GREEDY)
+    assert llm.fault == "the engine failed: RuntimeError: the model broke"
+    time.sleep(0.3)
+    assert llm.fault
+    llm.engine.model.fail_on = None
+    deadline = time.monotonic() + 5
+    while llm.fault and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert llm.fault is None
+    assert llm.generate([1, 2], GREEDY)[0].outputs[0].token_ids == naive([1, 2], GREEDY)
+    llm.engine.check()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ends_fails_its_requests(llm):
+    def step():
+        raise SystemExit("no exception of the model's")
+
+    llm.engine.step = step
+    with pytest.raises(RuntimeError, match="thread ended"):
+        llm.generate([1], GREEDY)
+    assert "SystemExit" in llm.fault
+    with pytest.raises(InputError, match="closed"):
+        llm.generate([1], GREEDY)
+
+
+def test_a_step_that_hangs_is_a_fault(llm, monkeypatch):
+    monkeypatch.setattr("compress.runtime.engine_loop.HANGS", 0.05)
+    forward = llm.engine.model.forward
+
+    def slow(batch):
+        time.sleep(0.4)
+        return forward(batch)
+
+    llm.engine.model.forward = slow
+
+    async def main():
+        stream = llm.stream([1], SamplingParams(max_tokens=1))
+        await asyncio.sleep(0.2)
+        assert "hangs" in llm.fault
+        assert await stream.next()
+        assert llm.fault is None
+
+    asyncio.run(main())
 
 
 def test_a_listener_that_raises_has_its_request_aborted(llm):

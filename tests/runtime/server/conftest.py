@@ -8,6 +8,8 @@ import uvicorn
 
 from compress.runtime.engine import Engine
 from compress.runtime.llm import LLM
+from compress.runtime.server.app import make_app
+from compress.runtime.server.service import ServerSettings, Service
 from tests.runtime.fakes import VOCAB, FakeModel
 
 
@@ -105,6 +107,13 @@ class Served:
         self.server.should_exit = True
         self.thread.join(10)
         assert not self.thread.is_alive(), "uvicorn did not stop"
+
+
+def app_of(llm, **settings):
+    """The application around `llm`; its service is `app.state.service`."""
+    service = Service(ServerSettings(model_names=("tiny", "org/tiny"), **settings))
+    service.attach(llm)
+    return make_app(service)
 
 
 @pytest.fixture

@@ -1,0 +1,130 @@
+"""What completions and chat share: prompts into tokens, increments into outputs, counts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+
+from compress.runtime.llm import LLM
+from compress.runtime.outputs import CompletionOutput, Increment
+from compress.runtime.server.errors import ApiError
+from compress.runtime.server.metered import MeteredStream
+from compress.runtime.server.protocol import Message
+from compress.runtime.server.service import Service
+from compress.runtime.server.sse import close, unless_gone
+
+T = TypeVar("T")
+
+CLIENT_GONE = 499  # nobody gets this status, but the log has it
+LONG = 20_000  # characters; tokenizing more takes milliseconds, which no other request should wait
+
+
+def service_of(request: Request) -> Service:
+    """The service behind the app."""
+    return request.app.state.service
+
+
+def model_name(service: Service, asked: str | None) -> str:
+    """The name that an answer gives the model.  ApiError 404 for one that is not served."""
+    names = service.settings.model_names
+    if asked is not None and asked not in names:
+        raise ApiError(
+            404,
+            f"there is no model '{asked:.200}'; allowed is {', '.join(names)}",
+            param="model",
+            code="model_not_found",
+        )
+    return asked or names[0]
+
+
+async def tokens_of(llm: LLM, prompt: str, add_special_tokens: bool | None) -> list[int]:
+    """Token ids of a prompt; special tokens are added unless told otherwise."""
+    more = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+
+    def encode() -> list[int]:
+        return llm.tokenizer(prompt, verbose=False, **more)["input_ids"]
+
+    return await _off_the_loop(encode, len(prompt))
+
+
+async def tokens_of_chat(llm: LLM, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation, up to the beginning of its answer."""
+    given = [message.for_template() for message in messages]
+    size = sum(len(message["content"]) for message in given)
+    return await _off_the_loop(lambda: llm.chat_prompt(given), size)
+
+
+async def _off_the_loop(work: Callable[[], T], characters: int) -> T:
+    """Do `work` in a thread where it is long."""
+    return await asyncio.to_thread(work) if characters > LONG else work()
+
+
+def head(kind: str, model: str, prefix: str) -> dict[str, Any]:
+    """How every answer and every chunk begins."""
+    identity = f"{prefix}-{uuid.uuid4().hex}"
+    return {"id": identity, "object": kind, "created": int(time.time()), "model": model}
+
+
+async def in_one_piece(
+    request: Request,
+    streams: Sequence[MeteredStream],
+    answer: Callable[[list[list[CompletionOutput]]], dict[str, Any]],
+) -> Response:
+    """Wait for all outputs, and answer what `answer` makes of those of each stream."""
+    try:
+        outputs = await unless_gone(request.receive, whole(streams))
+    except ClientDisconnect:
+        return Response(status_code=CLIENT_GONE)
+    finally:
+        await close(streams)
+    return JSONResponse(answer(outputs))
+
+
+async def whole(streams: Sequence[MeteredStream]) -> list[list[CompletionOutput]]:
+    """The outputs of each stream, once all have ended.  Raises what ended one early."""
+    found = []
+    for stream in streams:
+        outputs = [CompletionOutput(index) for index in range(stream.request.params.n)]
+        while increments := await stream.next():
+            for increment in increments:
+                check(increment)
+                outputs[increment.index].add(increment)
+        found.append(outputs)
+    return found
+
+
+def merged(increments: Iterable[Increment]) -> list[CompletionOutput]:
+    """What has arrived together, as one piece for each output.  Raises what ended one early."""
+    pieces: dict[int, CompletionOutput] = {}
+    for increment in increments:
+        check(increment)
+        pieces.setdefault(increment.index, CompletionOutput(increment.index)).add(increment)
+    return list(pieces.values())
+
+
+def check(increment: Increment) -> None:
+    """ApiError where an output has ended without being complete."""
+    if increment.finish_reason == "error":
+        raise ApiError(500, f"the request failed: {increment.error}")
+    if increment.finish_reason == "abort":
+        raise ApiError(503, "the server ended this request, as it is shutting down")
+
+
+def usage(streams: Iterable[MeteredStream], generated: int) -> dict[str, Any]:
+    """Counts of tokens."""
+    requests = [stream.request for stream in streams]
+    prompt = sum(request.prompt_length for request in requests)
+    cached = sum(request.cached_tokens or 0 for request in requests)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
