@@ -110,7 +110,7 @@ def test_files_of_the_page(tmp_path, monkeypatch):
 def test_refusals_are_counted():
     app = loading(api_keys=("key",), allowed_hosts=("127.0.0.1",), max_body_bytes=10)
     key = {"Authorization": "Bearer key"}
-    ask(app)  # no page, no key
+    ask(app, path="/nothing", headers=key)
     ask(app, path="/v1/models")
     ask(app, path="/v1/models", headers={"Host": "evil"})
     ask(app, "POST", "/v1/completions", headers=key, content=b"x" * 11)

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from compress.runtime.sampling_params import SamplingParams
+from compress.runtime.server.process import raise_file_limit
 from tests.runtime.fakes import naive
 from tests.runtime.server.conftest import Letters, until
 
@@ -247,6 +249,17 @@ def test_one_line_a_request_and_nothing_of_what_it_said():
     assert "request-401 POST /v1/completions 401 0.0" in bad
     for word in ("secret", "private", "query", expected("private words", 7)):
         assert word not in said
+
+
+def test_as_many_open_files_as_are_allowed():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+        raise_file_limit()
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        assert most == min(hard if hard != resource.RLIM_INFINITY else 65536, 65536)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def in_flight(running: Process) -> tuple[int, int]:
