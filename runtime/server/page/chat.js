@@ -23,7 +23,6 @@ async function ask(text, count = turns.length) {
   turns.push({ role: "user", content: text });
   keep(count);
   show(turns.at(-1));
-  scrollToEnd();
   answer();
   return true;
 }
@@ -35,6 +34,7 @@ async function answer() {
   const turn = { role: "assistant", content: "" };
   turns.push(turn);
   const shown = show(turn);
+  scrollToEnd();
   setRunning(control);
   say("announcement", "The model is answering.");
   shown.update();

@@ -9,6 +9,8 @@ import re
 
 import pytest
 
+USAGE = {"include_usage": True, "continuous_usage_stats": True}
+
 
 def text_chunk(text):
     return json.dumps(
@@ -26,7 +28,8 @@ def test_an_answer_comes_piece_by_piece_with_its_facts(opened, quiet):
     model.hold_at = 12
     page.ask("When?")
     page.eventually(lambda: page.turns() == ["When?", "Half of it, "], "the first half")
-    assert "first token after" in page.text(page.all(".facts")[0])
+    facts = "12 tokens · first token after [0-9.]+ m?s · [0-9.]+ tokens/s"  # so far
+    assert re.fullmatch(facts, page.text(page.all(".facts")[0]))
     page.eventually(lambda: page.text(page["running"]) == "1", "the load")
     # The prompt and 12 tokens are 20 of 16 * 64; the sequence holds two blocks.
     assert page.text(page["kv"]) == "3 %"
@@ -83,7 +86,7 @@ def test_the_conversation_and_the_settings_are_sent(opened, quiet):
         "seed": 11,
         "max_completion_tokens": 4,
         "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream_options": USAGE,
     }
     assert site.gate.asked == [wanted]
     page.driver.refresh()  # settings and conversation are still there
@@ -98,7 +101,7 @@ def test_the_conversation_and_the_settings_are_sent(opened, quiet):
         {"role": "assistant", "content": "firs"},
         {"role": "user", "content": "second"},
     ]
-    stream = {"stream": True, "stream_options": {"include_usage": True}}
+    stream = {"stream": True, "stream_options": USAGE}
     assert site.gate.asked[1] == {"model": "other", "messages": messages} | stream
 
 
@@ -117,9 +120,11 @@ def test_stopping_frees_the_sequence_and_keeps_the_text(opened, quiet, by):
         page["prompt"].send_keys(Keys.ESCAPE)
     answer = page.answered()
     page.eventually(lambda: page.site.llm.statistics().running == 0, "the end in the engine", 2)
-    assert page.text(page.part(answer, ".facts")).endswith("stopped")
-    assert page.text(page.part(answer, ".problem")) == ""
     kept = page.turns()[1]
+    facts = page.text(page.part(answer, ".facts"))
+    assert facts.startswith(f"{len(kept)} tokens · ")
+    assert facts.endswith(" tokens/s · stopped")
+    assert page.text(page.part(answer, ".problem")) == ""
     assert 10 < len(kept) < 800
     page.ask("And?")
     page.answered(2)
