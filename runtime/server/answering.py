@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from compress.runtime.llm import LLM
 from compress.runtime.outputs import CompletionOutput, Increment
+from compress.runtime.sampling_params import SamplingParams
 from compress.runtime.server.errors import ApiError
 from compress.runtime.server.metered import MeteredStream
 from compress.runtime.server.protocol import Message
@@ -59,6 +60,12 @@ async def tokens_of_chat(llm: LLM, messages: Sequence[Message]) -> list[int]:
     given = [message.for_template() for message in messages]
     size = sum(len(message["content"]) for message in given)
     return await _off_the_loop(lambda: llm.chat_prompt(given), size)
+
+
+async def learn_grammar(llm: LLM, params: SamplingParams) -> None:
+    """Have a grammar that was not seen before compiled in a thread, since it takes up to seconds."""
+    if params.grammar is not None:
+        await asyncio.to_thread(llm.engine.grammars.compile, params.grammar)
 
 
 async def _off_the_loop(work: Callable[[], T], characters: int) -> T:
