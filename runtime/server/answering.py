@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -24,6 +25,8 @@ from compress.runtime.server.sse import close, unless_gone
 T = TypeVar("T")
 
 CLIENT_GONE = 499  # nobody gets this status, but the log has it
+# One thread, and no other work's: grammars are compiled one at a time whoever asks.
+COMPILING = ThreadPoolExecutor(1, "grammars")
 LONG = 20_000  # characters; tokenizing more takes milliseconds, which no other request should wait
 
 
@@ -63,9 +66,10 @@ async def tokens_of_chat(llm: LLM, messages: Sequence[Message]) -> list[int]:
 
 
 async def learn_grammar(llm: LLM, params: SamplingParams) -> None:
-    """Have a grammar that was not seen before compiled in a thread, since it takes up to seconds."""
+    """Compile a grammar that was not seen before, which takes up to seconds, in a thread."""
     if params.grammar is not None:
-        await asyncio.to_thread(llm.engine.grammars.compile, params.grammar)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(COMPILING, llm.engine.grammars.compile, params.grammar)
 
 
 async def _off_the_loop(work: Callable[[], T], characters: int) -> T:
