@@ -18,7 +18,7 @@ let rest = 0; // seconds until it is read again
 
 /** Ask something, after the first `count` turns. */
 async function ask(text, count = turns.length) {
-  if (!settingsAreNumbers() || !(at("model").value || (await loadModels()))) return false;
+  if (!settingsAreNumbers() || !(at("model").value || (await loadModels())) || running) return false;
   turns.length = count;
   turns.push({ role: "user", content: text });
   keep(count);

@@ -59,7 +59,7 @@ export function sends(event) {
   return event.key === "Enter" && !event.shiftKey && !event.isComposing;
 }
 
-/** Make a field as high as its text; style.css bounds it. */
+/** Make a field as high as its text; chat.css bounds it. */
 export function grow(field) {
   field.style.height = "auto";
   field.style.height = `${field.scrollHeight + field.offsetHeight - field.clientHeight}px`;
