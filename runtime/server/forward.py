@@ -48,7 +48,7 @@ class ReplicaRoute(BaseRoute):
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or leave it when the client has left."""
-        self._service.check_open()
+        self._service.check_ready()
         body = await _body(receive)
         answering = asyncio.ensure_future(self._answer(scope, body, send))
         leaving = asyncio.ensure_future(_until_gone(receive))

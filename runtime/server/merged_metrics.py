@@ -1,5 +1,6 @@
 """/metrics of several replicas in one text: the same names, with a label `replica` more.
 
+Metrics of a process that have no such label are of the process in front.
 What HTTP requests were refused is counted where clients are answered, not by the replicas, since what
 one of them refuses another may have taken.
 """
@@ -35,7 +36,7 @@ class _Merged(Collector):
         yield running
         families: dict[str, Metric] = {}
         for metric in _parse(self._front):
-            if metric.name == REJECTED:
+            if metric.name == REJECTED or not metric.name.startswith(PREFIX):
                 families[metric.name] = metric
         for label, text in self._replicas.items():
             for metric in _parse(text):

@@ -71,9 +71,9 @@ class Replica:
         """Rank of the replica, and what /metrics shows of it."""
         return serve.get_replica_context().rank.rank, self._service.metrics.text()
 
-    async def health(self) -> tuple[bool, str, int]:
-        """Whether the engine works, why not, and how many requests it has."""
-        return *self._service.health(), self._service.active
+    async def health(self) -> tuple[bool, str]:
+        """Whether the engine works, and why not."""
+        return self._service.health()
 
     async def cut_off(self) -> int:
         """End what runs, with an error; how many requests that were."""

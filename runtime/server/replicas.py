@@ -27,9 +27,9 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
@@ -50,6 +50,7 @@ logger = logging.getLogger("compress.server")
 NAME = "compress"  # of Ray Serve's application
 OBJECT_STORE = 80 << 20  # bytes; nothing of ours goes through it, and Ray takes no less
 MOST_REQUESTS = 100_000  # of a replica, for Ray; the engine's own limit is what counts
+SECONDS_TO_END = 10.0  # for Ray's processes
 POLL = 1.0  # seconds between questions after the replicas' health
 SECONDS_TO_ANSWER = 10.0  # of a replica that is asked how it is
 ENVIRONMENT = {
@@ -57,6 +58,7 @@ ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # memory is the system's to watch, as in one process
+    "RAY_worker_niceness": "0",  # of Ray's own is 15: replicas would give way to anything
     "RAY_AUTH_MODE": "token",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
@@ -69,14 +71,24 @@ class ReplicatedService(Service):
 
     def __init__(self, settings: ServerSettings, replicas: int) -> None:
         """Raises InputError without Ray."""
-        if find_spec("ray") is None or find_spec("ray.serve") is None:
-            raise InputError("--replicas needs Ray; run pip install 'compress-llm[ray]'")
+        os.environ.update(ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))  # read at the import
+        try:
+            import ray.serve
+        except ImportError:
+            raise InputError(
+                "--replicas needs Ray Serve; run pip install 'compress-llm[ray]'"
+            ) from None
+        for name in ("ray", "ray.serve"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         super().__init__(settings)
         self.replicas = replicas
         self._running: int | None = None  # replicas that work; None while they are started
         self._taken = 0  # requests that were taken and are not answered
-        self._folder: str | None = None  # of Ray's sockets and logs
+        self._folder = ""  # of Ray's sockets and logs
+        self._others: list[psutil.Process] = []  # this process' children that are not Ray's
         self._handle: Any = None
+        self._thread: threading.Thread | None = None
+        self._closing = threading.Event()
 
     def load(
         self,
@@ -86,7 +98,7 @@ class ReplicatedService(Service):
     ) -> None:
         """Start the replicas in a thread, each with a model of `make_llm`, which has to pickle."""
 
-        def start() -> None:
+        def run() -> None:
             try:
                 self._start(make_llm)
             except Exception as error:
@@ -94,8 +106,12 @@ class ReplicatedService(Service):
             else:
                 self._running = self.replicas
                 on_ready()
+            # The system ends Ray's processes when the thread that started them ends.
+            self._closing.wait()
+            self._end()
 
-        threading.Thread(target=start, name="loading", daemon=True).start()
+        self._thread = threading.Thread(target=run, name="replicas", daemon=True)
+        self._thread.start()
 
     @property
     def state(self) -> str:
@@ -125,10 +141,6 @@ class ReplicatedService(Service):
             yield
         finally:
             self._taken -= 1
-
-    def check_open(self) -> None:
-        """ApiError 503 while the replicas start, at the end, and when none works."""
-        self.llm  # noqa: B018
 
     def call(self, key: str, request: dict[str, Any], body: bytes, tried: tuple[str, ...]) -> Any:
         """Ray's response generator for one request, on the replica that `key` prefers."""
@@ -164,13 +176,9 @@ class ReplicatedService(Service):
 
     def close(self) -> None:
         """End the replicas and Ray's processes."""
-        if self._folder is None:
-            return
-        import ray
-
-        ray.shutdown()
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder = None
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join(SECONDS_TO_END)
 
     async def _ask(self, method: str) -> list[Any]:
         """What each replica says; those that do not are left out."""
@@ -189,6 +197,7 @@ class ReplicatedService(Service):
         """Start Ray and the replicas; returns when all have their model."""
         import torch
 
+        self._others = psutil.Process().children(recursive=True)
         self._folder = tempfile.mkdtemp(prefix="compress-")  # a socket's path has to be short
         _start_ray(self._folder, self.replicas, torch.cuda.device_count())
         from ray import serve
@@ -216,7 +225,19 @@ class ReplicatedService(Service):
                 deployment.bind(settings, make_llm, threads), name=NAME, route_prefix=None
             )
         except Exception as error:
-            raise _failure(error) from error
+            raise _failure(_status_message() or str(error)) from error
+
+
+    def _end(self) -> None:
+        import ray
+
+        # Nothing is left to do for them, and they would take their time to end; some of Ray's
+        # helpers outlive the rest otherwise.
+        started = [p for p in psutil.Process().children(recursive=True) if p not in self._others]
+        _kill([process for process in started if process.ppid() != os.getpid()])
+        ray.shutdown()
+        _kill(started)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def make_replicated_app(service: ReplicatedService) -> FastAPI:
@@ -232,11 +253,15 @@ def make_replicated_app(service: ReplicatedService) -> FastAPI:
     return app
 
 
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):  # it has ended
+            process.kill()
+
+
 def _start_ray(folder: str, replicas: int, gpus: int) -> None:
-    os.environ.update(ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
 
-    logging.getLogger("ray").setLevel(logging.ERROR)
     ray.init(
         address="local",
         num_cpus=replicas,
@@ -253,10 +278,18 @@ def _start_ray(folder: str, replicas: int, gpus: int) -> None:
     serve.start(proxy_location="Disabled", logging_config=quiet)
 
 
-def _failure(error: Exception) -> Exception:
+def _status_message() -> str:
+    """What Ray Serve says of the replicas."""
+    from ray import serve
+
+    application = serve.status().applications.get(NAME)
+    deployments = application.deployments.values() if application else ()
+    return "\n".join(deployment.message for deployment in deployments)
+
+
+def _failure(message: str) -> InputError:
     """What the constructor of a replica raised, out of the traceback that Ray tells."""
-    found = re.findall(r"^\s*(?:[\w.]+\.)?(\w*Error): (.+)$", str(error), re.MULTILINE)
-    if not found:
-        return error
-    name, message = found[-1]
-    return InputError(message if name == InputError.__name__ else f"{name}: {message}")
+    found = re.findall(r"^\s*(?:[\w.]+\.)?(\w*(?:Error|Exception)): (.+)$", message, re.MULTILINE)
+    name, reason = found[-1] if found else ("", message)
+    named = name in ("", InputError.__name__)
+    return InputError(reason if named else f"the replicas do not start: {name}: {reason}")

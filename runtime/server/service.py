@@ -72,14 +72,14 @@ class Service:
         self,
         make_llm: Callable[[], LLM],
         on_ready: Callable[[], None],
-        on_failure: Callable[[Exception], None],
+        on_failure: Callable[[BaseException], None],
     ) -> None:
         """Make the model in a thread, and say there how it went."""
 
         def make() -> None:
             try:
                 self.attach(make_llm())
-            except Exception as error:
+            except BaseException as error:  # even what a library means for a whole process
                 on_failure(error)
             else:
                 on_ready()
@@ -110,13 +110,11 @@ class Service:
         """Requests that were taken and have not ended."""
         return len(self._streams)
 
-    @property
-    def llm(self) -> LLM:
-        """The model.  ApiError 503 while it loads, at the end, and when the engine is broken."""
+    def check_ready(self) -> None:
+        """ApiError 503 while the model loads, at the end, and when the engine is broken."""
         state = self.state
         if state == "ready":
-            assert self._llm is not None
-            return self._llm
+            return
         if state == "loading":
             message, seconds = "the model is being loaded", SECONDS_TO_LOAD
         elif state == "draining":
@@ -124,6 +122,13 @@ class Service:
         else:
             message, seconds = "the engine has failed; /health says why", SECONDS_TO_RECOVER
         raise ApiError(503, message, code=state, retry_after=seconds)
+
+    @property
+    def llm(self) -> LLM:
+        """The model; raises as `check_ready`."""
+        self.check_ready()
+        assert self._llm is not None
+        return self._llm
 
     def submit(
         self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
