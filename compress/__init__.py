@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from compress.pipeline import run_recipe
     from compress.quant.methods import METHODS
     from compress.recipe import CalibrationConfig, Recipe, build_recipe, load_recipe
+    from compress.runtime.grammar import Grammar
     from compress.runtime.llm import LLM
     from compress.runtime.sampling_params import SamplingParams
 
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "METHODS": "compress.quant.methods",
     "CalibrationConfig": "compress.recipe",
+    "Grammar": "compress.runtime.grammar",
     "InputError": "compress.core.errors",
     "LLM": "compress.runtime.llm",
     "Recipe": "compress.recipe",
@@ -35,6 +37,7 @@ __all__ = [
     "LLM",
     "METHODS",
     "CalibrationConfig",
+    "Grammar",
     "InputError",
     "Recipe",
     "SamplingParams",

@@ -28,8 +28,9 @@ from compress.runtime.llm import LLM
 from compress.runtime.outputs import CompletionOutput
 from compress.runtime.sampling_params import SamplingParams
 
-# Settings of a line; the answers do not show log-probabilities.
-SETTINGS = sorted({f.name for f in fields(SamplingParams)} - {"logprobs", "prompt_logprobs"})
+# Settings of a line; the answers do not show log-probabilities, and a grammar is no JSON value.
+NO_SETTINGS = {"logprobs", "prompt_logprobs", "grammar"}
+SETTINGS = sorted({f.name for f in fields(SamplingParams)} - NO_SETTINGS)
 KEYS = ["prompt", "messages", "id", *SETTINGS]
 
 

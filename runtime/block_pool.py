@@ -136,6 +136,15 @@ class BlockPool:
         self._free.extend(self._cached)
         self._cached.clear()
 
+    def withdraw(self, blocks: Iterable[int]) -> None:
+        """Offer these blocks in use to other requests no longer; what was built upon them neither.
+
+        Blocks that come after them can be found no more, since none leads to them.
+        """
+        for block in blocks:
+            if self._keys[block] is not None:
+                self._withdraw(block)
+
     def key(self, before: int, tokens: array[int], start: int) -> Key:
         """What the block with `tokens[start:start + block_size]` is published under."""
         return before, tokens[start : start + self.block_size].tobytes()

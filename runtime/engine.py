@@ -7,8 +7,11 @@ before the tokens of this one are known, so it never waits for the host.  A toke
 drawn stands in its sequence as -1 - i, which the device reads as "draw i of the launch before".
 What the host cannot know then, that a token ended its sequence, costs a row computed for nothing;
 blocks can be given to others at once, since the device does one launch after another.  Penalties,
-log-probabilities and min_tokens are the host's: a step with any of them is waited for, as is every
-step of another model.
+log-probabilities, grammars and the like are the host's: a step with any of them is waited for, as
+is every step of another model.
+
+**What ends one sequence alone.**  Logits with NaN, and exceptions in drawing, in a grammar and in
+making text: finish reason "error".  An exception of the model is not one sequence's: `step` raises.
 
 Not safe for threads; `compress.runtime.engine_loop` gives it one of its own.
 """
@@ -24,13 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.core.errors import InputError, shown
+from compress.core.errors import InputError, reason_of, shown
 from compress.runtime.batch import AsynchronousModel, Launched, Model
 from compress.runtime.batch_builder import build_batch
 from compress.runtime.block_pool import BlockPool
 from compress.runtime.detokenizer import Detokenizer
+from compress.runtime.grammar import GrammarCompiler
 from compress.runtime.outputs import Increment, Statistics, TokenLogprob
-from compress.runtime.sampler import SamplingState, draws_of, log_probability, sample
+from compress.runtime.sampler import NAN, SamplingState, draws_of, log_probability, sample
 from compress.runtime.sampling_params import SamplingParams, SettingError
 from compress.runtime.scheduler import Scheduler
 from compress.runtime.sequence import Request, Sequence
@@ -87,6 +91,7 @@ class Engine:
         self.pool = BlockPool(num_blocks, model.block_size, prefix_caching)
         self.scheduler = Scheduler(self.pool, max_tokens_per_step, max_sequences)
         self.requests: dict[str, Request] = {}  # unfinished
+        self.grammars = GrammarCompiler(tokenizer, model.vocab_size)
         self._tokenizer = tokenizer
         self._eos_ids = frozenset(token for token in eos_ids if token < model.vocab_size)
         self._seed = seed
@@ -102,7 +107,8 @@ class Engine:
     def prepare(self, request_id: str, prompt: list[int], params: SamplingParams) -> Request:
         """Make a request of a prompt's token ids.  InputError for what can never run.
 
-        Changes nothing in the engine, so any thread may call it.
+        Changes nothing in the engine, so any thread may call it.  A grammar that was not seen
+        before takes 0.2 s to 2 s; who must not wait has `grammars.compile` do it elsewhere first.
         """
         if params.stop and self._tokenizer is None:
             message = f"stop = {shown(params.stop)} needs a tokenizer; give stop_token_ids"
@@ -110,7 +116,8 @@ class Engine:
         limit = self._limit(prompt, params)
         eos = frozenset() if params.ignore_eos else self._eos_ids
         stop_ids = eos.union(params.stop_token_ids)
-        return Request(request_id, array("q", prompt), params, limit, stop_ids)
+        grammar = self.grammars.compile(params.grammar) if params.grammar else None
+        return Request(request_id, array("q", prompt), params, limit, stop_ids, grammar)
 
     def add(self, request: Request) -> None:
         """Queue a request that `prepare` made."""
@@ -133,16 +140,8 @@ class Engine:
 
         The next step's increments say so, with finish reason "abort".
         """
-        request = self.requests.pop(request_id, None)
-        if request is None:
-            return
-        indices = [sequence.index for sequence in request.sequences]
-        if request.sequences[0].stands_for_all:
-            indices = list(range(request.params.n))
-        for sequence in request.sequences:
-            self.scheduler.remove(sequence)
-            sequence.ended = True
-        self._pending += [Increment(request_id, index, [], "", "abort") for index in indices]
+        if request_id in self.requests:
+            self._pending += self._drop(self.requests[request_id], "abort")
 
     def reset(self) -> None:
         """Drop every request without a word, as after a step that failed; the cache goes too."""
@@ -206,6 +205,9 @@ class Engine:
         if wrong := [token for token in params.stop_token_ids if token >= vocab]:
             message = f"stop_token_ids = {wrong[0]}; allowed is 0 to {vocab - 1}"
             raise SettingError("stop_token_ids", message)
+        if wrong := [token for token in params.logit_bias or () if token >= vocab]:
+            message = f"logit_bias of token {wrong[0]}; allowed are tokens 0 to {vocab - 1}"
+            raise SettingError("logit_bias", message)
         if len(prompt) >= context:
             raise PromptTooLongError(
                 f"a prompt of {len(prompt)} tokens leaves no room in the model's context of "
@@ -234,7 +236,8 @@ class Engine:
             digest = hashlib.blake2b(f"{self._seed} {request.number}".encode(), digest_size=8)
             seed = int.from_bytes(digest.digest(), "little")
         vocab = self.model.vocab_size
-        sampling = SamplingState(params, seed, index, prompt, request.stop_ids, vocab)
+        matcher = request.grammar.copy() if request.grammar else None
+        sampling = SamplingState(params, seed, index, prompt, request.stop_ids, vocab, matcher)
         detokenizer = None
         if self._tokenizer is not None:
             stop = (params.stop,) if isinstance(params.stop, str) else params.stop
@@ -287,9 +290,6 @@ class Engine:
 
         The tokens of every step before are known by now, so full blocks can be published.
         """
-        for sequence, row, positions in flight.prompts:
-            assert flight.logits is not None
-            self._note_prompt(sequence.request, positions, flight.logits[row:])
         for sequence in flight.step:
             if not sequence.ended:
                 sequence.advance(self.pool)
@@ -300,65 +300,101 @@ class Engine:
 
     def _collect(self, flight: _Flight) -> list[Increment]:
         """Put the drawn tokens in their places, and end what has ended."""
+        increments = []
+        for sequence, row, positions in flight.prompts:
+            assert flight.logits is not None
+            increments += self._note_prompt(sequence.request, positions, flight.logits[row:])
         tokens, logprobs = self._drawn(flight)
-        return [
-            self._fill(sequence, token, logprob)
-            for (sequence, _), token, logprob in zip(flight.drawn, tokens, logprobs, strict=True)
-            if not sequence.ended
-        ]
+        for (sequence, _), token, logprob in zip(flight.drawn, tokens, logprobs, strict=True):
+            if not sequence.ended:
+                increments.append(self._fill(sequence, token, logprob))
+        return increments
 
-    def _drawn(self, flight: _Flight) -> tuple[list[int], list[TokenLogprob | None]]:
+    def _drawn(self, flight: _Flight) -> tuple[list[int | Exception], list[TokenLogprob | None]]:
+        """A token for each draw, or what went wrong with it."""
         if not flight.drawn:
             return [], []
         if flight.launched:
             tokens = flight.launched.tokens()
-            if min(tokens) < 0:
-                raise ArithmeticError("the model's logits hold NaN")
-            return tokens, [None] * len(tokens)
+            drawn = [token if token >= 0 else ArithmeticError(NAN) for token in tokens]
+            return drawn, [None] * len(tokens)
         logits, rows = flight.logits, [row for _, row in flight.drawn]
         assert logits is not None
         if rows != list(range(len(logits))):
             logits = logits[rows]
         return sample(logits, [sequence.sampling for sequence, _ in flight.drawn])
 
-    def _note_prompt(self, request: Request, positions: range, logits: Tensor) -> None:
-        """Take the log-probabilities of what follows `positions` of the prompt."""
+    def _note_prompt(self, request: Request, positions: range, logits: Tensor) -> list[Increment]:
+        """Take the log-probabilities of what follows `positions` of the prompt.
+
+        Where there are none, for NaN, the request ends; what says so is returned.
+        """
         assert request.prompt_logprobs is not None
         following = request.prompt[positions.start + 1 : positions.stop + 1]
         top = request.params.prompt_logprobs or 0
-        for row, token in zip(logits[: len(positions)].cpu().numpy(), following, strict=True):
-            request.prompt_logprobs.append(log_probability(row, token, top))
+        try:
+            for row, token in zip(logits[: len(positions)].cpu().numpy(), following, strict=True):
+                request.prompt_logprobs.append(log_probability(row, token, top))
+        except ArithmeticError as error:
+            for sequence in request.sequences:
+                self.pool.withdraw(sequence.blocks)
+            return self._drop(request, "error", _reason("the prompt's log-probabilities", error))
+        return []
 
-    def _fill(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Increment:
+    def _fill(
+        self, sequence: Sequence, token: int | Exception, logprob: TokenLogprob | None
+    ) -> Increment:
         """Give a sequence the token that it awaits, and end it if that was its last."""
-        request = sequence.request
-        sequence.tokens[-1] = token
-        sequence.sampling.record(token)
-        self._generated += 1
-        increment = Increment(request.id, sequence.index, [token], "")
-        if logprob is not None:
-            increment.logprobs = [logprob]
-        if token in request.stop_ids:
-            increment.finish_reason = "stop"
-        elif sequence.produced >= request.limit:
-            increment.finish_reason = "length"
-        if sequence.detokenizer is not None:
-            try:
-                self._detokenize(sequence.detokenizer, token, increment)
-            except Exception as error:  # a tokenizer's; the other requests go on
-                increment.finish_reason = "error"
-                increment.error = f"cannot turn tokens into text: {error!r}"
+        increment = Increment(sequence.request.id, sequence.index, [], "")
+        if isinstance(token, Exception):
+            increment.finish_reason, increment.error = "error", _reason("drawing a token", token)
+            self.pool.withdraw(sequence.blocks)  # what the logits are of may hold NaN too
+        else:
+            increment.token_ids.append(token)
+            if logprob is not None:
+                increment.logprobs = [logprob]
+            self._take(sequence, token, increment)
         if increment.finish_reason:
             self._end(sequence)
         return increment
 
-    def _detokenize(self, detokenizer: Detokenizer, token: int, increment: Increment) -> None:
-        if increment.finish_reason != "stop":
-            increment.text = detokenizer.push(token)
+    def _take(self, sequence: Sequence, token: int, increment: Increment) -> None:
+        """Append a token; note what its text is, and whether it is the last."""
+        request, sampling = sequence.request, sequence.sampling
+        sequence.tokens[-1] = token
+        self._generated += 1
+        doing = "following the grammar"
+        try:
+            sampling.record(token)
+            if token in request.stop_ids or sampling.complete:
+                increment.finish_reason = "stop"
+            elif sequence.produced >= request.limit:
+                increment.finish_reason = "length"
+            doing = "turning tokens into text"
+            if sequence.detokenizer is not None:
+                self._detokenize(sequence.detokenizer, token in request.stop_ids, increment)
+        except Exception as error:  # this sequence's own; the others go on
+            increment.finish_reason, increment.error = "error", _reason(doing, error)
+
+    def _detokenize(self, detokenizer: Detokenizer, silent: bool, increment: Increment) -> None:
+        """Note the text of an increment; a stop token is `silent`."""
+        if not silent:
+            increment.text = detokenizer.push(increment.token_ids[0])
         if increment.finish_reason and not detokenizer.stopped:
             increment.text += detokenizer.finish()
         if detokenizer.stopped:
             increment.finish_reason = "stop"
+
+    def _drop(self, request: Request, reason: str, error: str | None = None) -> list[Increment]:
+        """End a request and release its blocks; return what says so of each output."""
+        indices = [sequence.index for sequence in request.sequences]
+        if request.sequences[0].stands_for_all:
+            indices = list(range(request.params.n))
+        for sequence in request.sequences:
+            self.scheduler.remove(sequence)
+            sequence.ended = True
+        del self.requests[request.id]
+        return [Increment(request.id, index, [], "", reason, error=error) for index in indices]
 
     def _end(self, sequence: Sequence) -> None:
         request = sequence.request
@@ -367,3 +403,7 @@ class Engine:
         request.sequences.remove(sequence)
         if not request.sequences:
             del self.requests[request.id]
+
+
+def _reason(doing: str, error: Exception) -> str:
+    return f"{doing} failed: {reason_of(error)}"

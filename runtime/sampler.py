@@ -1,4 +1,4 @@
-"""From logits to tokens: penalties, temperature, top_k, top_p, min_p, one draw, log-probabilities.
+"""From logits to tokens: penalties, bias, grammar, temperature, filters, a draw, log-probabilities.
 
 A draw takes one uniform number, which is a hash of (seed, index of the output, tokens produced so
 far), and inverts the distribution function with it.  So what a request draws depends neither on
@@ -7,7 +7,7 @@ the batch around it nor on its having been preempted, and no generator has a sta
 Each filter is a least logit, so none needs the tokens in order, only the values: numpy sorts
 49,152 of them in 0.1 ms, where torch takes 3.  Tokens that tie with the last one kept stay too.
 
-Log-probabilities are the model's own: of the logits as they come, before penalties and temperature.
+Log-probabilities are the model's own: of the logits as they come, before any setting.
 """
 
 from __future__ import annotations
@@ -22,21 +22,34 @@ import numpy as np
 from torch import Tensor
 
 from compress.runtime.batch import Draws
+from compress.runtime.grammar import Matcher
 from compress.runtime.outputs import TokenLogprob
 from compress.runtime.sampling_params import SamplingParams
 
 MOST_TOP_K = 2**31 - 1  # that a device is told; more tokens than any vocabulary has
 HOTTEST = 3e38  # and of temperatures, which are float32 there
+NAN = "the model's logits hold NaN"
+INFINITE = "the model's logits hold infinity"
 NEAR = -8.0  # below this a token has less than 1/2,900 of the likeliest's probability
 
 
 class SamplingState:
-    """What draws the tokens of one sequence: settings, key, and counts where penalties want them.
+    """What draws the tokens of one sequence: settings, key, counts for penalties, and a matcher.
 
     Everything is kept up token by token; nothing here takes longer as the context grows.
     """
 
-    __slots__ = ("_counts", "_seen", "index", "params", "produced", "seed", "stop_ids")
+    __slots__ = (
+        "_bias",
+        "_counts",
+        "_matcher",
+        "_seen",
+        "index",
+        "params",
+        "produced",
+        "seed",
+        "stop_ids",
+    )
 
     def __init__(
         self,
@@ -46,12 +59,18 @@ class SamplingState:
         prompt: array[int],
         stop_ids: frozenset[int],
         vocab_size: int,
+        matcher: Matcher | None = None,
     ) -> None:
         self.params = params
         self.seed = seed
         self.index = index
         self.produced = 0
         self.stop_ids = list(stop_ids)
+        self._matcher = matcher  # this sequence's own
+        self._bias: tuple[np.ndarray, np.ndarray] | None = None  # int64 and float32 [biased]
+        if params.logit_bias:
+            tokens, values = zip(*params.logit_bias.items(), strict=True)
+            self._bias = np.array(tokens), np.array(values, np.float32)
         self._counts: np.ndarray | None = None  # float32 [V], of the output
         self._seen: np.ndarray | None = None  # bool [V], in prompt or output
         if params.penalized:
@@ -65,14 +84,21 @@ class SamplingState:
         return self.params.greedy and not self.on_host
 
     def record(self, token: int) -> None:
-        """Count a token of the output."""
+        """Count a token of the output.  GrammarError when the grammar cannot go on from it."""
         self.produced += 1
         if self._counts is not None and self._seen is not None:
             self._counts[token] += 1
             self._seen[token] = True
+        if self._matcher is not None and token not in self.stop_ids:
+            self._matcher.accept(token)
+
+    @property
+    def complete(self) -> bool:
+        """Whether a grammar lets nothing follow."""
+        return self._matcher is not None and self._matcher.complete
 
     def adjusted(self, row: np.ndarray) -> np.ndarray:
-        """Return `row`, float32 [V], after penalties and min_tokens.
+        """Return `row`, float32 [V], after penalties, bias, grammar and min_tokens.
 
         Repetition as in CTRL (Keskar et al. 2019, section 4.1) with the sign rule of transformers;
         presence and frequency as in OpenAI's API.
@@ -84,6 +110,16 @@ class SamplingState:
             row = np.where(self._seen, penalized, row)
             row -= params.frequency_penalty * self._counts
             row -= params.presence_penalty * (self._counts > 0)
+        if self._bias is not None:
+            tokens, values = self._bias
+            row = row.copy()
+            row[tokens] += values
+        if self._matcher is not None:
+            allowed = self._matcher.allowed
+            if self._matcher.may_end:
+                allowed = allowed.copy()
+                allowed[self.stop_ids] = True
+            row = np.where(allowed, row, np.float32(-np.inf))
         if self.produced < params.min_tokens and self.stop_ids:
             row = row.copy()
             row[self.stop_ids] = -np.inf
@@ -91,10 +127,12 @@ class SamplingState:
 
     @property
     def on_host(self) -> bool:
-        """Whether more is asked for than devices do: penalties, log-probabilities, min_tokens."""
+        """Whether more is asked for than devices do: all but temperature and filters."""
         params = self.params
         return (
             self._counts is not None
+            or self._bias is not None
+            or self._matcher is not None
             or params.logprobs is not None
             or (self.produced < params.min_tokens and bool(self.stop_ids))
         )
@@ -108,21 +146,33 @@ class SamplingState:
 
 def sample(
     logits: Tensor, states: Items[SamplingState]
-) -> tuple[list[int], list[TokenLogprob | None]]:
+) -> tuple[list[int | Exception], list[TokenLogprob | None]]:
     """Draw a token for each row of `logits`, float32 [R, V], and say how likely it was if asked.
 
-    Raises ArithmeticError when the logits hold NaN.
+    A row that cannot be drawn from, as one with NaN, gives the exception in the token's place.
     """
-    logprobs: list[TokenLogprob | None] = [None] * len(states)
     if all(state.takes_argmax for state in states):
-        return _likeliest(logits), logprobs
-    tokens = []
-    for place, (row, state) in enumerate(zip(logits.cpu().numpy(), states, strict=True)):
-        uniform = 0.0 if state.params.greedy else state.uniform(state.produced)
-        tokens.append(draw(state.adjusted(row), state.params, uniform))
-        if state.params.logprobs is not None:
-            logprobs[place] = log_probability(row, tokens[-1], state.params.logprobs)
+        return _likeliest(logits), [None] * len(states)
+    tokens: list[int | Exception] = []
+    logprobs: list[TokenLogprob | None] = []
+    for row, state in zip(logits.cpu().numpy(), states, strict=True):
+        try:
+            token, logprob = _sample_row(row, state)
+        except Exception as error:  # this sequence's; the others go on
+            token, logprob = error, None
+        tokens.append(token)
+        logprobs.append(logprob)
     return tokens, logprobs
+
+
+def _sample_row(row: np.ndarray, state: SamplingState) -> tuple[int, TokenLogprob | None]:
+    if math.isnan(row[row.argmax()]):  # which a grammar may hide
+        raise ArithmeticError(NAN)
+    uniform = 0.0 if state.params.greedy else state.uniform(state.produced)
+    token = draw(state.adjusted(row), state.params, uniform)
+    if state.params.logprobs is None:
+        return token, None
+    return token, log_probability(row, token, state.params.logprobs)
 
 
 def draws_of(rows: Items[int], states: Items[tuple[SamplingState, int]]) -> Draws:
@@ -147,8 +197,13 @@ def draws_of(rows: Items[int], states: Items[tuple[SamplingState, int]]) -> Draw
 
 
 def log_probability(row: np.ndarray, token: int, top: int) -> TokenLogprob:
-    """How likely a row of logits, float32 [V], makes `token`, and its `top` likeliest tokens."""
+    """How likely a row of logits, float32 [V], makes `token`, and its `top` likeliest tokens.
+
+    ArithmeticError for a row with NaN, or whose maximum is infinite.
+    """
     highest = row.max()
+    if not math.isfinite(highest):
+        raise ArithmeticError(NAN if math.isnan(highest) else INFINITE)
     norm = highest + math.log(np.exp(row - highest).sum(dtype=np.float64))
     top = min(top, len(row))
     ids = np.argpartition(row, len(row) - top)[len(row) - top :] if top else np.empty(0, np.int64)
@@ -157,23 +212,36 @@ def log_probability(row: np.ndarray, token: int, top: int) -> TokenLogprob:
     return TokenLogprob(token, float(row[token] - norm), tuple(pairs))
 
 
-def _likeliest(logits: Tensor) -> list[int]:
-    if logits.device.type != "cpu":
-        return logits.argmax(-1).tolist()
-    rows = logits.numpy()  # its argmax takes a tenth of torch's time
-    tokens = rows.argmax(-1)  # the first NaN, if there is one
-    if np.isnan(rows[np.arange(len(rows)), tokens]).any():
-        raise ArithmeticError("the model's logits hold NaN")
-    return tokens.tolist()
+def _likeliest(logits: Tensor) -> list[int | Exception]:
+    if logits.device.type == "cpu":
+        rows = logits.numpy()  # its argmax takes a tenth of torch's time
+        tokens = rows.argmax(-1)  # the first NaN, if there is one
+        highest = rows[np.arange(len(rows)), tokens]
+    else:
+        highest, tokens = (tensor.cpu().numpy() for tensor in logits.max(-1))
+    if not np.isnan(highest).any():
+        return tokens.tolist()
+    return [
+        ArithmeticError(NAN) if math.isnan(value) else int(token)
+        for token, value in zip(tokens, highest, strict=True)
+    ]
 
 
 def draw(row: np.ndarray, params: SamplingParams, uniform: float) -> int:
-    """Draw from `row`, float32 [V], as temperature and filters say and as `uniform` decides."""
+    """Draw from `row`, float32 [V], as temperature and filters say and as `uniform` decides.
+
+    ArithmeticError for a row with NaN, or whose maximum is infinite; temperature 0 takes infinity.
+    """
     likeliest = int(row.argmax())
-    if math.isnan(row[likeliest]):
-        raise ArithmeticError("the model's logits hold NaN")
+    highest = float(row[likeliest])
+    if math.isnan(highest):
+        raise ArithmeticError(NAN)
+    if highest == -math.inf:
+        raise ArithmeticError("no token that is allowed has a probability above 0")
     if params.greedy:
         return likeliest
+    if highest == math.inf:
+        raise ArithmeticError(INFINITE)
     scaled = (row - row[likeliest]) / np.float32(params.temperature)  # the likeliest has 0
     weights = np.exp(scaled)
     if (least := _least(scaled, weights, params)) > -math.inf:

@@ -1,10 +1,16 @@
 """How a request's tokens are drawn and when it ends, under the names of vLLM and OpenAI."""
 
+from __future__ import annotations
+
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import InputError, shown
+
+if TYPE_CHECKING:
+    from compress.runtime.grammar import Grammar
 
 MOST_LOGPROBS = 1000
 
@@ -21,7 +27,7 @@ class SettingError(InputError):
 class SamplingParams:
     """Settings of one request.  Raises SettingError for a value out of range.
 
-    Order of work: penalties, temperature, top_k, top_p, min_p.
+    Order of work: penalties, logit_bias, grammar, temperature, top_k, top_p, min_p.
     """
 
     max_tokens: int | None = 256  # None: as many as context and cache hold
@@ -40,6 +46,9 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # above 1: tokens of prompt and output become less likely
     presence_penalty: float = 0.0  # taken from the logits of tokens in the output
     frequency_penalty: float = 0.0  # the same, times how often the token is in the output
+    # what is added to tokens' logits, -100 to 100; keys may be digits, as in JSON
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    grammar: Grammar | None = None  # what the output may be; it ends once nothing may follow
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self._tuple("stop")
@@ -74,6 +83,10 @@ class SamplingParams:
         if not isinstance(self.ignore_eos, bool):
             message = f"ignore_eos = {shown(self.ignore_eos)}; allowed are true and false"
             raise SettingError("ignore_eos", message)
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
+        if self.grammar is not None:
+            self._check_grammar()
 
     @property
     def greedy(self) -> bool:
@@ -85,6 +98,12 @@ class SamplingParams:
         """Whether any penalty changes the logits."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         return penalties != (1, 0, 0)
+
+    def _check_grammar(self) -> None:
+        from compress.runtime.grammar import Grammar  # which imports this module
+
+        if not isinstance(self.grammar, Grammar):
+            raise SettingError("grammar", f"grammar = {shown(self.grammar)}; give a Grammar")
 
     def _tuple(self, name: str) -> tuple[Any, ...]:
         value = getattr(self, name)
@@ -108,6 +127,23 @@ class SamplingParams:
             allowed = f"{least} or more" if most == math.inf else f"{least} to {most}"
             message = f"{name} = {shown(value)}; allowed is a number, {allowed}"
             raise SettingError(name, message)
+
+
+def _bias(given: Any) -> dict[int, float]:
+    """A copy of logit_bias with numbers as keys."""
+    if not isinstance(given, Mapping):
+        message = f"logit_bias = {shown(given)}; give a table from tokens to numbers"
+        raise SettingError("logit_bias", message)
+    bias = {}
+    for key, value in given.items():
+        token = int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 10 else key
+        if not _is_int(token) or token < 0:
+            raise SettingError("logit_bias", f"logit_bias: {shown(key)} is no token number")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= 100:
+            message = f"logit_bias of token {token} = {shown(value)}; allowed is -100 to 100"
+            raise SettingError("logit_bias", message)
+        bias[token] = float(value)
+    return bias
 
 
 def _is_int(value: Any) -> bool:

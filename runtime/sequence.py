@@ -7,6 +7,7 @@ from array import array
 
 from compress.runtime.block_pool import ROOT, BlockPool
 from compress.runtime.detokenizer import Detokenizer
+from compress.runtime.grammar import Matcher
 from compress.runtime.outputs import TokenLogprob
 from compress.runtime.sampler import SamplingState
 from compress.runtime.sampling_params import SamplingParams
@@ -18,6 +19,7 @@ class Request:
     __slots__ = (
         "arrived",
         "cached_tokens",
+        "grammar",
         "id",
         "limit",
         "number",
@@ -37,6 +39,7 @@ class Request:
         params: SamplingParams,
         limit: int,
         stop_ids: frozenset[int],
+        grammar: Matcher | None = None,
     ) -> None:
         self.id = request_id
         self.arrived = time.monotonic()
@@ -47,6 +50,7 @@ class Request:
         self.params = params
         self.limit = limit  # most tokens of one output
         self.stop_ids = stop_ids
+        self.grammar = grammar  # at the beginning of an output; each gets a copy
         self.sequences: list[Sequence] = []  # one until the prompt is computed, then n
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
         if params.prompt_logprobs is not None:

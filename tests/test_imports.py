@@ -56,8 +56,9 @@ def test_the_check_sees_a_wrong_import(tmp_path):
 def test_importing_the_package_pulls_in_nothing_heavy():
     """`import compress` and `--help` start at once: no torch, no transformers."""
     code = (
-        "import sys, compress, compress.cli, compress.cli.quantize\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'lm_eval'} & set(sys.modules)\n"
+        "import sys, compress, compress.cli, compress.cli.quantize, compress.cli.serve\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'lm_eval', 'fastapi', 'ray'}\n"
+        "heavy &= set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -11,10 +11,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
-from load.asked import Asked, Fate
-from load.malformed import Malformed
 
 from compress.bench.client import events, text_of
+from load.asked import Asked, Fate
+from load.malformed import Malformed
 
 NO_STATUS = 0
 

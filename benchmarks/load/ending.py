@@ -18,18 +18,20 @@ MARGIN = 20.0  # seconds after the time to finish in which the process must have
 
 
 def ending(
-    options: argparse.Namespace, asked: list[Asked], right: list[Any], flags: list[str], drain: int
+    options: argparse.Namespace,
+    server: ServerProcess,
+    asked: list[Asked],
+    right: list[Any],
+    drain: int,
+    patient: bool,
 ) -> dict[str, Any]:
-    """Stop a full server that has `drain` seconds to finish; `patient`: enough for all."""
-    patient = drain == options.drain
-    flags = [*flags, "--drain-seconds", str(drain)]
-    with ServerProcess(options.model, flags, options.work, f"ending-{drain}") as server:
-        found = asyncio.run(_ending(server, asked[: options.streams], right, drain, patient))
-        try:
-            code = server.process.wait(max(0.0, found.pop("deadline") - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            code = None
-            found["faults"].append(f"the process has not ended within {drain} s and {MARGIN:g} s")
+    """Fill a server and stop it; `drain` seconds are enough for all (`patient`), or for some."""
+    found = asyncio.run(_ending(server, asked[: options.streams], right, drain, patient))
+    try:
+        code = server.process.wait(max(0.0, found.pop("deadline") - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        code = None
+        found["faults"].append(f"the process has not ended within {drain} s and {MARGIN:g} s")
     if patient and code != 0:
         found["faults"].append(f"exit code {code}, not 0")
     return {"drain_seconds": drain, **found, "exit_code": code}

@@ -9,6 +9,8 @@ import sys
 import time
 from typing import Any
 
+from compress.core.resources import in_words
+from compress.core.source import read_config, resolve_model
 from load import clients
 from load.asked import Asked, Fate, fates
 from load.clients import Outcome, Progress
@@ -16,34 +18,30 @@ from load.malformed import malformed
 from load.report import line
 from load.server import ServerProcess
 
-from compress.core.resources import in_words
-from compress.core.source import read_config, resolve_model
-
 MAX_BODY = 2 << 20
+EVERY = 0.2  # seconds between two looks at the metrics
 NONSENSE = 0.06  # requests not in order, for each that is
 
 
 def rounds(
-    options: argparse.Namespace, asked: list[Asked], right: list[Any], flags: list[str]
+    options: argparse.Namespace, server: ServerProcess, asked: list[Asked], right: list[Any]
 ) -> list[dict[str, Any]]:
-    """All rounds on one server, with what is left of each when it has come to rest."""
+    """All rounds, with what is left of each when the server has come to rest."""
     results: list[dict[str, Any]] = []
-    flags = [*flags, "--drain-seconds", str(options.drain)]
-    with ServerProcess(options.model, flags, options.work, "rounds") as server:
-        asyncio.run(one(server, asked[0]))  # what is made at the first request is there
-        server.rest()
-        files = server.open_files()
-        for number in range(1, options.rounds + 1):
-            found = asyncio.run(one_round(options, server, asked, right, number))
-            left = rest(server, files)
-            found["faults"] += left.pop("faults")
-            found |= left
-            if number > 1:
-                more = found["memory"] - results[0]["memory"]
-                if more > options.memory_bound:
-                    found["faults"].append(f"memory: {in_words(more)} above the first round's")
-            results.append(found)
-            print(line(found), file=sys.stderr, flush=True)
+    asyncio.run(one(server, asked[0]))  # what is made at the first request is there
+    server.rest()
+    files = server.open_files()
+    for number in range(1, options.rounds + 1):
+        found = asyncio.run(one_round(options, server, asked, right, number))
+        left = rest(server, files)
+        found["faults"] += left.pop("faults")
+        found |= left
+        if number > 1:
+            more = found["memory"] - results[0]["memory"]
+            if more > options.memory_bound:
+                found["faults"].append(f"memory: {in_words(more)} above the first round's")
+        results.append(found)
+        print(line(found), file=sys.stderr, flush=True)
     return results
 
 
@@ -66,7 +64,7 @@ async def one_round(
     progress, seen = Progress(), []
     bad = nonsense(options, server, len(asked), draw)
     async with clients.connections() as client:
-        watching = asyncio.create_task(clients.watch(server.metrics, 0.5, seen))
+        watching = asyncio.create_task(clients.watch(server.metrics, EVERY, seen))
         asking = [
             clients.ask(client, server.url, server.model, request, fate, progress)
             for request, fate in zip(
@@ -89,20 +87,23 @@ async def one_round(
         clients.fault(outcome, request, right[request.number], ending=False)
         for outcome, request in zip(answers, order, strict=True)
     ]
-    peak = max(entry["num_requests_running"] + entry["num_requests_waiting"] for entry in seen)
+    running, waiting = (
+        max(entry[f"num_requests_{name}"] for entry in seen) for name in ("running", "waiting")
+    )
+    if running > options.slots or waiting > options.streams:
+        faults.append(f"{running:g} running, {waiting:g} waiting at once")
     return {
         "round": number,
         "seconds": round(seconds, 1),
         "requests": len(order),
         "outcomes": clients.kinds(answers),
         "malformed": len(bad),
-        "peak_running": max(entry["num_requests_running"] for entry in seen),
-        "peak_unfinished": peak,
+        "peak_running": running,
+        "peak_waiting": waiting,
         "peak_kv_cache_usage": max(entry["kv_cache_usage_perc"] for entry in seen),
         "generation_tokens": after["generation_tokens_total"] - before["generation_tokens_total"],
         "preemptions": after["num_preemptions_total"] - before["num_preemptions_total"],
-        "faults": [fault for fault in [*faults, *refusals] if fault]
-        + ([f"{peak:g} unfinished requests at once"] if peak > options.streams else []),
+        "faults": [fault for fault in [*faults, *refusals] if fault],
     }
 
 

@@ -107,7 +107,7 @@ async def ask(
     except TimeoutError:
         answer.error, answer.message = "timeout", f"no end within {server.timeout:g} s"
     except aiohttp.ClientConnectorError as error:
-        answer.error, answer.message = "no connection", reason_of(error)
+        answer.error, answer.message = "no connection", reason_of(error.os_error)
     except (aiohttp.ClientError, OSError) as error:
         answer.error, answer.message = "cut off", reason_of(error)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -183,6 +183,7 @@ async def first_model(url: str, api_key: str | None) -> str:
                 )
             return str(json.loads(body)["data"][0]["id"])
     except (aiohttp.ClientError, OSError) as error:
-        raise InputError(f"cannot reach {url}: {reason_of(error)}; check --url") from None
+        cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+        raise InputError(f"cannot reach {url}: {reason_of(cause)}; check --url") from None
     except (ValueError, LookupError, TypeError):
         raise InputError(f"{url}/v1/models names no model; give --model NAME") from None

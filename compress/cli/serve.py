@@ -32,8 +32,8 @@ COUNT = click.IntRange(min=1)
     "api_keys",
     multiple=True,
     envvar="COMPRESS_API_KEY",
-    help="Key that requests must bring; may be repeated.  Other users of this machine see the "
-    "command line: better set COMPRESS_API_KEY.",
+    help="Key that requests must bring; may be repeated.  Other users of this machine can read a "
+    "command line: better set COMPRESS_API_KEY, with spaces between several.",
 )
 @click.option(
     "--served-model-name",
@@ -71,7 +71,7 @@ COUNT = click.IntRange(min=1)
     "--drain-seconds",
     default=30.0,
     show_default=True,
-    type=click.FloatRange(min=0),
+    type=click.FloatRange(0, 86400),
     help="What running requests get to finish after SIGTERM or Ctrl-C.",
 )
 @click.option(

@@ -3,7 +3,7 @@
     out[t] = table[tokens[t]]                  tokens[t] >= 0
     out[t] = table[drawn[-1 - tokens[t]]]      otherwise
 
-A draw of -1 (the logits held NaN) reads row 0: the host ends such a step.
+A draw of -1 (the logits held NaN) reads row 0: the host ends such a sequence.
 """
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false

@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -14,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from compress.runtime.llm import LLM
 from compress.runtime.outputs import CompletionOutput, Increment
+from compress.runtime.sampling_params import SamplingParams
 from compress.runtime.server.errors import ApiError
 from compress.runtime.server.metered import MeteredStream
 from compress.runtime.server.protocol import Message
@@ -23,6 +25,8 @@ from compress.runtime.server.sse import close, unless_gone
 T = TypeVar("T")
 
 CLIENT_GONE = 499  # nobody gets this status, but the log has it
+# One thread, and no other work's: grammars are compiled one at a time whoever asks.
+COMPILING = ThreadPoolExecutor(1, "grammars")
 LONG = 20_000  # characters; tokenizing more takes milliseconds, which no other request should wait
 
 
@@ -59,6 +63,13 @@ async def tokens_of_chat(llm: LLM, messages: Sequence[Message]) -> list[int]:
     given = [message.for_template() for message in messages]
     size = sum(len(message["content"]) for message in given)
     return await _off_the_loop(lambda: llm.chat_prompt(given), size)
+
+
+async def learn_grammar(llm: LLM, params: SamplingParams) -> None:
+    """Compile a grammar that was not seen before, which takes up to seconds, in a thread."""
+    if params.grammar is not None:
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(COMPILING, llm.engine.grammars.compile, params.grammar)
 
 
 async def _off_the_loop(work: Callable[[], T], characters: int) -> T:

@@ -20,6 +20,7 @@ from compress.runtime.server.request_log import RequestLog
 from compress.runtime.server.routes import ROUTERS
 from compress.runtime.server.service import SECONDS_TO_LOAD, Service
 
+PROBES = ("/health", "/ready")  # asked by machines that know an address and nothing else
 PAGE = Path(__file__).parent / "page"
 SUMMARY = "OpenAI's API for completions and chat, on the runtime of `compress`."
 # What the guards may answer in place of any route.
@@ -61,13 +62,13 @@ def make_app(service: Service) -> FastAPI:
     if settings.metrics:
         _add_metrics(app, service)
     _add_docs(app)
-    open_paths = ["/", "/health", "/ready", *_add_page(app)]
+    open_paths = ["/", *PROBES, *_add_page(app)]
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, most_bytes=settings.max_body_bytes, seconds=settings.body_seconds)
     if settings.api_keys:
         app.add_middleware(KeyCheck, keys=settings.api_keys, open_paths=open_paths)
     if settings.allowed_hosts is not None:
-        app.add_middleware(HostCheck, allowed=settings.allowed_hosts)
+        app.add_middleware(HostCheck, allowed=settings.allowed_hosts, open_paths=PROBES)
     app.add_middleware(RequestLog, service=service)
     return app
 
@@ -87,22 +88,30 @@ def _watched(service: Service):
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
-    @app.get("/health", responses={503: {"model": State, "description": "The engine is broken."}})
-    async def health() -> State:
+    @app.get(
+        "/health",
+        response_model=State,
+        responses={503: {"model": State, "description": "The engine is broken."}},
+    )
+    async def health() -> State | Response:
         """Whether the engine works, or is still being loaded; 503 calls for a new process."""
         ok, reason = service.health()
         if ok:
             return State(status="ok")
-        return _unavailable(State(status="fault", reason=reason), service)
+        return _unavailable(State(status="fault", reason=reason))
 
-    @app.get("/ready", responses={503: {"model": State, "description": "Not now."}})
-    async def ready() -> State:
+    @app.get(
+        "/ready",
+        response_model=State,
+        responses={503: {"model": State, "description": "Not now."}},
+    )
+    async def ready() -> State | Response:
         """Whether requests are taken: not while the model is loaded, nor at the end."""
         state = State(status=service.state)
-        return state if service.ready else _unavailable(state, service)
+        return state if service.ready else _unavailable(state)
 
 
-def _unavailable(state: State, service: Service) -> JSONResponse:
+def _unavailable(state: State) -> JSONResponse:
     return JSONResponse(state.model_dump(), 503, {"Retry-After": str(SECONDS_TO_LOAD)})
 
 

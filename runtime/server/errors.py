@@ -21,10 +21,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from compress.core.errors import InputError, shown
+from compress.runtime.engine import PromptTooLongError
+from compress.runtime.sampling_params import SettingError
 
 logger = logging.getLogger("compress.server")
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+NAMES = {"grammar": "response_format", "prompt_logprobs": "logprobs"}  # of settings in the API
 CODES = ("unknown_parameter", "unsupported_parameter")  # of mistakes in a body
 LONGEST_PARAM = 200  # characters; it may hold names that a client made up
 MOST_REPORTED = 3  # mistakes of one body that its message names
@@ -90,6 +93,10 @@ def error_of(error: BaseException) -> ApiError:
         return error
     if isinstance(error, RequestValidationError):
         return _of_validation(error.errors())
+    if isinstance(error, PromptTooLongError):
+        return ApiError(413, str(error), code="context_length_exceeded")
+    if isinstance(error, SettingError):
+        return ApiError(400, str(error), param=NAMES.get(error.name, error.name))
     if isinstance(error, InputError):
         return ApiError(400, str(error))
     if isinstance(error, HTTPException):

@@ -24,15 +24,17 @@ class HostCheck:
     """Only requests that were meant for this server, by their Host and, if any, their Origin.
 
     A web page that has its own name resolve to 127.0.0.1 reaches a server there, but with that
-    name in Host; one that posts from elsewhere is known by its Origin.
+    name in Host; one that posts from elsewhere is known by its Origin.  The paths that are `open`
+    are for all.
     """
 
-    def __init__(self, app: ASGIApp, allowed: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, allowed: Iterable[str], open_paths: Iterable[str]) -> None:
         self.app = app
         self.allowed = {host.lower() for host in allowed}
+        self.open_paths = frozenset(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] == "http" and scope["path"] not in self.open_paths:
             for name in (b"host", b"origin"):
                 value = _header(scope, name)
                 if value is not None and host_of(value) not in self.allowed:

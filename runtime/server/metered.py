@@ -16,6 +16,8 @@ from compress.runtime.streams import Stream
 
 logger = logging.getLogger("compress.server")
 
+NOTE = "It ended every request that the engine had."
+
 
 class MeteredStream:
     """Use it as a `Stream`.  What ends a request from without is raised as an ApiError.
@@ -55,8 +57,7 @@ class MeteredStream:
             self._end("error")
             raise
         except Exception as error:
-            name = self._record.id if self._record else self.request.id
-            logger.error("%s: the engine failed: %s", name, reason_of(error), exc_info=error)
+            _tell(error)
             self._end("error")
             raise ApiError(
                 500,
@@ -127,6 +128,13 @@ class MeteredStream:
         if self._unfinished:
             self._unfinished = 0
             self._on_end(self)
+
+
+def _tell(error: Exception) -> None:
+    """Log what went wrong in the engine: once, though every request of a step gets it."""
+    if NOTE not in getattr(error, "__notes__", ()):
+        error.add_note(NOTE)
+        logger.error("the engine failed: %s", reason_of(error), exc_info=error)
 
 
 class _Times:

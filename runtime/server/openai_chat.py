@@ -30,6 +30,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
         body.max_completion_tokens or body.max_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
+    await answering.learn_grammar(llm, params)
     prompt = await answering.tokens_of_chat(llm, body.messages)
     streams = service.submit([prompt], [params])
     texts = token_text(llm.tokenizer)

@@ -38,6 +38,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
+    await answering.learn_grammar(llm, params)
     tokens = [await _tokens(llm, prompt, body) for prompt in body.prompt]
     echoes = [_echo(llm, prompt) if body.echo else None for prompt in body.prompt]
     streams = service.submit(tokens, [params] * len(tokens))

@@ -58,7 +58,19 @@ def run(
     """
     _log_to_stderr()
     raise_file_limit()
-    return asyncio.run(_run(service, make_llm, listener, on_ready))
+    config = uvicorn.Config(
+        make_app(service),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        ws="none",
+        lifespan="on",
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE,
+    )
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        return runner.run(_run(service, make_llm, _Server(config), listener, on_ready))
 
 
 class _Server(uvicorn.Server):
@@ -72,27 +84,16 @@ class _Server(uvicorn.Server):
 async def _run(
     service: Service,
     make_llm: Callable[[], LLM],
+    server: uvicorn.Server,
     listener: socket.socket,
     on_ready: Callable[[], None],
 ) -> int:
     loop = asyncio.get_running_loop()
     ending: asyncio.Future[None] = loop.create_future()
-    config = uvicorn.Config(
-        make_app(service),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        ws="none",
-        lifespan="on",
-        backlog=BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE,
-    )
-    server = _Server(config)
     for number in SIGNALS:
         loop.add_signal_handler(number, _on_signal, loop, ending)
 
-    def fail(error: Exception) -> None:
+    def fail(error: BaseException) -> None:
         loop.call_soon_threadsafe(_set, ending, error)
 
     service.load(make_llm, lambda: loop.call_soon_threadsafe(on_ready), fail)
@@ -119,7 +120,7 @@ def _on_signal(loop: asyncio.AbstractEventLoop, ending: asyncio.Future[None]) ->
     _set(ending, None)
 
 
-def _set(ending: asyncio.Future[None], error: Exception | None) -> None:
+def _set(ending: asyncio.Future[None], error: BaseException | None) -> None:
     if not ending.done():
         ending.set_exception(error) if error else ending.set_result(None)
 
@@ -129,16 +130,16 @@ async def _drain(service: Service, server: uvicorn.Server) -> int:
     seconds = service.settings.drain_seconds
     end = time.monotonic() + seconds
     service.drain()
-    if service.active:
+    if count := service.active:
         say(
-            f"Shutting down: {service.active} requests have up to {seconds:g} s to finish; "
+            f"Shutting down; unfinished requests: {count}, which have up to {seconds:g} s; "
             "another signal ends them at once"
         )
     while service.active and time.monotonic() < end:
         await asyncio.sleep(0.02)
     cut = service.cut_off()
     if cut:
-        say(f"{cut} requests were cut off")
+        say(f"Requests that were cut off: {cut}")
     # What was generated may still have to be sent, to a client that reads slowly.
     server.config.timeout_graceful_shutdown = math.ceil(max(FLUSH, end - time.monotonic()))
     return cut

@@ -146,6 +146,7 @@ class Body(BaseModel):
 
 def _mistake(kind: str, name: str, why: str) -> PydanticCustomError:
     """What is wrong with the parameter `name` of a body."""
+    name = name.encode(errors="backslashreplace").decode()
     return PydanticCustomError(kind, "{why}", {"name": name, "why": why})  # type: ignore[arg-type]
 
 

@@ -74,14 +74,14 @@ class Service:
         self,
         make_llm: Callable[[], LLM],
         on_ready: Callable[[], None],
-        on_failure: Callable[[Exception], None],
+        on_failure: Callable[[BaseException], None],
     ) -> None:
         """Make the model in a thread, and say there how it went."""
 
         def make() -> None:
             try:
                 self.attach(make_llm())
-            except Exception as error:
+            except BaseException as error:  # even what a library means for a whole process
                 on_failure(error)
             else:
                 on_ready()

@@ -38,8 +38,9 @@ async def news(streams: Sequence[MeteredStream]) -> AsyncGenerator[tuple[int, li
     Ends with the last stream; raises what ended one.
     """
     if len(streams) > 1:
-        async for place, found in _news_of_several(streams):
-            yield place, found
+        async with aclosing(_news_of_several(streams)) as arriving:
+            async for place, found in arriving:
+                yield place, found
         return
     while True:
         try:

@@ -51,7 +51,8 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded():
         (["--port", "70000"], "0<=x<=65535"),
         (["--api-key", ""], "take no empty text"),
         (["--max-body-size", "much"], "'much' is no size"),
-        (["--drain-seconds", "-1"], "x>=0"),
+        (["--drain-seconds", "-1"], "0<=x<=86400"),
+        (["--drain-seconds", "inf"], "0<=x<=86400"),
         (["--max-queued-requests", "-1"], "x>=0"),
     ],
 )

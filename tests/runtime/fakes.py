@@ -89,7 +89,7 @@ class FakeAsyncModel(FakeModel):
             draws.top_p, draws.min_p, strict=True,
         )  # fmt: skip
         self.drawn = tuple(
-            draw(
+            drawn_by_device(
                 row,
                 SamplingParams(
                     temperature=float(temperature), top_k=int(top_k), top_p=float(top_p),
@@ -102,6 +102,14 @@ class FakeAsyncModel(FakeModel):
         self.unfinished += bool(self.drawn)
         assert self.unfinished <= 2, "a step was given before the last but one was waited for"
         return FakeLaunched(self, self.drawn)
+
+
+def drawn_by_device(row: np.ndarray, params: SamplingParams, uniform: float) -> int:
+    """The draw, or -1 where there is none."""
+    try:
+        return draw(row, params, uniform)
+    except ArithmeticError:
+        return -1
 
 
 class FakeLaunched:

@@ -186,5 +186,12 @@ def test_no_stop_token_before_min_tokens():
 def test_nan_is_no_token(settings):
     logits = logits_like(1.0)
     logits[17] = math.nan
-    with pytest.raises(ArithmeticError, match="NaN"):
-        sample(logits[None], [state_of(SamplingParams(**settings))])
+    rows = torch.stack([logits_like(1.0), logits, logits_like(1.0, seed=2)])
+    states = [state_of(SamplingParams(**settings)) for _ in rows]
+    tokens, logprobs = sample(rows, states)
+    assert isinstance(tokens[1], ArithmeticError)
+    assert "NaN" in str(tokens[1])
+    assert logprobs[1] is None
+    for row in (0, 2):  # those beside it are as if alone
+        alone = sample(rows[row : row + 1], states[row : row + 1])
+        assert (tokens[row], logprobs[row]) == (alone[0][0], alone[1][0])

@@ -12,6 +12,7 @@ const parameters = [...at("parameters").querySelectorAll("input")];
 let turns = []; // { role, content }, by turns; an answer has { tokens, first, rate, ending, problem } too
 let running = null; // ends the answer that is under way
 let watching = false; // whether the load is being read
+let rest = 0; // seconds until it is read again
 
 // ---- sending
 
@@ -120,6 +121,7 @@ function show(turn) {
 function setRunning(control) {
   const focused = document.activeElement;
   running = control;
+  rest = 0;
   document.body.classList.toggle("answering", control !== null);
   at("send").hidden = control !== null;
   at("stop").hidden = control === null;
@@ -184,8 +186,9 @@ function askForKey(reason) {
 async function watchLoad() {
   if (watching) return;
   watching = true;
-  for (let second = 0; ; second += 1) {
-    if (!document.hidden && (running || second % 4 === 0)) {
+  for (;;) {
+    if (!document.hidden && (running || rest <= 0)) {
+      rest = 4;
       try {
         showLoad(await readLoad());
       } catch (error) {
@@ -193,6 +196,7 @@ async function watchLoad() {
         if (error.status === 404 || error.status === 401) break;
       }
     }
+    rest -= 1;
     await new Promise((resolve) => setTimeout(resolve, 1000));
   }
   watching = false;

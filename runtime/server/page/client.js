@@ -98,7 +98,8 @@ export async function* streamChat(body, signal) {
 
 /** The data of each server-sent event. */
 async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  const reader = response.body.getReader();
+  const decoder = new TextDecoder();
   let rest = "";
   for (;;) {
     let read;
@@ -108,7 +109,7 @@ async function* events(response) {
       throw error.name === "AbortError" ? error : new ServerError(CUT_OFF);
     }
     if (read.done) return;
-    const lines = (rest + read.value).split("\n");
+    const lines = (rest + decoder.decode(read.value, { stream: true })).split("\n");
     rest = lines.pop();
     for (const line of lines) {
       if (line.startsWith("data:")) yield line.slice(5).trim();

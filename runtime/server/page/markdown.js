@@ -165,7 +165,7 @@ function tableElement(rows) {
   const table = document.createElement("table");
   rows.forEach((row, n) => {
     const line = table.insertRow();
-    rows[0].forEach((_, column) => line.append(filled(n ? "td" : "th", row[column] ?? "")));
+    for (const cell of row.slice(0, rows[0].length)) line.append(filled(n ? "td" : "th", cell));
   });
   const frame = document.createElement("div");
   frame.className = "scroll";

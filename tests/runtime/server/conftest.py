@@ -47,12 +47,11 @@ class SlowModel(FakeModel):
         return super().forward(batch)
 
 
-@pytest.fixture
-def make_letters():
-    """A function that makes an LLM of `SlowModel` and `Letters`; closed at the end.
+def _made_letters():
+    """Context 200, vocabulary 97, blocks of 4 tokens.
 
-    Context 200, vocabulary 97, blocks of 4 tokens; what it generates looks random and is a
-    function of the whole prefix (`tests.runtime.fakes.naive`).
+    What it generates looks random and is a function of the whole prefix
+    (`tests.runtime.fakes.naive`).
     """
     made = []
 
@@ -72,6 +71,18 @@ def make_letters():
     for llm in made:
         llm.engine.model.delay = 0
         llm.close()
+
+
+@pytest.fixture
+def make_letters():
+    """A function that makes an LLM of `SlowModel` and `Letters`; closed at the end."""
+    yield from _made_letters()
+
+
+@pytest.fixture(scope="module")
+def make_module_letters():
+    """`make_letters` for what all tests of a module share."""
+    yield from _made_letters()
 
 
 @pytest.fixture(scope="session")
@@ -116,9 +127,7 @@ def app_of(llm, **settings):
     return make_app(service)
 
 
-@pytest.fixture
-def serve():
-    """A function that runs an app in uvicorn and gives its `Served`; stopped at the end."""
+def _serving():
     running = []
 
     def start(app):
@@ -128,6 +137,18 @@ def serve():
     yield start
     for served in running:
         served.stop()
+
+
+@pytest.fixture
+def serve():
+    """A function that runs an app in uvicorn and gives its `Served`; stopped at the end."""
+    yield from _serving()
+
+
+@pytest.fixture(scope="module")
+def serve_module():
+    """`serve` for what all tests of a module share."""
+    yield from _serving()
 
 
 def until(condition, seconds=5.0):

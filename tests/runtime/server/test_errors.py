@@ -6,6 +6,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
 from compress.core.errors import InputError
+from compress.runtime.engine import PromptTooLongError
+from compress.runtime.sampling_params import SettingError
 from compress.runtime.server.errors import ApiError, install_handlers
 
 
@@ -20,6 +22,19 @@ def url(serve):
     app = FastAPI()
     install_handlers(app)
 
+    def middleware(inner):
+        async def call(scope, receive, send):
+            async def marked(message):
+                if message["type"] == "http.response.start":
+                    message["headers"] = [*message["headers"], (b"x-seen", b"yes")]
+                await send(message)
+
+            await inner(scope, receive, marked)
+
+        return call
+
+    app.add_middleware(middleware)
+
     @app.post("/body")
     async def body(body: Body) -> int:
         return body.size
@@ -30,6 +45,8 @@ def url(serve):
             "api": ApiError(429, "full", code="busy", param="x", retry_after=2.6),
             "long": ApiError(503, "loading", retry_after=0.01),
             "input": InputError("size = 9; allowed is 0 to 5"),
+            "setting": SettingError("grammar", "grammar = 3; give a Grammar"),
+            "long_prompt": PromptTooLongError("a prompt of 9 tokens"),
             "bug": KeyError("a secret of the inside"),
         }[kind]
 
@@ -61,6 +78,12 @@ def test_bad_input_is_the_clients(url):
     response = httpx.get(f"{url}/raise/input")
     assert response.status_code == 400
     assert error(response)["message"] == "size = 9; allowed is 0 to 5"
+    response = httpx.get(f"{url}/raise/setting")
+    assert response.status_code == 400
+    assert error(response)["param"] == "response_format"
+    response = httpx.get(f"{url}/raise/long_prompt")
+    assert response.status_code == 413
+    assert error(response)["code"] == "context_length_exceeded"
 
 
 def test_a_mistake_of_ours_tells_nothing_of_the_inside(url):
@@ -69,6 +92,7 @@ def test_a_mistake_of_ours_tells_nothing_of_the_inside(url):
     assert "secret" not in response.text
     assert "Traceback" not in response.text
     assert error(response)["type"] == "server_error"
+    assert response.headers["x-seen"] == "yes"  # by a middleware: the answer passed through it
 
 
 def test_paths_and_methods(url):

@@ -72,7 +72,9 @@ def test_host_of(value, host):
     ],
 )
 def test_hosts(headers, status):
-    answer = ask(HostCheck(echo, ["localhost", "127.0.0.1"]), headers=headers)
+    app = HostCheck(echo, ["localhost", "127.0.0.1"], ["/health"])
+    assert ask(app, path="/health", headers=headers).status_code == 200
+    answer = ask(app, headers=headers)
     assert answer.status_code == status
     if status == 403:
         error = answer.json()["error"]

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from compress.runtime.sampling_params import SamplingParams
+from compress.runtime.server.process import raise_file_limit
 from tests.runtime.fakes import naive
 from tests.runtime.server.conftest import Letters, until
 
@@ -144,7 +146,7 @@ def test_a_signal_under_load_loses_no_output():
         if client.body["stream"]:
             assert client.events[-1] == b"[DONE]"
     assert code == 0, said
-    assert "12 requests have up to 20 s" in said
+    assert "unfinished requests: 12, which have up to 20 s" in said
 
 
 def test_what_does_not_finish_in_time_ends_with_an_error():
@@ -167,7 +169,7 @@ def test_what_does_not_finish_in_time_ends_with_an_error():
             assert client.status == 503
             assert json.loads(client.content)["error"]["code"] == "draining"
     assert code == 1
-    assert "4 requests were cut off" in said
+    assert "Requests that were cut off: 4" in said
     assert "Traceback" not in said
 
 
@@ -247,6 +249,17 @@ def test_one_line_a_request_and_nothing_of_what_it_said():
     assert "request-401 POST /v1/completions 401 0.0" in bad
     for word in ("secret", "private", "query", expected("private words", 7)):
         assert word not in said
+
+
+def test_as_many_open_files_as_are_allowed():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+        raise_file_limit()
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        assert most == min(hard if hard != resource.RLIM_INFINITY else 65536, 65536)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def in_flight(running: Process) -> tuple[int, int]:

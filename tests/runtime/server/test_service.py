@@ -181,7 +181,7 @@ def test_what_is_cut_off_gets_what_had_arrived_and_then_an_error(make_letters):
     assert number(service, "request_success_total", finished_reason="error") == 1
 
 
-def test_a_step_that_raises_fails_its_requests_and_no_later_one(make_letters):
+def test_a_step_that_raises_fails_its_requests_and_no_later_one(make_letters, caplog):
     llm = make_letters(delay=0.01)
     service = service_of(llm)
     llm.engine.model.fail_on = 90
@@ -200,6 +200,9 @@ def test_a_step_that_raises_fails_its_requests_and_no_later_one(make_letters):
 
     assert tokens_of(asyncio.run(run())) == naive(PROMPT, PARAMS)
     assert number(service, "request_success_total", finished_reason="error") == 2
+    (told,) = caplog.records  # once, though two requests got it
+    assert told.message == "the engine failed: the model broke"
+    assert told.exc_info
 
 
 def test_an_engine_that_keeps_failing_turns_health_red(make_letters):

@@ -17,7 +17,6 @@ class Bytes:
     eos_token_id = END
     bos_token_id = None
     all_special_ids = (USER, ANSWER, END, SYSTEM)
-    marks = {"user": chr(0xE000 + USER), "system": chr(0xE000 + SYSTEM)}
 
     def __call__(self, text, **_):
         ids = []
@@ -36,8 +35,8 @@ class Bytes:
         return {f"<{token}>": token for token in self.all_special_ids}
 
     def apply_chat_template(self, messages, **_):
-        answer, end = chr(0xE000 + ANSWER), chr(0xE000 + END)
-        marks = self.marks | {"assistant": answer}
+        user, answer, end, system = (chr(0xE000 + token) for token in self.all_special_ids)
+        marks = {"user": user, "assistant": answer, "system": system}
         return "".join(f"{marks[m['role']]}{m['content']}{end}" for m in messages) + answer
 
 
@@ -81,6 +80,8 @@ class ScriptedModel:
         return logits
 
     def _next(self, tokens):
+        if ANSWER not in tokens:  # what an engine asks itself after a fault
+            return END
         answer = len(tokens) - tokens[::-1].index(ANSWER)
         question = answer - tokens[:answer][::-1].index(USER)
         asked = bytes(t for t in tokens[question:answer] if t < 256).decode()
