@@ -316,8 +316,10 @@ class Engine:
             return [], []
         if flight.launched:
             tokens = flight.launched.tokens()
-            drawn = [token if token >= 0 else ArithmeticError(NAN) for token in tokens]
-            return drawn, [None] * len(tokens)
+            drawn: list[int | Exception] = [
+                token if token >= 0 else ArithmeticError(NAN) for token in tokens
+            ]
+            return drawn, [None] * len(drawn)
         logits, rows = flight.logits, [row for _, row in flight.drawn]
         assert logits is not None
         if rows != list(range(len(logits))):
