@@ -16,6 +16,7 @@ from compress.core.progress import say
 
 if TYPE_CHECKING:
     from compress.runtime.llm import LLM
+    from compress.runtime.server.service import ServerSettings, Service
 
 COUNT = click.IntRange(min=1)
 
@@ -54,6 +55,14 @@ COUNT = click.IntRange(min=1)
     "--max-tokens-per-step", type=COUNT, help="Most tokens in a batch.  [default: 512 on a CPU]"
 )
 @add_options(MODEL)
+@click.option(
+    "--replicas",
+    default=1,
+    show_default=True,
+    type=COUNT,
+    help="Engines, each in a process of its own with these settings; Ray Serve keeps them.  "
+    "Requests that begin alike go to the same one.",
+)
 @click.option("--metrics/--no-metrics", default=True, show_default=True, help="Serve GET /metrics.")
 @click.option(
     "--max-body-size", default="4MiB", show_default=True, type=Size(), help="Of a request."
@@ -85,6 +94,7 @@ def serve_command(
     dtype: str,
     head_bits: str | None,
     kv_cache_memory: int | None,
+    replicas: int,
     metrics: bool,
     max_body_size: int,
     drain_seconds: float,
@@ -100,6 +110,7 @@ def serve_command(
     Examples:
       compress serve smollm2-w4
       compress serve smollm2-w4 --port 0 --max-queued-requests 64 --json
+      compress serve smollm2-w4 --replicas 2
       COMPRESS_API_KEY=secret compress serve smollm2-w4 --host 0.0.0.0
     """
     from compress.runtime.server.listener import LOCAL_HOSTS, bind, is_local, url_of
@@ -124,6 +135,9 @@ def serve_command(
         metrics=metrics,
         drain_seconds=drain_seconds,
     )
+    service = Service(settings)
+    if replicas > 1:
+        service, kv_cache_memory = _replicated(settings, replicas, model, kv_cache_memory)
     choice = ModelChoice(model, dtype, head_bits, kv_cache_memory)
     output = sys.stdout
 
@@ -146,8 +160,20 @@ def serve_command(
             ready = {"url": url, "model": settings.model_names[0], "pid": os.getpid()}
             print(json.dumps(ready), file=output, flush=True)
 
-    with contextlib.redirect_stdout(sys.stderr):  # what libraries print
-        code = run(Service(settings), make_llm, listener, announce)
+    with contextlib.redirect_stdout(sys.stderr), contextlib.closing(service):  # libraries print
+        code = run(service, make_llm, listener, announce)
     # The engine may be in the middle of a step, which nothing waits for any more.
     sys.stderr.flush()
     os._exit(code)
+
+
+def _replicated(
+    settings: ServerSettings, replicas: int, model: str, kv_cache_memory: int | None
+) -> tuple[Service, int | None]:
+    """The service of several replicas, and the memory for the cache of each."""
+    from compress.core.source import resolve_model
+    from compress.runtime.server.replicas import ReplicatedService, cache_memory_of_each
+
+    service = ReplicatedService(settings, replicas)
+    resolve_model(model)  # a wrong name is known before Ray has started
+    return service, kv_cache_memory or cache_memory_of_each(replicas)

@@ -55,6 +55,7 @@ def make_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     install_handlers(app)
+    app.router.routes[:0] = service.first_routes()
     for router in ROUTERS:
         app.include_router(router)
     _add_state(app, service)

@@ -12,8 +12,10 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from starlette.requests import ClientDisconnect, Request
 from starlette.routing import BaseRoute, Match
 from starlette.types import Message, Receive, Scope, Send
 
@@ -21,6 +23,7 @@ from compress.core.errors import reason_of
 from compress.runtime.server.affinity import affinity_key
 from compress.runtime.server.errors import ApiError
 from compress.runtime.server.request_log import SECURITY_HEADERS, current_record
+from compress.runtime.server.sse import unless_gone
 
 if TYPE_CHECKING:
     from compress.runtime.server.replicas import ReplicatedService
@@ -49,18 +52,9 @@ class ReplicaRoute(BaseRoute):
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or leave it when the client has left."""
         self._service.check_ready()
-        body = await _body(receive)
-        answering = asyncio.ensure_future(self._answer(scope, body, send))
-        leaving = asyncio.ensure_future(_until_gone(receive))
-        with self._service.taking():
-            try:
-                await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
-                if answering.done():
-                    answering.result()
-            finally:
-                leaving.cancel()
-                if answering.cancel():
-                    await asyncio.wait((answering,))
+        body = await Request(scope, receive).body()  # the guards have bounded it
+        with self._service.taking(), suppress(ClientDisconnect):
+            await unless_gone(receive, self._answer(scope, body, send))
 
     async def _answer(self, scope: Scope, body: bytes, send: Send) -> None:
         request = _plain(scope)
@@ -92,15 +86,14 @@ class _Call:
         try:
             async with asyncio.timeout(SECONDS_TO_TAKE):
                 self._name = await anext(self._response)
-        except TimeoutError:
+        except Exception as error:  # Ray has asked the others, if one was gone
+            logger.error("no replica took a request: %s", reason_of(error))
             raise ApiError(
                 503,
-                f"no replica took the request within {SECONDS_TO_TAKE:g} seconds; try again",
+                "no replica could take the request; try again",
                 code="no_replica",
                 retry_after=SECONDS_TO_RETRY,
-            ) from None
-        except Exception as error:
-            raise _lost("a replica", error) from error
+            ) from error
         try:
             messages = await anext(self._response)
         except Exception as error:
@@ -112,17 +105,21 @@ class _Call:
         """Send the answer on.  Raises where a body breaks off that nothing can mend."""
         headers = [header for header in start["headers"] if header[0].lower() not in ADDED]
         await send({**start, "headers": headers})
-        more = True
-        try:
-            async for message in self._messages():
-                await send(message)
-                more = message.get("more_body", False)
-        except Exception as error:
-            lost = _lost(self._name, error)
-            if not _is_event_stream(start):
-                raise lost from error
-            await send(_body_message(b"data: " + lost.body() + b"\n\n"))
-            return
+        messages, more = self._messages(), True
+        while True:
+            try:
+                message = await anext(messages, None)
+            except Exception as error:
+                lost = _lost(self._name, error)
+                if not _is_event_stream(start):
+                    raise lost from error
+                event = b"data: " + lost.body() + b"\n\n"
+                message = {"type": "http.response.body", "body": event, "more_body": False}
+            if message is None:
+                break
+            self._note(message.pop("counts", None))
+            await send(message)
+            more = message.get("more_body", False)
         if more:
             raise RuntimeError(f"the answer of replica {self._name} ended in the middle")
 
@@ -134,16 +131,13 @@ class _Call:
         for message in self._rest:
             yield message
         async for item in self._response:
-            if isinstance(item, dict):
-                self._note(item)
-                return
             for message in item:
                 yield message
 
-    def _note(self, counts: dict[str, Any]) -> None:
+    def _note(self, counts: dict[str, Any] | None) -> None:
         """Put the replica's counts in this process' request log."""
         record = current_record.get()
-        if record is not None and "prompt_tokens" in counts:
+        if record is not None and counts:
             record.prompt_tokens = counts["prompt_tokens"]
             record.output_tokens = counts["output_tokens"]
             if counts["first"] is not None:
@@ -172,25 +166,6 @@ def _plain(scope: Scope) -> dict[str, Any]:
     return {**plain, "client": scope.get("client"), "server": scope.get("server")}
 
 
-async def _body(receive: Receive) -> bytes:
-    """The whole body; the guards have bounded it."""
-    parts, more = [], True
-    while more:
-        message = await receive()
-        parts.append(message.get("body", b""))
-        more = message.get("more_body", False)
-    return b"".join(parts)
-
-
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 def _is_event_stream(start: Message) -> bool:
     types = [value for name, value in start["headers"] if name.lower() == b"content-type"]
     return any(value.startswith(b"text/event-stream") for value in types)
-
-
-def _body_message(body: bytes) -> Message:
-    return {"type": "http.response.body", "body": body, "more_body": False}

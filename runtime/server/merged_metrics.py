@@ -1,8 +1,8 @@
 """/metrics of several replicas in one text: the same names, with a label `replica` more.
 
-Metrics of a process that have no such label are of the process in front.
-What HTTP requests were refused is counted where clients are answered, not by the replicas, since what
-one of them refuses another may have taken.
+Metrics of a process that have no such label are of the process in front.  What HTTP requests were
+refused is counted where clients are answered, not by the replicas, since what one of them refuses
+another may have taken.
 """
 
 from __future__ import annotations

@@ -3,13 +3,14 @@
 A request comes as its ASGI scope and its body, and goes through the same application as in a server
 of one process.  The answer goes back as a stream of items:
 
-    the replica's name               it has the request
-    [message, ...]                   ASGI messages, as they come; those that wait go together
-    {"prompt_tokens": ..., ...}      what the request log says, after the last message
+    the replica's name      it has the request
+    [message, ...]          ASGI messages, as they come; those that wait go together
 
-Relied on, of Ray Serve 2.60: an asynchronous generator of a deployment is a streaming method; when the
-caller cancels, or is gone, it gets a CancelledError where it waits; an exception of `check_health`
-has the replica replaced.
+The last message has "counts" besides, for the request log of the process in front.
+
+Relied on, of Ray Serve 2.60: an asynchronous generator of a deployment is a streaming method; when
+the caller cancels, or is gone, it gets a CancelledError where it waits; an exception of
+`check_health` has the replica replaced.
 """
 
 from __future__ import annotations
@@ -37,14 +38,8 @@ MOST_MESSAGES = 64  # of one answer that wait to be sent; then the application w
 class Replica:
     """The deployment.  Raises what `make_llm` raises, and Ray tells it to who started it."""
 
-    def __init__(
-        self, settings: ServerSettings, make_llm: Callable[[], LLM], threads: int | None
-    ) -> None:
+    def __init__(self, settings: ServerSettings, make_llm: Callable[[], LLM]) -> None:
         _listen_on_loopback()
-        if threads:
-            import torch
-
-            torch.set_num_threads(threads)
         self.name = serve.get_replica_context().replica_id.unique_id
         self._service = Service(settings)
         self._service.attach(make_llm())
@@ -63,7 +58,6 @@ class Replica:
         try:
             while messages := await answer.messages():
                 yield messages
-            yield answer.counts()
         finally:  # the client may have left in the middle
             task.cancel()
 
@@ -93,8 +87,6 @@ class Answer:
         self._body: bytes | None = body
         self._waiting: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(MOST_MESSAGES)
         self._started = False
-        self._whole = False
-        self._record: RequestRecord | None = None
 
     async def run(self, app: Any, scope: dict[str, Any]) -> None:
         """Run the application to its end.  An exception of its own is logged and answered."""
@@ -116,18 +108,6 @@ class Answer:
             self._waiting.put_nowait(None)
         return _merged([message for message in messages if message is not None])
 
-    def counts(self) -> dict[str, Any]:
-        """What belongs in the request log; `first` in seconds from the request's arrival here."""
-        if self._record is None:
-            return {"whole": self._whole}
-        record = self._record
-        return {
-            "whole": self._whole,
-            "prompt_tokens": record.prompt_tokens,
-            "output_tokens": record.output_tokens,
-            "first": None if record.first_token is None else record.first_token - record.arrived,
-        }
-
     async def _receive(self) -> dict[str, Any]:
         if self._body is None:
             # Who asks now wants to know whether the client has left; then this task is cancelled.
@@ -136,11 +116,20 @@ class Answer:
         return {"type": "http.request", "body": body, "more_body": False}
 
     async def _send(self, message: dict[str, Any]) -> None:
-        self._record = current_record.get()
         self._started = True
+        message = dict(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self._whole = True
-        await self._waiting.put(dict(message))
+            message["counts"] = _counts(current_record.get())
+        await self._waiting.put(message)
+
+
+def _counts(record: RequestRecord | None) -> dict[str, Any]:
+    """What belongs in the request log; `first` in seconds from the request's arrival here."""
+    if record is None:
+        return {}
+    first = None if record.first_token is None else record.first_token - record.arrived
+    tokens = {"prompt_tokens": record.prompt_tokens, "output_tokens": record.output_tokens}
+    return {**tokens, "first": first}
 
 
 def scope_of(request: dict[str, Any]) -> dict[str, Any]:
@@ -162,8 +151,7 @@ def _merged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for message in messages:
         before = merged[-1] if merged else None
         if before is not None and before["type"] == message["type"] == "http.response.body":
-            before["body"] = before.get("body", b"") + message.get("body", b"")
-            before["more_body"] = message.get("more_body", False)
+            merged[-1] = {**message, "body": before.get("body", b"") + message.get("body", b"")}
         else:
             merged.append(message)
     return merged

@@ -1,10 +1,10 @@
 """How Ray Serve chooses a replica for a request: by `compress.runtime.server.affinity`.
 
 Relied on, of Ray 2.60's interface for routers (`ray.serve.request_router`, public, alpha):
-`choose_replicas` returns lists of replicas, best first, and the next list is tried when no replica of
-the one before takes the request; a replica that has died is not among the candidates; the number of
-requests that each is busy with is in `replica_queue_len_cache`, None when nothing was heard for a
-while.  The key comes as the handle's `session_id`, and what was tried already as the argument
+`choose_replicas` returns lists of replicas, best first, and the next list is tried when no replica
+of the one before takes the request; a replica that has died is not among the candidates; the number
+of requests that each is busy with is in `replica_queue_len_cache`, None when nothing was heard for
+a while.  The key comes as the handle's `session_id`, and what was tried already as the argument
 `tried` of the call.
 """
 

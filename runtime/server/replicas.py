@@ -1,15 +1,15 @@
 """`compress serve --replicas N`: N engines, each in a process of its own, behind one address.
 
-    HTTP -> this process: guards, log, choice of a replica -> replica: the same application -> engine
+    HTTP -> this process: guards, log, which replica -> replica: the same application -> engine
 
-Ray Serve starts the replicas, asks after their health, replaces those that die, and carries requests
-and answers (gRPC on the loopback interface); `replica_router` tells it which replica to take.  HTTP is
-ours, not Ray's proxy, so that what a client sees is what a server of one process shows.
+Ray Serve starts the replicas, asks after their health, replaces those that die, and carries
+requests and answers (gRPC on the loopback interface); `replica_router` tells it which replica to
+take.  HTTP is ours, not Ray's proxy, so that a client sees what a server of one process shows.
 
 Relied on, of Ray 2.60:
 - `serve.start(proxy_location="Disabled")` and `route_prefix=None`: no HTTP of Ray's.
-- RAY_SERVE_USE_GRPC_BY_DEFAULT and RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP=0: an item of a stream costs
-  this process half of what it costs through Ray's object store and a loop of the router's own.
+- RAY_SERVE_USE_GRPC_BY_DEFAULT and RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP=0: an item of a stream
+  costs this process half of what it costs through Ray's objects and a loop of the router's own.
 - RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 has Ray's processes listen on 127.0.0.1, as they do on those
   systems; RAY_AUTH_MODE=token with a token made here has them refuse who does not know it.
 """
@@ -24,19 +24,18 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import psutil
-from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from compress.core.errors import InputError, reason_of
-from compress.runtime.server.app import make_app
 from compress.runtime.server.forward import ReplicaRoute
 from compress.runtime.server.merged_metrics import merged
 from compress.runtime.server.metrics import CONTENT_TYPE
@@ -59,10 +58,10 @@ ENVIRONMENT = {
     "RAY_enable_metrics_collection": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # memory is the system's to watch, as in one process
     "RAY_worker_niceness": "0",  # of Ray's own is 15: replicas would give way to anything
+    "RAY_COLOR_PREFIX": "0",  # of what replicas say on standard error
     "RAY_AUTH_MODE": "token",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_SERVE_LOG_TO_STDERR": "0",
 }
 
 
@@ -70,10 +69,19 @@ class ReplicatedService(Service):
     """The replicas, as the application and the process see them."""
 
     def __init__(self, settings: ServerSettings, replicas: int) -> None:
-        """Raises InputError without Ray."""
+        """Raises InputError without Ray, and with fewer GPUs than replicas where there are any."""
+        import torch
+
+        self._gpus = torch.cuda.device_count()
+        if 0 < self._gpus < replicas:
+            raise InputError(
+                f"--replicas {replicas}: each needs a GPU of its own, and here are {self._gpus}; "
+                f"give at most {self._gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+            )
+        self._threads = max(1, torch.get_num_threads() // replicas)
         os.environ.update(ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))  # read at the import
         try:
-            import ray.serve
+            import ray.serve  # noqa: F401
         except ImportError:
             raise InputError(
                 "--replicas needs Ray Serve; run pip install 'compress-llm[ray]'"
@@ -87,28 +95,33 @@ class ReplicatedService(Service):
         self._folder = ""  # of Ray's sockets and logs
         self._others: list[psutil.Process] = []  # this process' children that are not Ray's
         self._handle: Any = None
+        self._connected = False  # to Ray
         self._thread: threading.Thread | None = None
+        self._started = threading.Event()  # or it was tried
         self._closing = threading.Event()
 
     def load(
         self,
         make_llm: Callable[[], LLM],
         on_ready: Callable[[], None],
-        on_failure: Callable[[Exception], None],
+        on_failure: Callable[[BaseException], None],
     ) -> None:
         """Start the replicas in a thread, each with a model of `make_llm`, which has to pickle."""
+
+        import ray
 
         def run() -> None:
             try:
                 self._start(make_llm)
-            except Exception as error:
+            except BaseException as error:
                 on_failure(error)
             else:
                 self._running = self.replicas
                 on_ready()
+            self._started.set()
             # The system ends Ray's processes when the thread that started them ends.
             self._closing.wait()
-            self._end()
+            ray.shutdown()
 
         self._thread = threading.Thread(target=run, name="replicas", daemon=True)
         self._thread.start()
@@ -149,21 +162,40 @@ class ReplicatedService(Service):
             request_serialization="pickle", response_serialization="pickle",
         ).remote(request, body, tried=tried)  # fmt: skip
 
-    async def metrics_text(self) -> bytes:
-        """/metrics of all."""
-        texts = {str(rank): text for rank, text in await self._ask("metrics")}
-        return merged(self.metrics.text(), dict(sorted(texts.items())))
+    def first_routes(self) -> list[BaseRoute]:
+        """What goes on to a replica, and /metrics of all."""
+        routes: list[BaseRoute] = [ReplicaRoute(self)]
+        if self.settings.metrics:
+            routes.append(Route("/metrics", self._metrics))
+        return routes
+
+    async def _metrics(self, _: Request) -> Response:
+        answers = []
+        with contextlib.suppress(TimeoutError):
+            answers = await self._ask("metrics") if self._running is not None else []
+        texts = {str(rank): text for rank, text in answers}
+        text = merged(self.metrics.text(), dict(sorted(texts.items())))
+        return Response(text, media_type=CONTENT_TYPE)
 
     async def watch(self) -> None:
         """For ever: see how many replicas work."""
+        while self._running is None:
+            await asyncio.sleep(POLL / 20)
+            if self._connected:
+                _take_back_signals()
         while True:
             await asyncio.sleep(POLL)
-            if self._running is None:
+            try:
+                answers = await self._ask("health")
+            except TimeoutError:
+                logger.warning("a replica says nothing for %g s", SECONDS_TO_ANSWER)
+                continue  # Ray will replace it; the others work
+            except Exception as error:
+                logger.warning("the replicas cannot be asked: %s", reason_of(error))
                 continue
-            answers = await self._ask("health")
-            running = sum(ok for ok, _ in answers)
             for reason in (reason for ok, reason in answers if not ok):
                 logger.error("a replica has failed: %s", reason)
+            running = sum(ok for ok, _ in answers)
             if running != self._running:
                 logger.warning("%d of %d replicas work", running, self.replicas)
             self._running = running
@@ -176,42 +208,51 @@ class ReplicatedService(Service):
 
     def close(self) -> None:
         """End the replicas and Ray's processes."""
+        if self._thread is None:
+            return
+        # Nothing is left to do for them, and they would take their time to end; some of Ray's
+        # helpers outlive the rest otherwise.
+        started = [p for p in psutil.Process().children(recursive=True) if p not in self._others]
+        _kill([process for process in started if process.ppid() != os.getpid()])
         self._closing.set()
-        if self._thread is not None:
+        if self._started.is_set():
             self._thread.join(SECONDS_TO_END)
+        _kill(started)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _ask(self, method: str) -> list[Any]:
-        """What each replica says; those that do not are left out."""
-        if self._running is None:
-            return []
+        """What each replica says, but for those that died.  TimeoutError if one is mute."""
+        from ray.serve.exceptions import DeploymentUnavailableError
+
         try:
             answers = await self._handle.broadcast(method).results_async(
                 timeout_s=SECONDS_TO_ANSWER, return_exceptions=True
             )
-        except Exception as error:  # Ray says so when there is none
-            logger.warning("no replica answers: %s", reason_of(error))
+        except DeploymentUnavailableError:  # there is none
             return []
         return [answer for answer in answers if not isinstance(answer, BaseException)]
 
     def _start(self, make_llm: Callable[[], LLM]) -> None:
         """Start Ray and the replicas; returns when all have their model."""
-        import torch
-
         self._others = psutil.Process().children(recursive=True)
         self._folder = tempfile.mkdtemp(prefix="compress-")  # a socket's path has to be short
-        _start_ray(self._folder, self.replicas, torch.cuda.device_count())
+        _start_ray(self._folder, self.replicas, self._threads, self._gpus)
+        self._connected = True
         from ray import serve
+        from ray.serve.schema import LoggingConfig
 
         from compress.runtime.server.replica import Replica
 
-        gpus = torch.cuda.device_count()
+        quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
+        serve.start(proxy_location="Disabled", logging_config=quiet)
         deployment = serve.deployment(Replica).options(
             num_replicas=self.replicas,
-            ray_actor_options={"num_cpus": 1, "num_gpus": min(1.0, gpus / self.replicas)},
+            ray_actor_options={"num_cpus": self._threads, "num_gpus": 1 if self._gpus else 0},
+            logging_config=quiet,
             max_ongoing_requests=MOST_REQUESTS,
             max_constructor_retry_count=1,
             health_check_period_s=POLL,
-            health_check_timeout_s=60,
+            health_check_timeout_s=30,
             graceful_shutdown_wait_loop_s=0.1,
             graceful_shutdown_timeout_s=1,
             request_router_config={
@@ -219,38 +260,27 @@ class ReplicatedService(Service):
             },
         )
         settings = dataclasses.replace(self.settings, api_keys=(), allowed_hosts=None)
-        threads = max(1, torch.get_num_threads() // self.replicas)
         try:
             self._handle = serve.run(
-                deployment.bind(settings, make_llm, threads), name=NAME, route_prefix=None
+                deployment.bind(settings, make_llm), name=NAME, route_prefix=None
             )
         except Exception as error:
             raise _failure(_status_message() or str(error)) from error
 
 
-    def _end(self) -> None:
-        import ray
+def cache_memory_of_each(replicas: int) -> int | None:
+    """Bytes for a replica's cache where nobody says: a share of one server's.  None on GPUs."""
+    import torch
 
-        # Nothing is left to do for them, and they would take their time to end; some of Ray's
-        # helpers outlive the rest otherwise.
-        started = [p for p in psutil.Process().children(recursive=True) if p not in self._others]
-        _kill([process for process in started if process.ppid() != os.getpid()])
-        ray.shutdown()
-        _kill(started)
-        shutil.rmtree(self._folder, ignore_errors=True)
+    from compress.runtime.llm import cache_memory
+
+    return None if torch.cuda.is_available() else cache_memory(torch.device("cpu")) // replicas
 
 
-def make_replicated_app(service: ReplicatedService) -> FastAPI:
-    """The application of the process in front: what needs a model goes on to a replica."""
-    app = make_app(service)
-
-    async def metrics(_: Request) -> Response:
-        return Response(await service.metrics_text(), media_type=CONTENT_TYPE)
-
-    if service.settings.metrics:
-        app.router.routes.insert(0, Route("/metrics", metrics))
-    app.router.routes.insert(0, ReplicaRoute(service))
-    return app
+def _take_back_signals() -> None:
+    """Undo what Ray did to SIGTERM, below Python: it would print where the process was."""
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    signal.siginterrupt(signal.SIGTERM, False)
 
 
 def _kill(processes: list[psutil.Process]) -> None:
@@ -259,23 +289,19 @@ def _kill(processes: list[psutil.Process]) -> None:
             process.kill()
 
 
-def _start_ray(folder: str, replicas: int, gpus: int) -> None:
+def _start_ray(folder: str, replicas: int, threads: int, gpus: int) -> None:
     import ray
 
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # the replicas inherit it
     ray.init(
         address="local",
-        num_cpus=replicas,
+        num_cpus=replicas * threads,
         num_gpus=gpus,
         object_store_memory=OBJECT_STORE,
         include_dashboard=False,
         configure_logging=False,
         _temp_dir=folder,
     )
-    from ray import serve
-    from ray.serve.schema import LoggingConfig
-
-    quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
-    serve.start(proxy_location="Disabled", logging_config=quiet)
 
 
 def _status_message() -> str:

@@ -26,6 +26,8 @@ from compress.runtime.server.metrics import Metrics
 from compress.runtime.server.request_log import current_record
 
 if TYPE_CHECKING:
+    from starlette.routing import BaseRoute
+
     from compress.runtime.llm import LLM
     from compress.runtime.sampling_params import SamplingParams
 
@@ -162,6 +164,13 @@ class Service:
                 retry_after=SECONDS_TO_RECOVER,
             )
         )
+
+    def first_routes(self) -> list[BaseRoute]:
+        """Routes of the application that come before its own: none here."""
+        return []
+
+    def close(self) -> None:
+        """End what was started beside this process: nothing here."""
 
     async def watch(self) -> None:
         """For ever: where a fault lasts, tell those who wait for the engine."""

@@ -4,6 +4,7 @@ Arguments are JSON: {"delay": seconds a step, "load": seconds, "settings": {...}
 Its first line on standard output is its URL, once it is ready.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -30,10 +31,18 @@ def main() -> int:
         model.delay = given.get("delay", 0.0)
         sequences = given.get("max_sequences", 64)
         engine = Engine(model, 400, max_sequences=sequences, seed=3, tokenizer=tokenizer)
-        return LLM.from_engine(engine, tokenizer)
+        return LLM.from_engine(
+            engine, tokenizer, max_queued_requests=given.get("max_queued_requests")
+        )
 
-    service = Service(ServerSettings(("slow",), **given.get("settings", {})))
-    return run(service, make_llm, listener, lambda: print("ready", flush=True))
+    settings = ServerSettings(("slow",), **given.get("settings", {}))
+    service = Service(settings)
+    if given.get("replicas"):
+        from compress.runtime.server.replicas import ReplicatedService
+
+        service = ReplicatedService(settings, given["replicas"])
+    with contextlib.closing(service):
+        return run(service, make_llm, listener, lambda: print("ready", flush=True))
 
 
 if __name__ == "__main__":
