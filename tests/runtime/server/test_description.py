@@ -53,6 +53,8 @@ def test_every_route(description, kind, method, path):
     impossible = [check for check in checks if check.__name__ == "positive_data_acceptance"]
     assert len(impossible) == 1
 
+    statuses = set()
+
     @settings(
         max_examples=EXAMPLES,
         deadline=None,
@@ -62,9 +64,11 @@ def test_every_route(description, kind, method, path):
     )
     @given(case=cases)
     def ask(case):
-        case.call_and_validate(timeout=20, excluded_checks=impossible)
+        response = case.call_and_validate(timeout=20, excluded_checks=impossible)
+        statuses.add(response.status_code)
 
     ask()
+    assert (200 in statuses) == (kind == "POSITIVE" and "{name}" not in path)
 
 
 def test_the_list_of_routes_is_whole(url):
@@ -89,3 +93,24 @@ def test_answers_fit_their_models_to_the_letter(url):
     body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3, "logprobs": True}
     answer = httpx.post(f"{url}/v1/chat/completions", json=body | {"top_logprobs": 3}).content
     ChatCompletion.model_validate_json(answer, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["a", "b"], "logprobs": 1, "echo": True}),
+        ("/v1/completions", {"prompt": "a", "stream_options": {"include_usage": True}}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 2}),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [{"role": "user", "content": "a"}],
+                "stream_options": {"include_usage": True},
+                "logprobs": True,
+            },
+        ),
+    ],
+)
+def test_the_events_of_a_stream_are_described(description, path, body):
+    case = description[path]["POST"].Case(body=body | {"stream": True, "max_tokens": 3})
+    assert case.call_and_validate().status_code == 200
