@@ -87,7 +87,10 @@ async def _run(
     def fail(error: BaseException) -> None:
         loop.call_soon_threadsafe(_set, ending, error)
 
-    service.load(make_llm, lambda: loop.call_soon_threadsafe(on_ready), fail)
+    def succeed() -> None:
+        loop.call_soon_threadsafe(on_ready)
+
+    service.load(make_llm, succeed, fail)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
     failure = ending.exception() if ending.done() else None
