@@ -114,6 +114,10 @@ class GrammarCompiler:
             raise SettingError(found.name, str(found))
         return found
 
+    def knows(self, grammar: Grammar) -> bool:
+        """Whether to compile it takes no time."""
+        return self._find(grammar) is not None
+
     def _find(self, grammar: Grammar) -> Matcher | SettingError | None:
         with self._looking:
             if grammar in self._kept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,7 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
+from compress.core.errors import shown
 from compress.runtime.llm import LLM
 from compress.runtime.outputs import CompletionOutput, Increment
 from compress.runtime.sampling_params import SamplingParams
@@ -27,7 +29,8 @@ T = TypeVar("T")
 CLIENT_GONE = 499  # nobody gets this status, but the log has it
 # One thread, and no other work's: grammars are compiled one at a time whoever asks.
 COMPILING = ThreadPoolExecutor(1, "grammars")
-LONG = 20_000  # characters; tokenizing more takes milliseconds, which no other request should wait
+LONG = 20_000  # characters; more take milliseconds, which no other request should wait
+PIECE = 100  # characters that take as long as a prompt, message or log-probability by itself
 
 
 def service_of(request: Request) -> Service:
@@ -41,40 +44,47 @@ def model_name(service: Service, asked: str | None) -> str:
     if asked is not None and asked not in names:
         raise ApiError(
             404,
-            f"there is no model '{asked:.200}'; allowed is {', '.join(names)}",
+            f"there is no model {shown(asked)}; allowed is {', '.join(names)}",
             param="model",
             code="model_not_found",
         )
     return asked or names[0]
 
 
-async def tokens_of(llm: LLM, prompt: str, add_special_tokens: bool | None) -> list[int]:
-    """Token ids of a prompt; special tokens are added unless told otherwise."""
+async def tokens_of(
+    llm: LLM, prompts: Sequence[str] | Sequence[list[int]], add_special_tokens: bool | None
+) -> list[list[int]]:
+    """Token ids of each prompt; special tokens are added to text unless told otherwise."""
     more = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
 
-    def encode() -> list[int]:
-        return llm.tokenizer(prompt, verbose=False, **more)["input_ids"]
+    def encode() -> list[list[int]]:
+        return [
+            llm.tokenizer(prompt, verbose=False, **more)["input_ids"]
+            if isinstance(prompt, str)
+            else prompt
+            for prompt in prompts
+        ]
 
-    return await _off_the_loop(encode, len(prompt))
+    return await off_the_loop(encode, sum(PIECE + len(prompt) for prompt in prompts))
 
 
 async def tokens_of_chat(llm: LLM, messages: Sequence[Message]) -> list[int]:
     """Token ids of a conversation, up to the beginning of its answer."""
     given = [message.for_template() for message in messages]
-    size = sum(len(message["content"]) for message in given)
-    return await _off_the_loop(lambda: llm.chat_prompt(given), size)
+    size = sum(PIECE + len(message["content"]) for message in given)
+    return await off_the_loop(lambda: llm.chat_prompt(given), size)
 
 
 async def learn_grammar(llm: LLM, params: SamplingParams) -> None:
     """Compile a grammar that was not seen before, which takes up to seconds, in a thread."""
-    if params.grammar is not None:
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(COMPILING, llm.engine.grammars.compile, params.grammar)
+    grammar, grammars = params.grammar, llm.engine.grammars
+    if grammar is not None and not grammars.knows(grammar):
+        await asyncio.get_running_loop().run_in_executor(COMPILING, grammars.compile, grammar)
 
 
-async def _off_the_loop(work: Callable[[], T], characters: int) -> T:
-    """Do `work` in a thread where it is long."""
-    return await asyncio.to_thread(work) if characters > LONG else work()
+async def off_the_loop(work: Callable[[], T], size: int) -> T:
+    """Do `work` in a thread where it is long; `size` is about what it takes, in characters."""
+    return await asyncio.to_thread(work) if size > LONG else work()
 
 
 def head(kind: str, model: str, prefix: str) -> dict[str, Any]:
@@ -95,7 +105,9 @@ async def in_one_piece(
         return Response(status_code=CLIENT_GONE)
     finally:
         await close(streams)
-    return JSONResponse(answer(outputs))
+    found = list(itertools.chain(*outputs))
+    size = sum(len(output.text) + PIECE * len(output.logprobs or ()) for output in found)
+    return await off_the_loop(lambda: JSONResponse(answer(outputs)), size)
 
 
 async def whole(streams: Sequence[MeteredStream]) -> list[list[CompletionOutput]]:

@@ -30,6 +30,7 @@ TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 NAMES = {"grammar": "response_format", "prompt_logprobs": "logprobs"}  # of settings in the API
 CODES = ("unknown_parameter", "unsupported_parameter")  # of mistakes in a body
 LONGEST_PARAM = 200  # characters; it may hold names that a client made up
+MOST_SHOWN = 20  # entries of a list or table that a message quotes
 MOST_REPORTED = 3  # mistakes of one body that its message names
 
 
@@ -192,4 +193,10 @@ def _line(error: Mapping[str, Any]) -> str:
     message = error["msg"][:1].lower() + error["msg"][1:]
     if "name" in error.get("ctx", {}):  # the value is the object around it
         return f"{path}: {message}"
-    return f"{path or 'the body'} = {shown(error['input'])}: {message}"
+    return f"{path or 'the body'} = {_shown(error['input'])}: {message}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | dict) and len(value) > MOST_SHOWN:
+        return f"({len(value)} entries)"
+    return shown(value)

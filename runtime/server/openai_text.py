@@ -39,7 +39,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         prompt_logprobs=body.logprobs if body.echo else None,
     )
     await answering.learn_grammar(llm, params)
-    tokens = [await _tokens(llm, prompt, body) for prompt in body.prompt]
+    tokens = await answering.tokens_of(llm, body.prompt, body.add_special_tokens)
     echoes = [_echo(llm, prompt) if body.echo else None for prompt in body.prompt]
     streams = service.submit(tokens, [params] * len(tokens))
     head = answering.head("text_completion", model, "cmpl")
@@ -65,12 +65,6 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         return head | {"choices": found, "usage": answering.usage(streams, generated)}
 
     return await answering.in_one_piece(request, streams, answer)
-
-
-async def _tokens(llm: LLM, prompt: str | list[int], body: CompletionRequest) -> list[int]:
-    if isinstance(prompt, str):
-        return await answering.tokens_of(llm, prompt, body.add_special_tokens)
-    return prompt
 
 
 def _echo(llm: LLM, prompt: str | list[int]) -> str:

@@ -28,8 +28,11 @@ from pydantic_core import PydanticCustomError
 from compress.core.errors import nearest, shown
 from compress.runtime.sampling_params import SamplingParams
 
+LONGEST_NAME = 100  # characters that an error quotes
 MOST_STOPS = 16  # each is looked for at every token
 LONGEST_STOP = 1000  # characters
+MOST_ENTRIES = 10_000  # of a list or table but a prompt: each costs time before any work begins
+MOST_PROMPTS = 2048  # of one request
 MOST_OUTPUTS = 128  # n, as OpenAI's
 
 UNSUPPORTED_CODE = "unsupported_parameter"
@@ -111,10 +114,24 @@ def utf8(text: str) -> str:
     return text
 
 
+def _not_too_many(table: Any) -> Any:
+    """Refuse a long table before its entries are looked at, and an error is kept for each."""
+    if isinstance(table, dict) and len(table) > MOST_ENTRIES:
+        raise PydanticCustomError("table", "allowed are {count} entries", {"count": MOST_ENTRIES})
+    return table
+
+
 Text = Annotated[str, AfterValidator(utf8)]
 TokenId = Annotated[int, Field(ge=0)]
 TokenKey = Annotated[str, Field(pattern="^[0-9]{1,9}$")]  # a token id, as JSON's objects have it
 Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+Biases = Annotated[
+    dict[TokenKey, Bias], Field(max_length=MOST_ENTRIES), BeforeValidator(_not_too_many)
+]
+Metadata = Annotated[
+    dict[str, Text], Field(max_length=MOST_ENTRIES), BeforeValidator(_not_too_many)
+]
 
 
 class Body(BaseModel):
@@ -136,7 +153,7 @@ class Body(BaseModel):
                 if value is not None or fields[name].is_required():
                     kept[name] = value
             elif name not in cls.unsupported:
-                hint = nearest(name, fields)
+                hint = nearest(name[:LONGEST_NAME], fields)
                 raise _mistake("unknown_parameter", name, f"there is no such parameter{hint}")
             elif value is not None and not _among(value, cls.unsupported[name]):
                 why = f"{shown(value)} is not supported; {_remedy(cls.unsupported[name])}"
@@ -146,7 +163,7 @@ class Body(BaseModel):
 
 def _mistake(kind: str, name: str, why: str) -> PydanticCustomError:
     """What is wrong with the parameter `name` of a body."""
-    name = name.encode(errors="backslashreplace").decode()
+    name = name[:LONGEST_NAME].encode(errors="backslashreplace").decode()
     return PydanticCustomError(kind, "{why}", {"name": name, "why": why})  # type: ignore[arg-type]
 
 
@@ -224,23 +241,20 @@ class Generation(Body):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int | None = Field(None, ge=1, le=MOST_OUTPUTS)
     stop: Stops = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: TokenIds | None = Field(None, max_length=MOST_ENTRIES)
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0)
-    logit_bias: (
-        dict[
-            Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]
-        ]
-        | None
-    ) = Field(None, description="From token ids to what is added to their logits.")
+    logit_bias: Biases | None = Field(
+        None, description="From token ids to what is added to their logits."
+    )
     response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = Field(None, description="Has no effect.")
-    metadata: dict[str, Text] | None = Field(None, description="Has no effect.")
+    metadata: Metadata | None = Field(None, description="Has no effect.")
     store: bool | None = Field(None, description="Only false: nothing is stored.")
     service_tier: str | None = Field(None, description="Only auto and default.")
     safety_identifier: Text | None = Field(None, description="Has no effect.")
@@ -292,13 +306,15 @@ class Generation(Body):
 def _prompts(value: Any) -> list[str] | list[list[int]]:
     """One prompt or several as a list.  By hand: a union of types takes seconds for long lists."""
     several = [value] if isinstance(value, str) or _is_tokens(value) else value
-    if isinstance(several, list) and several:
+    if isinstance(several, list) and 0 < len(several) <= MOST_PROMPTS:
         if all(isinstance(prompt, str) for prompt in several):
             return [utf8(prompt) for prompt in several]
         if all(_is_tokens(prompt) for prompt in several):
             return several
     raise PydanticCustomError(
-        "prompt", "allowed is text, a list of token ids, or a list of several of either"
+        "prompt",
+        "allowed is text, a list of token ids, or a list of up to {count} of either",
+        {"count": MOST_PROMPTS},
     )
 
 
@@ -316,8 +332,8 @@ Prompts = Annotated[
             "anyOf": [
                 _TEXT,
                 _TOKENS,
-                {"type": "array", "items": _TEXT, "minItems": 1},
-                {"type": "array", "items": _TOKENS, "minItems": 1},
+                {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": MOST_PROMPTS},
+                {"type": "array", "items": _TOKENS, "minItems": 1, "maxItems": MOST_PROMPTS},
             ]
         }
     ),
@@ -368,8 +384,9 @@ def _shape(content: Any) -> str | None:
     return {str: "(text)", list: "(parts)"}.get(type(content))
 
 
+Parts = Annotated[list[TextPart], Field(max_length=MOST_ENTRIES, fail_fast=True)]
 Content = Annotated[
-    Annotated[Text, Tag("(text)")] | Annotated[list[TextPart], Tag("(parts)")],
+    Annotated[Text, Tag("(text)")] | Annotated[Parts, Tag("(parts)")],
     Discriminator(
         _shape,
         custom_error_type="content",
@@ -402,7 +419,7 @@ class Message(Body):
         return {"role": role, "content": text} | named
 
 
-Messages = Annotated[list[Message], Field(min_length=1)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_ENTRIES, fail_fast=True)]
 
 
 class ChatRequest(Generation):
@@ -451,7 +468,7 @@ class DetokenizeRequest(Body):
     """Tokens to be turned into text."""
 
     model: Text | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds
 
 
 def _grammar(wanted: ResponseFormat) -> Any:

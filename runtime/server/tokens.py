@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
 
 from compress.core.errors import shown
 from compress.runtime.server import answering
@@ -17,7 +16,7 @@ router = APIRouter(responses=ERRORS)
 
 
 @router.post("/tokenize", response_model=Tokens)
-async def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
+async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     """Count and show the tokens of a text or a conversation."""
     service = answering.service_of(request)
     answering.model_name(service, body.model)
@@ -25,21 +24,25 @@ async def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
     if body.messages is not None:
         tokens = await answering.tokens_of_chat(llm, body.messages)
     else:
-        tokens = await answering.tokens_of(llm, body.prompt or "", body.add_special_tokens)
-    entries = None
-    if body.return_token_strs:
+        (tokens,) = await answering.tokens_of(llm, [body.prompt or ""], body.add_special_tokens)
+
+    def answer() -> Response:
         texts = token_text(llm.tokenizer)
-        entries = [texts.entry(token) for token in tokens]
-    return {
-        "count": len(tokens),
-        "max_model_len": llm.engine.model.max_context,
-        "tokens": tokens,
-        "token_strs": entries,
-    }
+        named = body.return_token_strs
+        return JSONResponse(
+            {
+                "count": len(tokens),
+                "max_model_len": llm.engine.model.max_context,
+                "tokens": tokens,
+                "token_strs": [texts.entry(token) for token in tokens] if named else None,
+            }
+        )
+
+    return await answering.off_the_loop(answer, len(tokens))
 
 
 @router.post("/detokenize", response_model=Detokenized)
-async def detokenize(request: Request, body: DetokenizeRequest) -> dict[str, Any]:
+async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     """Show the text of tokens, special ones included."""
     service = answering.service_of(request)
     answering.model_name(service, body.model)
@@ -49,4 +52,6 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> dict[str, Any
         raise ApiError(
             400, f"tokens holds {shown(wrong[0])}; allowed is 0 to {vocab - 1}", param="tokens"
         )
-    return {"prompt": llm.tokenizer.decode(body.tokens)}
+    return await answering.off_the_loop(
+        lambda: JSONResponse({"prompt": llm.tokenizer.decode(body.tokens)}), len(body.tokens)
+    )

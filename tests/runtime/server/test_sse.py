@@ -194,6 +194,20 @@ def test_a_client_that_goes_away_frees_its_blocks(make_letters, serve, path, str
     llm.engine.check()
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_it_takes_a_step_at_most(make_letters, serve, stream):
+    """The step under way when the client goes, and none that begins once that is known."""
+    llm = make_letters(delay=0.1)
+    url = serve(app_of(llm)).url
+    connection = send(url, "/v1/completions", TEXT | {"stream": stream, "max_tokens": 180})
+    assert until(lambda: llm.statistics().steps == 3)  # counted when it begins
+    time.sleep(0.03)
+    connection.close()
+    assert until(lambda: not llm.engine.requests)
+    assert llm.statistics().steps == 3
+    assert llm.statistics().blocks_in_use == 0
+
+
 def test_several_prompts_go_with_their_client(make_letters, serve):
     llm = make_letters(delay=0.005)
     url = serve(app_of(llm)).url
