@@ -97,12 +97,10 @@ class EngineLoop:
         try:
             while not self._closed:
                 self._turn()
-            self._fail(InputError("the model was closed"))
+            self._end(InputError("the model was closed"))
         except BaseException as error:  # a mistake in this file or the engine's accounting
-            with self._changed:
-                self._error, self._closed = error, True
-                self._arrived.clear()
-            self._fail(RuntimeError(f"the engine's thread ended: {error!r}"))
+            self._error = error
+            self._end(RuntimeError(f"the engine's thread ended: {error!r}"))
             raise
 
     def _turn(self) -> None:
@@ -160,6 +158,22 @@ class EngineLoop:
         with self._changed:
             arrived = {request.id for request in self._arrived}
             failed = [self._listeners.pop(name) for name in self._listeners.keys() - arrived]
-        for listener in failed:
-            with contextlib.suppress(Exception):
-                listener(error)
+        _tell_all(failed, error)
+
+    def _end(self, error: Exception) -> None:
+        """End every request there is, begun or not, and take no more."""
+        try:
+            self._engine.reset()
+        finally:  # whatever state the engine is in, nobody waits for it in vain
+            with self._changed:
+                self._closed = True
+                failed = list(self._listeners.values())
+                self._listeners.clear()
+                self._arrived.clear()
+            _tell_all(failed, error)
+
+
+def _tell_all(listeners: Iterable[Listener], error: Exception) -> None:
+    for listener in listeners:
+        with contextlib.suppress(Exception):
+            listener(error)

@@ -7,6 +7,7 @@ step brought, however many streams it brought it to.
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections import deque
 from collections.abc import Callable
 
@@ -15,23 +16,22 @@ from compress.runtime.sequence import Request
 
 
 class Doorbell:
-    """Wakes the inboxes of one event loop from another thread."""
+    """Wakes the inboxes of one event loop, which it does not keep alive, from another thread."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self._loop = weakref.ref(loop)
         self._rung: deque[Inbox] = deque()
         self._called = False  # the loop will come
 
     def ring(self, inbox: Inbox) -> None:
         """Have `inbox` woken.  RuntimeError when the event loop has closed."""
+        loop = self._loop()
+        if loop is None or loop.is_closed():
+            raise RuntimeError("the event loop has closed")
         self._rung.append(inbox)
         if not self._called:
             self._called = True  # first: the loop may answer before the call returns
-            try:
-                self._loop.call_soon_threadsafe(self._answer)
-            except RuntimeError:
-                self._called = False
-                raise
+            loop.call_soon_threadsafe(self._answer)
 
     def _answer(self) -> None:
         self._called = False  # before the queue is emptied: who rings from now on calls again

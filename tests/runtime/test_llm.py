@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import queue
 import threading
 import time
 
@@ -334,6 +335,53 @@ def test_dropping_the_model_ends_its_thread():
     gc.collect()
     thread.join(2)
     assert not thread.is_alive()
+
+
+def test_closing_ends_what_was_never_begun_too(llm):
+    begun, go_on = threading.Event(), threading.Event()
+    forward = llm.engine.model.forward
+
+    def held(batch):
+        begun.set()
+        go_on.wait(10)
+        return forward(batch)
+
+    llm.engine.model.forward = held
+    ended = queue.Queue()
+    for name in "ab":  # a is in a step, b has only arrived, when the model is closed
+        request = llm.engine.prepare(name, [1, 2], GREEDY)
+        llm._loop.submit([(request, lambda item, name=name: ended.put((name, item)))])
+        assert begun.wait(10)
+    closing = threading.Thread(target=llm.close)
+    closing.start()
+    while not llm._loop._closed:
+        time.sleep(0.001)
+    go_on.set()
+    closing.join(10)
+    items = [ended.get(timeout=5) for _ in range(ended.qsize())]
+    assert {name for name, item in items if isinstance(item, InputError)} == {"a", "b"}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ends_fails_its_requests_whatever_state_the_engine_is_in(llm, monkeypatch):
+    def broken():
+        raise AssertionError("the accounting is wrong")
+
+    monkeypatch.setattr(llm.engine, "reset", broken)
+    llm.engine.model.fail_on = 2
+    ended = queue.Queue()
+    llm._loop.submit([(llm.engine.prepare("a", [1, 2], GREEDY), ended.put)])
+    assert "the accounting is wrong" in str(ended.get(timeout=5))
+
+
+def test_event_loops_are_not_kept(llm):
+    async def main():
+        assert len([one async for one in llm.stream([1, 2], GREEDY)]) == 10
+
+    for _ in range(3):
+        asyncio.run(main())
+    gc.collect()
+    assert not llm._doorbells
 
 
 def test_a_closed_model_says_so(llm):
