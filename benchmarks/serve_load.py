@@ -39,7 +39,7 @@ from load.rounds import MAX_BODY, rounds
 from load.server import ServerProcess
 
 from compress.bench.prompts import WORDS, read_prompts
-from compress.core.resources import parse_size
+from compress.core.resources import parse_size, raise_file_limit
 
 OVERFLOW = 1.2  # requests for each one that there is room for
 FAULTS_SHOWN = 20
@@ -48,6 +48,7 @@ FAULTS_SHOWN = 20
 def main() -> None:
     options = parse()
     options.work.mkdir(parents=True, exist_ok=True)
+    raise_file_limit()
     asked = requests(
         round(OVERFLOW * options.streams), texts(options), options.max_tokens, options.seed
     )

@@ -316,7 +316,10 @@ class Engine:
             return [], []
         if flight.launched:
             tokens = flight.launched.tokens()
-            drawn = [token if token >= 0 else ArithmeticError(NAN) for token in tokens]
+            drawn: list[int | Exception] = list(tokens)
+            for place, token in enumerate(tokens):
+                if token < 0:
+                    drawn[place] = ArithmeticError(NAN)
             return drawn, [None] * len(tokens)
         logits, rows = flight.logits, [row for _, row in flight.drawn]
         assert logits is not None

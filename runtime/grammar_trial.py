@@ -21,8 +21,8 @@ STACK = 2**20  # bytes, an eighth of what a thread has elsewhere
 PASSED = "passed"
 
 # One space, or one line break and what indents the next line: a small model can go on with white
-# space for ever, and no JSON needs more.
-WHITE_SPACE = r"[ ]|\n[ \t]{0,40}"
+# space for ever, and JSON needs no more.
+WHITE_SPACE = r"[ ]|\n[ \t]{0,24}"
 
 # About half of the library's own bounds, which are meant for machines that do nothing else.
 LIMITS = {

@@ -136,7 +136,7 @@ def _bias(given: Any) -> dict[int, float]:
         raise SettingError("logit_bias", message)
     bias = {}
     for key, value in given.items():
-        token = int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 10 else key
+        token: Any = int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 10 else key
         if not _is_int(token) or token < 0:
             raise SettingError("logit_bias", f"logit_bias: {shown(key)} is no token number")
         if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= 100:

@@ -149,8 +149,7 @@ async def misbehave(client: aiohttp.ClientSession, url: str, bad: Malformed) -> 
         async with client.post(url + bad.route, data=bad.body, headers=bad.headers) as response:
             status, body = response.status, await response.read()
     except (aiohttp.ClientError, OSError) as error:
-        # one that is refused before all of it is read may see the connection close
-        return None if 413 in bad.statuses else f"{bad.name}: {error!r}"
+        return None if bad.may_close else f"{bad.name}: {error!r}"
     if status not in bad.statuses:
         return f"{bad.name}: HTTP {status}, not {bad.statuses}: {body[:200]!r}"
     try:
@@ -236,6 +235,8 @@ def kind(outcome: Outcome) -> str:
         return "error event"
     if outcome.done and outcome.status == 200:
         return "answered"
+    if (outcome.broken or "").startswith("ClientConnectorError"):
+        return "no connection"
     return "no answer"
 
 

@@ -32,6 +32,8 @@ def ending(
     except subprocess.TimeoutExpired:
         code = None
         found["faults"].append(f"the process has not ended within {drain} s and {MARGIN:g} s")
+    if surprises := server.log.read_text().count("Traceback"):
+        found["faults"].append(f"{surprises} tracebacks in {server.log}")
     if patient and code != 0:
         found["faults"].append(f"exit code {code}, not 0")
     return {"drain_seconds": drain, **found, "exit_code": code}

@@ -9,6 +9,7 @@ import itertools
 import json
 import sys
 import time
+from typing import Any
 
 from compress.bench.prompts import prompts_of
 from compress.runtime.llm import LLM
@@ -20,7 +21,7 @@ def main(
 ) -> None:
     """Print tokens and seconds, as one JSON object."""
     prompts, _ = prompts_of(dataset, "chat", seed=0)
-    settings = {"max_tokens": max_tokens, "temperature": 0}
+    settings: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 0}
     with LLM(model, dtype=dtype, max_sequences=slots) as llm:
 
         def generate(number: int) -> int:

@@ -20,6 +20,7 @@ class Malformed:
     route: str = CHAT
     headers: dict[str, str] = field(default_factory=lambda: dict(JSON))
     raw: bytes = b""
+    may_close: bool = False  # a refusal before all of it is read may be lost with the connection
 
 
 def malformed(model: str, max_body_bytes: int, vocabulary: int) -> list[Malformed]:
@@ -43,7 +44,7 @@ def malformed(model: str, max_body_bytes: int, vocabulary: int) -> list[Malforme
         Malformed("nested 100,000 deep", (400,), b"[" * 100_000),
         Malformed("the form of a web page", (400, 415), b"a=1", headers={
             "Content-Type": "application/x-www-form-urlencoded"}),
-        Malformed("too large", (413,), b" " * (max_body_bytes + 1)),
+        Malformed("too large", (413,), b" " * (max_body_bytes + 1), may_close=True),
         Malformed("a GET where POST is meant", (404, 405), raw=(
             b"GET /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")),
         Malformed("no HTTP", (400,), raw=b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n"),

@@ -26,9 +26,8 @@ def line(found: dict[str, Any]) -> str:
 
 def write(folder: Path, options: argparse.Namespace, result: dict[str, Any]) -> None:
     """Write serve-load.md and serve-load.json, and print the former."""
-    text = "\n".join(
-        [*_head(options, result), *_rounds(result), "", *_endings(result), "", *_faults(result)]
-    )
+    parts = _head(options, result), _rounds(result), _endings(result), _faults(result)
+    text = "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "serve-load.md").write_text(text, encoding="utf-8")
     (folder / "serve-load.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -81,8 +81,12 @@ async def one_round(
             asyncio.gather(*(misbehave(place, entry) for place, entry in enumerate(bad))),
         )
         watching.cancel()
+        (stopped,) = await asyncio.gather(watching, return_exceptions=True)
+        if isinstance(stopped, Exception):
+            raise stopped
     seconds = time.monotonic() - began
     after = server.metrics()
+    seen.append(after)
     faults = [
         clients.fault(outcome, request, right[request.number], ending=False)
         for outcome, request in zip(answers, order, strict=True)

@@ -77,7 +77,10 @@ class ServerProcess:
             if not busy and not found["kv_cache_usage_perc"]:
                 return found
             if time.monotonic() > deadline:
-                raise TimeoutError(f"after {PATIENCE:.0f} s of rest there is still {busy:g} to do")
+                raise TimeoutError(
+                    f"after {PATIENCE:.0f} s of rest {busy:g} requests are unfinished, and "
+                    f"{found['kv_cache_usage_perc']:.2%} of the cache is in use"
+                )
             time.sleep(0.1)
 
     def check(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from compress.cli.output import print_json
 from compress.cli.runtime_options import JSON, add_options
 from compress.cli.serving_tables import print_serving
 from compress.core.errors import InputError, reason_of
+from compress.core.resources import raise_file_limit
 
 COUNT = click.IntRange(min=1)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -156,6 +157,7 @@ def serve_command(
 
     if plot:
         check_plots()
+    raise_file_limit()
     objective = Objective.parse(goodput) if goodput else Objective()
     loads = [Load(concurrency=number) for number in clients or []]
     loads = loads or [Load(request_rate=rate) for rate in rates or [math.inf]]

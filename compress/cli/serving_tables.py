@@ -15,6 +15,7 @@ LATENCIES = {
     "itl": "between events",
     "e2e": "whole answer",
 }
+LATE = 50  # milliseconds after which the client's own lateness is said
 
 
 def print_serving(report: dict[str, Any]) -> None:
@@ -42,6 +43,9 @@ def print_serving(report: dict[str, Any]) -> None:
         rows["prompts"] = "the dataset's come again: a cache may know them"
     if any(load["tokens_counted_by"] != "the server" for load in loads):
         rows["tokens"] = "counted by events, at most one a token: the server sent no usage"
+    late = max(load["p99_late_ms"] for load in loads)
+    if late > LATE:
+        rows["client"] = f"up to {late:.0f} ms late (p99): this machine is short of time"
     if rows:
         print_pairs("", rows)
 

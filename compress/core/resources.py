@@ -11,6 +11,7 @@ from compress.core.errors import InputError
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 CGROUPS = Path("/sys/fs/cgroup")
+MOST_FILES = 65536  # a connection is an open file
 
 
 def free_memory() -> int:
@@ -23,6 +24,16 @@ def free_disk(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def raise_file_limit() -> None:
+    """Let the process have as many files open as it is allowed to, within reason."""
+    import resource  # not on every system, and only servers and their clients need it
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _free_in_cgroups() -> list[int]:

@@ -122,10 +122,8 @@ def merged(increments: Iterable[Increment]) -> list[CompletionOutput]:
 
 def check(increment: Increment) -> None:
     """ApiError where an output has ended without being complete."""
-    if increment.finish_reason == "error":
-        raise ApiError(500, f"the request failed: {increment.error}")
-    if increment.finish_reason == "abort":
-        raise ApiError(503, "the server ended this request, as it is shutting down")
+    if increment.finish_reason in ("error", "abort"):
+        raise ApiError(500, f"the request failed: {increment.error or 'it was aborted'}")
 
 
 def usage(streams: Iterable[MeteredStream], generated: int) -> dict[str, Any]:

@@ -181,13 +181,38 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 def streamed(whole: type[Answer], chunk: type[Answer]) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route that answers with `whole`, or with events that hold `chunk`."""
-    described = f"Server-sent events, each a {chunk.__name__}; the last is [DONE]."
-    schema = {"type": "string", "description": described}
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_without_references(chunk), _without_references(ErrorBody)]},
+    }
+    event = {
+        "type": "object",
+        "properties": {"data": {"anyOf": [{"type": "string", "const": "[DONE]"}, data]}},
+        "required": ["data"],
+    }
     return {
         200: {
             "model": whole,
-            "description": "The answer.",
-            "content": {"text/event-stream": {"schema": schema}},
+            "description": "The answer; with `stream`, server-sent events up to [DONE].",
+            "content": {"text/event-stream": {"itemSchema": event}},
         },
         **ERRORS,
     }
+
+
+def _without_references(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON Schema of a model in one piece, as FastAPI lists no definitions for events."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def resolved(node: Any) -> Any:
+        if isinstance(node, list):
+            return [resolved(each) for each in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return resolved(definitions[node["$ref"].rpartition("/")[2]])
+        return {name: resolved(value) for name, value in node.items()}
+
+    return resolved(schema)

@@ -66,11 +66,15 @@ async def _events(
     """For each output its role, its text as it comes, and how it ended; then the counts."""
     generated = 0
     begun: set[int] = set()
-    unknown = {"usage": None} if body.include_usage else {}
+
+    def usage() -> dict[str, Any]:
+        if not body.include_usage:
+            return {}
+        return {"usage": answering.usage(streams, generated) if body.continuous_usage else None}
 
     def chunk(index: int, delta: dict[str, str], **more: Any) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        return sse.event(head | {"choices": [choice | more]} | unknown)
+        return sse.event(head | {"choices": [choice | more]} | usage())
 
     async with aclosing(sse.news(streams)) as arriving:
         async for _, increments in arriving:

@@ -121,17 +121,25 @@ async def _events(
     choices: list[list[_Choice]],
 ) -> AsyncGenerator[bytes]:
     """The texts as they come, and the counts at the end."""
-    unknown = {"usage": None} if body.include_usage else {}
+
+    def usage() -> dict[str, Any]:
+        generated = sum(choice.generated for several in choices for choice in several)
+        return answering.usage(streams, generated)
+
+    def so_far() -> dict[str, Any]:
+        if not body.include_usage:
+            return {}
+        return {"usage": usage() if body.continuous_usage else None}
+
     async with aclosing(sse.news(streams)) as arriving:
         async for place, increments in arriving:
             chunks = []
             for piece in answering.merged(increments):
                 entry = choices[place][piece.index].take(piece)
                 if entry["text"] or entry["logprobs"] or entry["finish_reason"]:
-                    chunks.append(sse.event(head | {"choices": [entry]} | unknown))
+                    chunks.append(sse.event(head | {"choices": [entry]} | so_far()))
             if chunks or not increments:
                 yield b"".join(chunks) or sse.COMMENT
     if body.include_usage:
-        generated = sum(choice.generated for several in choices for choice in several)
-        yield sse.event(head | {"choices": [], "usage": answering.usage(streams, generated)})
+        yield sse.event(head | {"choices": [], "usage": usage()})
     yield sse.DONE

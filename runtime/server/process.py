@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import resource
 import signal
 import socket
 import sys
@@ -24,6 +23,7 @@ import uvicorn
 
 from compress.core.errors import InputError, reason_of
 from compress.core.progress import say
+from compress.core.resources import raise_file_limit
 from compress.runtime.server.app import make_app
 from compress.runtime.server.listener import BACKLOG
 from compress.runtime.server.service import Service
@@ -33,16 +33,7 @@ if TYPE_CHECKING:
 
 KEEP_ALIVE = 75  # seconds; clients give up an idle connection sooner, so they never meet its end
 FLUSH = 2.0  # seconds to send the errors of requests that were cut off
-MOST_FILES = 65536  # a connection is an open file
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-def raise_file_limit() -> None:
-    """Let the process have as many files open as it is allowed to, within reason."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def run(
@@ -96,7 +87,10 @@ async def _run(
     def fail(error: BaseException) -> None:
         loop.call_soon_threadsafe(_set, ending, error)
 
-    service.load(make_llm, lambda: loop.call_soon_threadsafe(on_ready), fail)
+    def succeed() -> None:
+        loop.call_soon_threadsafe(on_ready)
+
+    service.load(make_llm, succeed, fail)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
     failure = ending.exception() if ending.done() else None

@@ -190,9 +190,10 @@ Stops = Annotated[
 class StreamOptions(Body):
     """What a stream holds besides the answer."""
 
-    unsupported: ClassVar = {"continuous_usage_stats": (False,)}
-
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = Field(
+        None, description="With include_usage: the counts so far in every chunk."
+    )
     include_obfuscation: bool | None = Field(None, description="Has no effect.")
 
 
@@ -265,6 +266,12 @@ class Generation(Body):
     def include_usage(self) -> bool:
         """Whether a stream ends with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether each chunk of a stream has the usage so far."""
+        options = self.stream_options
+        return bool(options and options.include_usage and options.continuous_usage_stats)
 
     def sampling(self, max_tokens: int | None, **more: Any) -> SamplingParams:
         """The runtime's settings; but for `max_tokens`, None leaves one to its default.

@@ -66,12 +66,14 @@ def test_forty_streams(chat_model, tmp_path):
         assert entry["faults"] == []
         assert entry["blocks"]["in_use"] == 0
         assert entry["outcomes"]["answered"] >= 10
-        assert entry["outcomes"]["refused, 429"] >= 1  # 48 come, 40 have room
         assert entry["malformed"] >= 29
         assert entry["peak_running"] <= 8
-        assert 10 <= entry["peak_waiting"] <= 40
+        assert entry["peak_waiting"] <= 40
+    assert max(entry["peak_waiting"] for entry in found["rounds"]) >= 10
+    assert max(entry["preemptions"] for entry in found["rounds"]) > 0
     kinds = {kind for entry in found["rounds"] for kind in entry["outcomes"]}
-    assert {"left before any text", "left mid-stream"} <= kinds
+    # 48 come, 40 have room
+    assert {"left before any text", "left mid-stream", "refused, 429"} <= kinds
     patient, short = found["endings"]
     assert patient["exit_code"] == 0
     assert patient["unfinished_at_term"] > 0

@@ -140,19 +140,19 @@ def check_layout(batch: Batch) -> None:
     assert torch.equal(batch.rows.sort().values, batch.rows)
 
 
-def naive(prompt, params, seed=None, index=0, limit=None, eos=()) -> list[int]:
+def naive(prompt, params, seed=None, index=0, limit=None, eos=(), matcher=None) -> list[int]:
     """What a request must give: the whole prefix computed anew for each token."""
     from array import array
 
     seed = params.seed if seed is None else seed
     stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else set(eos))
-    state = SamplingState(params, seed or 0, index, array("q", prompt), stops, VOCAB)
+    state = SamplingState(params, seed or 0, index, array("q", prompt), stops, VOCAB, matcher)
     tokens: list[int] = []
     while len(tokens) < (limit or params.max_tokens):
         drawn, _ = sample(logits_of(list(prompt) + tokens)[None], [state])
         tokens.append(drawn[0])
         state.record(drawn[0])
-        if drawn[0] in stops:
+        if drawn[0] in stops or state.complete:
             break
     return tokens
 

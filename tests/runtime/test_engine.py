@@ -1,12 +1,23 @@
 """Every output equals the naive loop's, whatever else is in the batch or happens to the cache."""
 
+import math
 import random
 
 import pytest
 
 from compress.runtime.engine import Engine
 from compress.runtime.sampling_params import SamplingParams
-from tests.runtime.fakes import BLOCK, VOCAB, FakeAsyncModel, FakeModel, naive, run, tokens_of
+from tests.runtime.fakes import (
+    BLOCK,
+    VOCAB,
+    FakeAsyncModel,
+    FakeModel,
+    drawn_by_device,
+    logits_of,
+    naive,
+    run,
+    tokens_of,
+)
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0)
 SAMPLED = SamplingParams(max_tokens=12, temperature=0.9, top_p=0.9, top_k=40, seed=7)
@@ -155,3 +166,93 @@ def test_a_model_that_breaks_a_step_ahead_leaves_an_engine_that_works():
     model.fail_on, model.unfinished = None, 0
     engine.add_request("b", prompt, GREEDY)
     assert tokens_of(run(engine)["b", 0]) == naive(prompt, GREEDY)
+
+
+def breaking(kind, ill):
+    """A model whose logits hold NaN wherever `ill` is the token before, while `model.ill` is."""
+
+    class Breaks(kind):
+        def forward(self, batch):
+            logits = super().forward(batch)
+            slots = batch.slots[batch.rows]
+            before = self.cache.reshape(-1, 2)[slots.numpy(), 0]
+            if self.ill:
+                logits[before == ill] = math.nan
+            return logits
+
+    Breaks.ill = True
+    return Breaks()
+
+
+@pytest.mark.parametrize("kind", [FakeModel, FakeAsyncModel])
+@pytest.mark.parametrize("budget", [512, 5])
+def test_nan_ends_one_sequence_and_the_others_are_as_if_alone(kind, budget):
+    """Some of the batch meet the token in their prompt, some draw it, some never do."""
+    prompts = prompts_of(24, seed=2)
+    kinds = [GREEDY, SAMPLED, PENALIZED, SamplingParams(max_tokens=12, seed=1, n=3, logprobs=1)]
+    asked = [(prompt, kinds[number % 4]) for number, prompt in enumerate(prompts)]
+    ill = naive(prompts[0], GREEDY)[5]
+    prompts[4][-1] = ill
+    model = breaking(kind, ill)
+    engine = Engine(model, 500, max_tokens_per_step=max(budget, 12), max_sequences=12)
+    for number, pair in enumerate(asked):
+        engine.add_request(str(number), *pair)
+    got = run(engine)
+    ended = []
+    for number, (prompt, params) in enumerate(asked):
+        for index in range(params.n):
+            expected, increments = naive(prompt, params, index=index), got[str(number), index]
+            if prompt[-1] == ill:
+                expected, bad = [], True
+            elif bad := ill in expected[:-1]:
+                expected = expected[: expected.index(ill) + 1]
+            assert tokens_of(increments) == expected
+            assert increments[-1].finish_reason == ("error" if bad else "length")
+            assert [bool(i.error) for i in increments] == [False] * (len(increments) - 1) + [bad]
+            ended += [increments[-1].error] * bad
+    assert len(ended) >= 3
+    assert set(ended) == {"drawing a token failed: the model's logits hold NaN"}
+    assert not engine.requests
+    assert engine.statistics().blocks_in_use == 0
+
+
+@pytest.mark.parametrize("kind", [FakeModel, FakeAsyncModel])
+def test_what_held_nan_is_not_found_again(kind):
+    prompt = [*range(30), 90]
+    model = breaking(kind, 90)
+    engine = Engine(model, 100)
+    engine.add_request("ill", prompt, GREEDY)
+    assert run(engine)["ill", 0][-1].finish_reason == "error"
+    model.ill = False
+    again = engine.add_request("well", prompt, GREEDY)
+    assert tokens_of(run(engine)["well", 0]) == naive(prompt, GREEDY)
+    assert again.cached_tokens == 0
+
+
+@pytest.mark.parametrize("kind", [FakeModel, FakeAsyncModel])
+@pytest.mark.parametrize(("place", "budget"), [(3, 512), (3, 8), (28, 8), (29, 512)])
+def test_nan_in_the_prompts_log_probabilities_ends_the_request(kind, place, budget):
+    prompt = list(range(30))
+    engine = Engine(breaking(kind, place), 100, max_tokens_per_step=budget, max_sequences=8)
+    params = SamplingParams(max_tokens=4, n=3, prompt_logprobs=1, seed=1)
+    engine.add_request("ill", prompt, params)
+    engine.add_request("well", [40, 41], GREEDY)
+    got = run(engine)
+    assert tokens_of(got["well", 0]) == naive([40, 41], GREEDY)
+    for index in range(3):
+        (increment,) = got["ill", index]
+        assert (increment.finish_reason, increment.token_ids) == ("error", [])
+        what = "drawing a token" if place == 29 else "the prompt's log-probabilities"
+        assert increment.error == f"{what} failed: the model's logits hold NaN"
+    assert not engine.requests
+    assert engine.statistics().blocks_in_use == 0
+
+
+def test_infinity_is_no_token_unless_it_is_the_likeliest_that_is_wanted():
+    """As on a device (kernels/sampling)."""
+    row = logits_of([1]).numpy().copy()
+    row[5] = math.inf
+    assert drawn_by_device(row, GREEDY, 0.0) == 5
+    assert drawn_by_device(row, SAMPLED, 0.5) == -1
+    row[:] = -math.inf
+    assert drawn_by_device(row, GREEDY, 0.0) == -1

@@ -29,6 +29,7 @@ def random_request(source, prefixes):
         n=source.choice([1, 1, 1, 2, 4]),
         stop_token_ids=source.choice([(), (3, 50)]),
         repetition_penalty=source.choice([1, 1, 1.2]),
+        logit_bias=source.choice([None, None, {7: 6, 8: -100}]),
         logprobs=source.choice([None, 2]),
         prompt_logprobs=source.choice([None, None, None, 0]),
     )

@@ -9,6 +9,7 @@ import torch
 from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -34,6 +35,13 @@ FILTERS = [
     {"temperature": 1.3, "top_k": 50, "top_p": 0.8, "min_p": 0.05},
     {"repetition_penalty": 1.4},
     {"repetition_penalty": 0.7, "top_k": 30},
+    {"logit_bias": {5: 100}},
+    {
+        "repetition_penalty": 1.4,
+        "logit_bias": {5: 3, 6: -100, 40: 2.5},
+        "temperature": 0.6,
+        "top_k": 9,
+    },
 ]
 
 
@@ -50,6 +58,9 @@ def reference(logits, settings):
     ids, scores = torch.tensor([PROMPT.tolist()]), logits[None].clone()
     makers = {
         "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+        "logit_bias": lambda bias: SequenceBiasLogitsProcessor(
+            {(token,): float(value) for token, value in bias.items()}
+        ),
         "temperature": TemperatureLogitsWarper,
         "top_k": TopKLogitsWarper,
         "top_p": TopPLogitsWarper,

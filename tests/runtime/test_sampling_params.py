@@ -32,6 +32,13 @@ from compress.runtime.sampling_params import SamplingParams
         ({"presence_penalty": 3}, "presence_penalty = 3"),
         ({"frequency_penalty": None}, "frequency_penalty = None"),
         ({"ignore_eos": 1}, "ignore_eos = 1"),
+        ({"logit_bias": [1]}, "logit_bias = [1]; give a table from tokens to numbers"),
+        ({"logit_bias": {"a": 1}}, "logit_bias: 'a' is no token number"),
+        ({"logit_bias": {-1: 1}}, "logit_bias: -1 is no token number"),
+        ({"logit_bias": {3: 101}}, "logit_bias of token 3 = 101; allowed is -100 to 100"),
+        ({"logit_bias": {3: float("nan")}}, "logit_bias of token 3 = nan"),
+        ({"logit_bias": {3: None}}, "logit_bias of token 3 = None"),
+        ({"grammar": {"type": "object"}}, "grammar = {'type': 'object'}; give a Grammar"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
@@ -44,6 +51,15 @@ def test_lists_become_tuples():
     assert SamplingParams(stop="a").stop == ("a",)
     assert SamplingParams(stop=["a", "b"], stop_token_ids=[1]).stop_token_ids == (1,)
     assert hash(SamplingParams(stop=["a"])) == hash(SamplingParams(stop="a"))
+
+
+def test_a_bias_is_copied_and_takes_digits_as_keys():
+    given = {"5": 1, 6: -2.5}
+    params = SamplingParams(logit_bias=given)
+    given[7] = 3
+    assert params.logit_bias == {5: 1.0, 6: -2.5}
+    assert params == SamplingParams(logit_bias={5: 1, 6: -2.5})
+    assert hash(params) is not None
 
 
 def test_what_is_greedy_and_what_is_penalized():

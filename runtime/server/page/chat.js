@@ -18,12 +18,11 @@ let rest = 0; // seconds until it is read again
 
 /** Ask something, after the first `count` turns. */
 async function ask(text, count = turns.length) {
-  if (!settingsAreNumbers() || !(at("model").value || (await loadModels()))) return false;
+  if (!settingsAreNumbers() || !(at("model").value || (await loadModels())) || running) return false;
   turns.length = count;
   turns.push({ role: "user", content: text });
   keep(count);
   show(turns.at(-1));
-  scrollToEnd();
   answer();
   return true;
 }
@@ -35,6 +34,7 @@ async function answer() {
   const turn = { role: "assistant", content: "" };
   turns.push(turn);
   const shown = show(turn);
+  scrollToEnd();
   setRunning(control);
   say("announcement", "The model is answering.");
   shown.update();
@@ -47,7 +47,8 @@ async function answer() {
       if (running === control) again();
       return;
     }
-    markSetting(error.param);
+    markSetting(error);
+    if (error.status === 404) loadModels(); // the server may have another model by now
   }
   shown.finish();
   if (running !== control) return; // a new chat has begun
@@ -140,12 +141,22 @@ function settingsAreNumbers() {
   return false;
 }
 
-/** Show which setting the server refused. */
-function markSetting(name) {
-  const field = parameters.find((input) => input.name === name);
+/** Show which setting the server refused, and why. */
+function markSetting({ param, message }) {
+  const field = parameters.find((input) => input.name === param);
   if (!field) return;
   openSettings(true);
   field.ariaInvalid = "true";
+  field.setAttribute("aria-describedby", "setting-problem");
+  say("setting-problem", message);
+}
+
+function unmarkSettings() {
+  for (const field of parameters) {
+    field.ariaInvalid = null;
+    field.removeAttribute("aria-describedby");
+  }
+  say("setting-problem", "");
 }
 
 // ---- the server
@@ -253,11 +264,14 @@ at("stop").addEventListener("click", stop);
 at("new").addEventListener("click", begin);
 at("settings-button").addEventListener("click", () => openSettings(at("settings").hidden));
 at("parameters").addEventListener("submit", (event) => event.preventDefault());
-at("parameters").addEventListener("input", ({ target }) => target.removeAttribute("aria-invalid"));
+for (const change of ["input", "reset"]) at("parameters").addEventListener(change, unmarkSettings);
 at("key-button").addEventListener("click", async () => {
   if (await askForKey("The key that this server asks for, if any.")) loadModels();
 });
-addEventListener("pagehide", save);
+addEventListener("pagehide", () => {
+  if (running) turns.at(-1).ending = "stopped";
+  save();
+});
 
 restore();
 await untilReady((reason) => say("notice", reason));

@@ -79,12 +79,14 @@ export async function untilReady(onWait) {
   }
 }
 
+const USAGE = { include_usage: true, continuous_usage_stats: true }; // counts in every chunk
+
 /** The chunks of an answer, as objects.  Throws ServerError, or an AbortError after an abort. */
 export async function* streamChat(body, signal) {
   const response = await request("v1/chat/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
+    body: JSON.stringify({ ...body, stream: true, stream_options: USAGE }),
     signal,
   });
   for await (const data of events(response)) {

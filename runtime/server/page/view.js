@@ -59,7 +59,7 @@ export function sends(event) {
   return event.key === "Enter" && !event.shiftKey && !event.isComposing;
 }
 
-/** Make a field as high as its text; style.css bounds it. */
+/** Make a field as high as its text; chat.css bounds it. */
 export function grow(field) {
   field.style.height = "auto";
   field.style.height = `${field.scrollHeight + field.offsetHeight - field.clientHeight}px`;
@@ -85,6 +85,7 @@ export function addAnswer(turn, onAgain) {
     render(text, turn.content);
     element.querySelector(".facts").textContent = factsOf(turn);
     element.querySelector(".problem").textContent = turn.problem ?? "";
+    element.querySelector(".answer > .under .copy").hidden = turn.content === "";
     element.querySelector(".again").textContent = turn.problem ? "Try again" : "Regenerate";
     if (follow) scrollToEnd();
   }

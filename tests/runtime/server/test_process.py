@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from compress.core.resources import raise_file_limit
 from compress.runtime.sampling_params import SamplingParams
-from compress.runtime.server.process import raise_file_limit
 from tests.runtime.fakes import naive
 from tests.runtime.server.conftest import Letters, until
 

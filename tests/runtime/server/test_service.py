@@ -228,6 +228,33 @@ def test_an_engine_that_keeps_failing_turns_health_red(make_letters):
     assert until(lambda: service.ready, 5)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_whose_thread_dies_is_not_coming_back(make_letters):
+    llm = make_letters(delay=0.01)
+    service = service_of(llm)
+
+    async def run():
+        stream = service.submit([PROMPT], [PARAMS])[0]
+        await stream.next()
+
+        def broken():
+            raise SystemExit("the thread ends")
+
+        llm.engine.step = broken
+        async with asyncio.timeout(5):
+            with pytest.raises(ApiError, match="engine failed") as error:
+                await all_of(stream)
+        assert error.value.status == 500
+        with pytest.raises(ApiError) as error:
+            service.submit([PROMPT], [PARAMS])
+        assert (error.value.status, error.value.code) == (503, "fault")
+
+    asyncio.run(run())
+    time.sleep(1.2)  # longer than the engine waits before it tries again
+    assert service.health() == (False, "the engine failed: SystemExit: the thread ends")
+    assert service.active == 0
+
+
 def test_an_engine_that_hangs_leaves_nobody_waiting(make_letters, monkeypatch):
     monkeypatch.setattr(service_module, "WATCH", 0.01)
     monkeypatch.setattr("compress.runtime.engine_loop.HANGS", 0.05)

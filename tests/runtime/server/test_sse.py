@@ -46,6 +46,20 @@ def test_each_event_is_what_the_description_says(make_letters, serve, path, usag
     assert bool(chunks[-1]["choices"]) == (not usage)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_continuous_usage_counts_what_has_come(make_letters, serve, path):
+    url = serve(app_of(make_letters())).url
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = PATHS[path] | {"stream": True, "max_tokens": 6, "n": 2, "stream_options": options}
+    *data, _ = events(httpx.post(url + path, json=body).text)
+    usages = [json.loads(line)["usage"] for line in data]
+    counts = [usage["completion_tokens"] for usage in usages]
+    assert counts == sorted(counts)
+    assert counts[0] < 12
+    assert counts[-1] == 12
+    assert {usage["prompt_tokens"] for usage in usages} == {usages[-1]["prompt_tokens"]}
+
+
 def test_what_arrives_together_is_one_chunk_for_each_output(make_letters, serve):
     """A consumer that is slower than the engine gets fewer and longer pieces, and all of them."""
     llm = make_letters()

@@ -9,6 +9,8 @@ import re
 
 import pytest
 
+USAGE = {"include_usage": True, "continuous_usage_stats": True}
+
 
 def text_chunk(text):
     return json.dumps(
@@ -26,7 +28,8 @@ def test_an_answer_comes_piece_by_piece_with_its_facts(opened, quiet):
     model.hold_at = 12
     page.ask("When?")
     page.eventually(lambda: page.turns() == ["When?", "Half of it, "], "the first half")
-    assert "first token after" in page.text(page.all(".facts")[0])
+    facts = "12 tokens · first token after [0-9.]+ m?s · [0-9.]+ tokens/s"  # so far
+    assert re.fullmatch(facts, page.text(page.all(".facts")[0]))
     page.eventually(lambda: page.text(page["running"]) == "1", "the load")
     # The prompt and 12 tokens are 20 of 16 * 64; the sequence holds two blocks.
     assert page.text(page["kv"]) == "3 %"
@@ -53,10 +56,10 @@ def test_the_times_are_those_that_the_user_saw(opened):
     page.ask("x" * 50)
     facts = page.text(page.part(page.answered(), ".facts"))
     rate = float(re.search(r"([\d.]+) tokens/s", facts)[1])
-    first = float(re.search(r"([\d.]+) ms", facts)[1])
-    assert 20 <= first <= 500
-    # A step of 20 ms makes at most 50 a second; the machine may be busy with other things.
-    assert 10 < rate <= 51
+    first, unit = re.search(r"after ([\d.]+) (m?s)", facts).groups()
+    # A step takes 20 ms or more; how much more is the machine's, which may have other work.
+    assert 0.02 <= float(first) / {"ms": 1000, "s": 1}[unit] < 5
+    assert 2 < rate <= 51
 
 
 def test_the_conversation_and_the_settings_are_sent(opened, quiet):
@@ -83,7 +86,7 @@ def test_the_conversation_and_the_settings_are_sent(opened, quiet):
         "seed": 11,
         "max_completion_tokens": 4,
         "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream_options": USAGE,
     }
     assert site.gate.asked == [wanted]
     page.driver.refresh()  # settings and conversation are still there
@@ -98,7 +101,7 @@ def test_the_conversation_and_the_settings_are_sent(opened, quiet):
         {"role": "assistant", "content": "firs"},
         {"role": "user", "content": "second"},
     ]
-    stream = {"stream": True, "stream_options": {"include_usage": True}}
+    stream = {"stream": True, "stream_options": USAGE}
     assert site.gate.asked[1] == {"model": "other", "messages": messages} | stream
 
 
@@ -117,9 +120,11 @@ def test_stopping_frees_the_sequence_and_keeps_the_text(opened, quiet, by):
         page["prompt"].send_keys(Keys.ESCAPE)
     answer = page.answered()
     page.eventually(lambda: page.site.llm.statistics().running == 0, "the end in the engine", 2)
-    assert page.text(page.part(answer, ".facts")).endswith("stopped")
-    assert page.text(page.part(answer, ".problem")) == ""
     kept = page.turns()[1]
+    facts = page.text(page.part(answer, ".facts"))
+    assert facts.startswith(f"{len(kept)} tokens · ")
+    assert facts.endswith(" tokens/s · stopped")
+    assert page.text(page.part(answer, ".problem")) == ""
     assert 10 < len(kept) < 800
     page.ask("And?")
     page.answered(2)
@@ -160,6 +165,20 @@ def test_answers_are_made_anew_and_questions_edited(opened, quiet):
     page.ask("three")
     page.answered()
     assert asked[4]["messages"] == [{"role": "user", "content": "three"}]
+
+
+def test_a_reload_amid_an_answer_keeps_what_had_arrived(opened, quiet):
+    page = opened()
+    page.site.model.answers["long"] = "x" * 800
+    page.site.model.delay = 0.01
+    page.ask("long")
+    page.eventually(lambda: len(page.turns()[-1]) > 10, "the beginning")
+    page.driver.refresh()
+    page.eventually(lambda: page.all("option"), "the page")
+    assert page.turns()[0] == "long"
+    assert 10 < len(page.turns()[1]) < 800
+    assert page.text(page.all(".facts")[-1]).endswith("stopped")
+    page.eventually(lambda: page.site.llm.statistics().running == 0, "the end in the engine", 2)
 
 
 def test_a_new_chat_ends_the_answer_of_the_old_one(opened, quiet):
@@ -300,8 +319,10 @@ def test_a_setting_that_the_server_refuses_is_marked(opened):
     assert "top_p" in page.text(page.part(answer, ".problem"))
     assert page["top_p"].get_attribute("aria-invalid") == "true"
     assert page["top_p"].is_displayed()
+    assert "top_p" in page.text(page["setting-problem"])  # on a phone the settings cover the answer
     page.put("top_p", "0.9")
     assert page["top_p"].get_attribute("aria-invalid") is None
+    assert page.text(page["setting-problem"]) == ""
     page.choose(".again")
     page.eventually(lambda: page.turns() == ["hello", "hello"], "the answer")
     page["seed"].send_keys("1-2")  # no number: not sent at all
@@ -309,6 +330,16 @@ def test_a_setting_that_the_server_refuses_is_marked(opened):
     page.wait(100)
     assert len(page.site.gate.asked) == 2
     assert page["prompt"].get_property("value") == "more"
+
+
+def test_a_server_that_has_another_model_by_now(opened):
+    page = opened(model_names=("one", "two"))
+    page.run("document.getElementById('model').append(new Option('old', 'old', true, true))")
+    page.ask("hello")
+    assert "old" in page.text(page.part(page.answered(), ".problem"))
+    page.eventually(lambda: [o.text for o in page.all("option")] == ["one", "two"], "the models")
+    page.choose(".again")
+    page.eventually(lambda: page.turns() == ["hello", "hello"], "the answer")
 
 
 def test_a_server_that_goes_away_amid_an_answer(opened):

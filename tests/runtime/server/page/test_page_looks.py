@@ -53,7 +53,7 @@ def test_nothing_sticks_out(opened, quiet, size):
     assert low <= size[1]  # the field stays in view
 
 
-def test_the_end_stays_in_view_unless_the_user_looks_elsewhere(opened, quiet):
+def test_the_end_stays_in_view_unless_the_user_looks_elsewhere(opened):
     page = opened(size=(800, 600))
     page.site.model.answers["lines"] = "\n\n".join(f"line {n}" for n in range(60))
     page.site.model.hold_at = 400
@@ -66,6 +66,10 @@ def test_the_end_stays_in_view_unless_the_user_looks_elsewhere(opened, quiet):
     page.site.model.release.set()
     page.answered()
     assert page.run("return scrollY") == 0
+    page.site.refuse(500, "an error")
+    page.ask("who asks wants to see what comes")
+    page.answered(2)
+    assert page.run(at_end)
 
 
 CONTRAST = """
