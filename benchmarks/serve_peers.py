@@ -1,10 +1,13 @@
-"""`compress serve` beside `transformers serve`, as their clients see them; and what HTTP costs.
+"""`compress serve` beside another server, as their clients see them; and what HTTP costs.
 
     python benchmarks/serve_peers.py MODEL WORK_FOLDER --dataset questions.jsonl
+    python benchmarks/serve_peers.py MODEL.gguf WORK_FOLDER --dataset questions.jsonl \\
+        --llama-server PATH_OF_LLAMA_SERVER
 
-The same folder, prompts, dtype, threads and client (`compress bench serve`), with continuous
-batching in both and 512 tokens a step.  For each number of clients a fresh server of ours and then
-one of theirs, so that no cache knows a prompt and the machine's drift hits both.
+The other is `transformers serve`, or llama.cpp's `llama-server`, which reads the same .gguf file as
+we.  The same model, prompts, threads and client (`compress bench serve`), with continuous batching
+in both and 512 tokens a step.  For each number of clients a fresh server of ours and then one of
+theirs, so that no cache knows a prompt and the machine's drift hits both.
 
 What HTTP costs: new tokens/s of requests that come all at once, over those of `LLM.generate` on the
 same requests without a server, in turn.  The client runs on the same machine and is part of the
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -51,24 +55,27 @@ def main() -> None:
     for clients in [int(number) for number in options.concurrency.split(",")]:
         with ours(options, f"ours-{clients}") as server:
             found = bench(options, server.url, server.model, "--concurrency", str(clients))
-        with theirs(options, f"theirs-{clients}") as url:
+        with theirs(options, clients) as url:
             peer = bench(options, url, options.model, "--concurrency", str(clients))
         rows.append({"clients": clients, "ours": found, "theirs": peer})
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    result = {"model": Path(options.model).name, "rows": rows, "http": cost_of_http(options)}
+    result = {"model": Path(options.model).name, "peer": peer_name(options), "rows": rows}
+    result["http"] = cost_of_http(options)
     folder = options.out or options.work
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "serve-peers.json").write_text(json.dumps(result, indent=2) + "\n")
+    name = "serve-llama-cpp" if options.llama_server else "serve-transformers"
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     text = table(options, result)
-    (folder / "serve-peers.md").write_text(text, encoding="utf-8")
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("model", help="a folder that transformers loads too")
+    parser.add_argument("model", help="what the other server loads too: a folder, a .gguf file")
     parser.add_argument("work", type=Path, help="for logs")
     parser.add_argument("--dataset", required=True)
+    parser.add_argument("--llama-server", help="this program instead of transformers serve")
     parser.add_argument("--concurrency", default="1,4,16")
     parser.add_argument("--num-prompts", type=int, default=48)
     parser.add_argument("--max-tokens", type=int, default=64)
@@ -77,7 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=64, help="sequences in a batch, ours")
     parser.add_argument("--cache-tokens", type=int, default=32768, help="of the peer's cache")
     parser.add_argument("--repeat", type=int, default=3, help="for the cost of HTTP")
-    parser.add_argument("--out", type=Path, help="folder for serve-peers.md and .json  [WORK]")
+    parser.add_argument("--out", type=Path, help="folder for the tables  [WORK]")
     return parser.parse_args()
 
 
@@ -101,17 +108,14 @@ def ours(options: argparse.Namespace, name: str) -> ServerProcess:
 
 
 @contextmanager
-def theirs(options: argparse.Namespace, name: str) -> Iterator[str]:
-    """The address of `transformers serve`, once it is healthy."""
+def theirs(options: argparse.Namespace, clients: int) -> Iterator[str]:
+    """The address of the other server, once it is healthy."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
-    command = [*program, "serve", options.model, "--continuous-batching", "--device", "cpu"]
-    command += ["--dtype", options.dtype, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--cb-block-size", str(BLOCK), "--cb-max-batch-tokens", "512"]
-    command += ["--cb-num-blocks", str(options.cache_tokens // BLOCK)]
-    url, path = f"http://127.0.0.1:{port}", options.work / f"{name}.log"
+    command = llama_server(options, clients) if options.llama_server else transformers(options)
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    url, path = f"http://127.0.0.1:{port}", options.work / f"theirs-{clients}.log"
     with path.open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
@@ -120,6 +124,34 @@ def theirs(options: argparse.Namespace, name: str) -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
+
+
+def transformers(options: argparse.Namespace) -> list[str]:
+    """How `transformers serve` is started."""
+    program = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
+    command = [*program, "serve", options.model, "--continuous-batching", "--device", "cpu"]
+    command += ["--dtype", options.dtype, "--cb-max-batch-tokens", "512"]
+    command += ["--cb-block-size", str(BLOCK)]
+    return [*command, "--cb-num-blocks", str(options.cache_tokens // BLOCK)]
+
+
+def llama_server(options: argparse.Namespace, clients: int) -> list[str]:
+    """How `llama-server` is started: as many slots as clients, and the cache shared out evenly."""
+    command = [options.llama_server, "-m", options.model, "-np", str(clients)]
+    command += ["-t", str(options.threads), "-tb", str(options.threads), "--ubatch-size", "512"]
+    return [*command, "-c", str(options.cache_tokens), "--batch-size", "512", "--jinja"]
+
+
+def peer_name(options: argparse.Namespace) -> str:
+    """The other server, with its version."""
+    if not options.llama_server:
+        return f"transformers serve {version('transformers')}"
+    said = subprocess.run(
+        [options.llama_server, "--version"], check=True, capture_output=True, text=True
+    )
+    return (
+        f"llama-server {(said.stdout + said.stderr).split('version:')[1].splitlines()[0].strip()}"
+    )
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -156,13 +188,12 @@ def table(options: argparse.Namespace, result: dict[str, Any]) -> str:
     """The record, in Markdown; a ratio above 1 is in our favour."""
     http = result["http"]
     lines = [
-        "# `compress serve` beside `transformers serve`",
+        f"# `compress serve` beside {result['peer']}",
         "",
         f"{result['model']} in {options.dtype}, {options.threads} threads, "
         f"{options.num_prompts} prompts of {Path(options.dataset).name}, up to "
-        f"{options.max_tokens} new tokens, greedy, streamed. transformers "
-        f"{version('transformers')}, continuous batching in both. Ours / theirs = ratio, above 1 "
-        "where ours is better.",
+        f"{options.max_tokens} new tokens, greedy, streamed, continuous batching in both. "
+        "Ours / theirs = ratio, above 1 where ours is better.",
         "",
         "| clients | " + " | ".join(MEASURES) + " | failed |",
         "|---" * (2 + len(MEASURES)) + "|",
