@@ -6,12 +6,8 @@ Ray Serve starts the replicas, asks after their health, replaces those that die,
 requests and answers (gRPC on the loopback interface); `replica_router` tells it which replica to
 take.  HTTP is ours, not Ray's proxy, so that a client sees what a server of one process shows.
 
-Relied on, of Ray 2.60:
-- `serve.start(proxy_location="Disabled")` and `route_prefix=None`: no HTTP of Ray's.
-- RAY_SERVE_USE_GRPC_BY_DEFAULT and RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP=0: an item of a stream
-  costs this process half of what it costs through Ray's objects and a loop of the router's own.
-- RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 has Ray's processes listen on 127.0.0.1, as they do on those
-  systems; RAY_AUTH_MODE=token with a token made here has them refuse who does not know it.
+Relied on, of Ray Serve 2.60: with `serve.start(proxy_location="Disabled")` and `route_prefix=None`
+there is no HTTP of Ray's; `broadcast` asks all replicas; `serve.run` returns when all have started.
 """
 
 from __future__ import annotations
@@ -22,9 +18,7 @@ import dataclasses
 import logging
 import os
 import re
-import secrets
 import shutil
-import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -39,6 +33,7 @@ from compress.core.errors import InputError, reason_of
 from compress.runtime.server.forward import ReplicaRoute
 from compress.runtime.server.merged_metrics import merged
 from compress.runtime.server.metrics import CONTENT_TYPE
+from compress.runtime.server.ray_processes import import_ray, kill, start_ray, take_back_signals
 from compress.runtime.server.service import ServerSettings, Service
 
 if TYPE_CHECKING:
@@ -47,22 +42,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("compress.server")
 
 NAME = "compress"  # of Ray Serve's application
-OBJECT_STORE = 80 << 20  # bytes; nothing of ours goes through it, and Ray takes no less
 MOST_REQUESTS = 100_000  # of a replica, for Ray; the engine's own limit is what counts
 SECONDS_TO_END = 10.0  # for Ray's processes
 POLL = 1.0  # seconds between questions after the replicas' health
 SECONDS_TO_ANSWER = 10.0  # of a replica that is asked how it is
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anybody
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_enable_metrics_collection": "0",
-    "RAY_memory_monitor_refresh_ms": "0",  # memory is the system's to watch, as in one process
-    "RAY_worker_niceness": "0",  # of Ray's own is 15: replicas would give way to anything
-    "RAY_COLOR_PREFIX": "0",  # of what replicas say on standard error
-    "RAY_AUTH_MODE": "token",
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-}
 
 
 class ReplicatedService(Service):
@@ -79,15 +62,7 @@ class ReplicatedService(Service):
                 f"give at most {self._gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES="
             )
         self._threads = max(1, torch.get_num_threads() // replicas)
-        os.environ.update(ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))  # read at the import
-        try:
-            import ray.serve  # noqa: F401
-        except ImportError:
-            raise InputError(
-                "--replicas needs Ray Serve; run pip install 'compress-llm[ray]'"
-            ) from None
-        for name in ("ray", "ray.serve"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        import_ray()
         super().__init__(settings)
         self.replicas = replicas
         self._running: int | None = None  # replicas that work; None while they are started
@@ -182,7 +157,7 @@ class ReplicatedService(Service):
         while self._running is None:
             await asyncio.sleep(POLL / 20)
             if self._connected:
-                _take_back_signals()
+                take_back_signals()
         while True:
             await asyncio.sleep(POLL)
             try:
@@ -213,11 +188,11 @@ class ReplicatedService(Service):
         # Nothing is left to do for them, and they would take their time to end; some of Ray's
         # helpers outlive the rest otherwise.
         started = [p for p in psutil.Process().children(recursive=True) if p not in self._others]
-        _kill([process for process in started if process.ppid() != os.getpid()])
+        kill([process for process in started if process.ppid() != os.getpid()])
         self._closing.set()
         if self._started.is_set():
             self._thread.join(SECONDS_TO_END)
-        _kill(started)
+        kill(started)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _ask(self, method: str) -> list[Any]:
@@ -236,7 +211,7 @@ class ReplicatedService(Service):
         """Start Ray and the replicas; returns when all have their model."""
         self._others = psutil.Process().children(recursive=True)
         self._folder = tempfile.mkdtemp(prefix="compress-")  # a socket's path has to be short
-        _start_ray(self._folder, self.replicas, self._threads, self._gpus)
+        start_ray(self._folder, self.replicas, self._threads, self._gpus)
         self._connected = True
         from ray import serve
         from ray.serve.schema import LoggingConfig
@@ -275,33 +250,6 @@ def cache_memory_of_each(replicas: int) -> int | None:
     from compress.runtime.llm import cache_memory
 
     return None if torch.cuda.is_available() else cache_memory(torch.device("cpu")) // replicas
-
-
-def _take_back_signals() -> None:
-    """Undo what Ray did to SIGTERM, below Python: it would print where the process was."""
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-    signal.siginterrupt(signal.SIGTERM, False)
-
-
-def _kill(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.Error):  # it has ended
-            process.kill()
-
-
-def _start_ray(folder: str, replicas: int, threads: int, gpus: int) -> None:
-    import ray
-
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # the replicas inherit it
-    ray.init(
-        address="local",
-        num_cpus=replicas * threads,
-        num_gpus=gpus,
-        object_store_memory=OBJECT_STORE,
-        include_dashboard=False,
-        configure_logging=False,
-        _temp_dir=folder,
-    )
 
 
 def _status_message() -> str:

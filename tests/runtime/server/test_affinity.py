@@ -1,14 +1,19 @@
 """Which replica a request goes to: what makes a prefix, and how replicas are ranked for it."""
 
 import json
+import os
+import sys
 from collections import Counter
 
 import pytest
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client import Counter as Count
 
+from compress.core.errors import InputError
 from compress.runtime.server.affinity import affinity_key, busy_last, in_order
 from compress.runtime.server.merged_metrics import merged
+from compress.runtime.server.replicas import ReplicatedService
+from compress.runtime.server.service import ServerSettings
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 FIRST = {"role": "user", "content": "Hello"}
@@ -107,6 +112,14 @@ def test_keys_are_spread_evenly():
 )
 def test_a_replica_with_more_than_its_share_comes_last(loads, expected):
     assert busy_last(list(loads), loads) == list(expected)
+
+
+def test_without_ray_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray.serve", None)
+    with pytest.raises(InputError, match=r"pip install 'compress-llm\[ray\]'"):
+        ReplicatedService(ServerSettings(("m",)), 2)
 
 
 def test_metrics_of_replicas_are_told_apart():
