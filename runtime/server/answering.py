@@ -111,16 +111,25 @@ async def in_one_piece(
 
 
 async def whole(streams: Sequence[MeteredStream]) -> list[list[CompletionOutput]]:
-    """The outputs of each stream, once all have ended.  Raises what ended one early."""
-    found = []
-    for stream in streams:
-        outputs = [CompletionOutput(index) for index in range(stream.request.params.n)]
-        while increments := await stream.next():
-            for increment in increments:
-                check(increment)
-                outputs[increment.index].add(increment)
-        found.append(outputs)
-    return found
+    """The outputs of each stream, once all have ended.  Raises what ended one early.
+
+    All are read as they come, since that is when a stream is timed.
+    """
+    reading = [asyncio.ensure_future(_outputs(stream)) for stream in streams]
+    try:
+        return await asyncio.gather(*reading)
+    finally:
+        for task in reading:
+            task.cancel()
+
+
+async def _outputs(stream: MeteredStream) -> list[CompletionOutput]:
+    outputs = [CompletionOutput(index) for index in range(stream.request.params.n)]
+    while increments := await stream.next():
+        for increment in increments:
+            check(increment)
+            outputs[increment.index].add(increment)
+    return outputs
 
 
 def merged(increments: Iterable[Increment]) -> list[CompletionOutput]:
