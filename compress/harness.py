@@ -197,8 +197,12 @@ class RuntimeLM(TemplateLM):
             eos_ids=self._stop_tokens,
         )
         with LLM.from_engine(engine, self.tokenizer) as llm:
-            found = llm.generate(prompts, params, progress=True)
-        return [output.outputs[0].token_ids for output in found]
+            found = [output.outputs[0] for output in llm.generate(prompts, params, progress=True)]
+        if errors := [output.error for output in found if output.error]:
+            raise InputError(
+                f"{len(errors)} of {len(found)} answers failed; the first: {errors[0]}"
+            )
+        return [output.token_ids for output in found]
 
 
 def _generation_defaults(source: ModelSource) -> dict[str, Any]:

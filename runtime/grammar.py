@@ -2,8 +2,8 @@
 
 A matcher follows one output token by token and says which tokens may come next; all others get the
 logit -inf.  llguidance (an extra) makes the matcher: an Earley parser over a lexer of lazily built
-automata, so that nothing is computed ahead for a schema, and the tokens of 49,152 that may come
-next take 50 us.  What a schema is allowed to cost is in `grammar_trial`.
+automata, so that nothing is computed ahead for a schema.  Of 49,152 tokens it takes 0.03 to 0.05 ms
+to say which may follow, and as long to apply.  What a schema may cost is in `grammar_trial`.
 
 An output ends as soon as the grammar lets nothing follow.  Where it may end or go on, as after a
 digit, stop tokens are allowed beside what may follow.

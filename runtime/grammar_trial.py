@@ -76,12 +76,14 @@ def _try() -> None:
 
 
 if __name__ == "__main__":
+    import contextlib
     import resource
     import signal
     import threading
 
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    for limit, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, MEMORY)):
+        with contextlib.suppress(ValueError, OSError):  # less is allowed already, or not to be set
+            resource.setrlimit(limit, (most, most))
     signal.setitimer(signal.ITIMER_PROF, SECONDS)  # whose signal ends the process
     threading.stack_size(STACK)
     thread = threading.Thread(target=_try)

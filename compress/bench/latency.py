@@ -16,6 +16,7 @@ from compress.bench.bandwidth import copy_bandwidth, read_bandwidth
 from compress.bench.peers import Peer
 from compress.bench.percentiles import percentile
 from compress.bench.subject import Subject, memory_bytes
+from compress.core.errors import InputError
 from compress.core.progress import track
 from compress.roofline import ideal_step, tokens_seen
 from compress.runtime.engine import Engine
@@ -119,7 +120,10 @@ def engine_for(subject: Subject, shape: Shape) -> Engine:
 
 
 def run_once(engine: Engine, prompts: Sequence[list[int]], shape: Shape) -> Run:
-    """Answer the prompts together, greedily and past any end, and time every step."""
+    """Answer the prompts together, greedily and past any end, and time every step.
+
+    Raises InputError for a model whose logits are NaN.
+    """
     limit = shape.new_tokens + shape.mixed_steps
     params = SamplingParams(max_tokens=limit, temperature=0, ignore_eos=True)
     for number, prompt in enumerate(prompts):
@@ -136,6 +140,8 @@ def run_once(engine: Engine, prompts: Sequence[list[int]], shape: Shape) -> Run:
         last = now
         tokens += len(increments)
         for increment in increments:
+            if increment.error:
+                raise InputError(f"the model cannot be timed: {increment.error}")
             firsts.setdefault(increment.request_id, now - began)
         if not prefill and len(firsts) == len(prompts):
             prefill = now - began

@@ -22,6 +22,7 @@ from typing import Any
 from compress.bench.latency import Shape, engine_for, percentile, run_once
 from compress.bench.subject import Subject, memory_bytes
 from compress.bench.workload import Job, Workload
+from compress.core.errors import InputError
 from compress.core.progress import track
 from compress.runtime.engine import Engine
 from compress.runtime.sampling_params import SamplingParams
@@ -89,7 +90,10 @@ def _by_batch(
 
 
 def replay(engine: Engine, subject: Subject, jobs: list[Job], slots: int, policy: str) -> Replay:
-    """Run jobs as they arrive, by one of POLICIES."""
+    """Run jobs as they arrive, by one of POLICIES.
+
+    Raises InputError for a model whose logits are NaN.
+    """
     prompts = subject.prompts([job.prompt_tokens for job in jobs])
     longest = max(job.cached_tokens for job in jobs)
     waiting = deque(range(len(jobs)))
@@ -107,6 +111,8 @@ def replay(engine: Engine, subject: Subject, jobs: list[Job], slots: int, policy
             time.sleep(max(0.0, next_arrival.arrival_s - now))
             continue
         ended = [step for step in engine.step() if step.finish_reason]
+        if errors := [one.error for one in ended if one.error]:
+            raise InputError(f"the model cannot be timed: {errors[0]}")
         now = time.perf_counter() - began
         found.steps += 1
         found.busy += len(engine.scheduler.running) + len(ended)

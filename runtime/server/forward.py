@@ -12,8 +12,8 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, suppress
+from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.routing import BaseRoute, Match
@@ -25,9 +25,6 @@ from compress.runtime.server.errors import ApiError
 from compress.runtime.server.request_log import SECURITY_HEADERS, current_record
 from compress.runtime.server.sse import unless_gone
 
-if TYPE_CHECKING:
-    from compress.runtime.server.replicas import ReplicatedService
-
 logger = logging.getLogger("compress.server")
 
 PATHS = ("/v1/", "/tokenize", "/detokenize")  # what goes on to replicas
@@ -38,10 +35,27 @@ SECONDS_TO_RETRY = 2.0
 ADDED = {b"x-request-id", *(name for name, _ in SECURITY_HEADERS)}
 
 
+class Replicas(Protocol):
+    """What there has to be to go on to: `ReplicatedService`."""
+
+    replicas: int  # how many there should be
+
+    def check_ready(self) -> None:
+        """ApiError 503 when requests are not taken."""
+
+    def taking(self) -> AbstractContextManager[None]:
+        """While a request is answered."""
+        ...
+
+    def call(self, key: str, request: dict[str, Any], body: bytes, tried: tuple[str, ...]) -> Any:
+        """The items that `Replica.answer` yields for a request, from a replica not yet tried."""
+        ...
+
+
 class ReplicaRoute(BaseRoute):
     """Matches the paths of the API, before the application's own routes for them."""
 
-    def __init__(self, service: ReplicatedService) -> None:
+    def __init__(self, service: Replicas) -> None:
         self._service = service
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:

@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
+from starlette.types import ASGIApp, Message, Scope
 
 from compress.runtime.server.app import make_app
 from compress.runtime.server.errors import ApiError
@@ -85,10 +86,10 @@ class Answer:
 
     def __init__(self, body: bytes) -> None:
         self._body: bytes | None = body
-        self._waiting: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(MOST_MESSAGES)
+        self._waiting: asyncio.Queue[Message | None] = asyncio.Queue(MOST_MESSAGES)
         self._started = False
 
-    async def run(self, app: Any, scope: dict[str, Any]) -> None:
+    async def run(self, app: ASGIApp, scope: Scope) -> None:
         """Run the application to its end.  An exception of its own is logged and answered."""
         try:
             await app(scope, self._receive, self._send)
@@ -99,7 +100,7 @@ class Answer:
             await error.response()(scope, self._receive, self._send)
         await self._waiting.put(None)
 
-    async def messages(self) -> list[dict[str, Any]]:
+    async def messages(self) -> list[Message]:
         """All that wait, at least one; none when the application has ended."""
         messages = [await self._waiting.get()]
         while not self._waiting.empty() and messages[-1] is not None:
@@ -108,14 +109,14 @@ class Answer:
             self._waiting.put_nowait(None)
         return _merged([message for message in messages if message is not None])
 
-    async def _receive(self) -> dict[str, Any]:
+    async def _receive(self) -> Message:
         if self._body is None:
             # Who asks now wants to know whether the client has left; then this task is cancelled.
             await asyncio.Event().wait()
         body, self._body = self._body, None
         return {"type": "http.request", "body": body, "more_body": False}
 
-    async def _send(self, message: dict[str, Any]) -> None:
+    async def _send(self, message: Message) -> None:
         self._started = True
         message = dict(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
@@ -132,7 +133,7 @@ def _counts(record: RequestRecord | None) -> dict[str, Any]:
     return {**tokens, "first": first}
 
 
-def scope_of(request: dict[str, Any]) -> dict[str, Any]:
+def scope_of(request: dict[str, Any]) -> Scope:
     """An ASGI scope."""
     headers = [(bytes(name), bytes(value)) for name, value in request["headers"]]
     return {
@@ -145,9 +146,9 @@ def scope_of(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _merged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _merged(messages: list[Message]) -> list[Message]:
     """The same answer, with neighbouring parts of the body in one message."""
-    merged: list[dict[str, Any]] = []
+    merged: list[Message] = []
     for message in messages:
         before = merged[-1] if merged else None
         if before is not None and before["type"] == message["type"] == "http.response.body":
@@ -162,7 +163,10 @@ def _listen_on_loopback() -> None:
 
     Ray 2.60 binds all interfaces there.  The server starts after the deployment's constructor.
     """
+    from ray._common.tls_utils import add_port_to_grpc_server
     from ray.serve._private import replica
 
-    add_port = replica.add_port_to_grpc_server
-    replica.add_port_to_grpc_server = lambda server, _: add_port(server, "127.0.0.1:0")
+    def add_port(server: Any, _: str) -> int:
+        return add_port_to_grpc_server(server, "127.0.0.1:0")
+
+    setattr(replica, add_port_to_grpc_server.__name__, add_port)

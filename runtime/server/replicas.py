@@ -245,20 +245,20 @@ class ReplicatedService(Service):
 
         quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
         serve.start(proxy_location="Disabled", logging_config=quiet)
-        deployment = serve.deployment(Replica).options(
+        deployment = serve.deployment(
             num_replicas=self.replicas,
             ray_actor_options={"num_cpus": self._threads, "num_gpus": 1 if self._gpus else 0},
             logging_config=quiet,
             max_ongoing_requests=MOST_REQUESTS,
             max_constructor_retry_count=1,
             health_check_period_s=POLL,
-            health_check_timeout_s=30,
+            health_check_timeout_s=10,
             graceful_shutdown_wait_loop_s=0.1,
             graceful_shutdown_timeout_s=1,
             request_router_config={
                 "request_router_class": "compress.runtime.server.replica_router.PrefixRouter"
             },
-        )
+        )(Replica)
         settings = dataclasses.replace(self.settings, api_keys=(), allowed_hosts=None)
         try:
             self._handle = serve.run(

@@ -227,6 +227,14 @@ def test_a_generation_that_the_context_cannot_hold(both):
         ours.generate_until(requests)
 
 
+def test_an_answer_that_fails_is_no_answer(model_folder):
+    ours = RuntimeLM(resolve_model(str(model_folder())))
+    ours._decoder.forward = lambda batch: torch.full((len(batch.rows), 128), torch.nan)
+    requests = instances("generate_until", [("w1", {"until": [], "max_gen_toks": 4})] * 2)
+    with pytest.raises(InputError, match=r"2 of 2 answers failed; the first: .*NaN"):
+        ours.generate_until(requests)
+
+
 @pytest.fixture
 def task_files(tmp_path):
     draw = random.Random(3)

@@ -245,11 +245,15 @@ def test_nan_in_the_prompts_log_probabilities_ends_the_request(kind, place, budg
         what = "drawing a token" if place == 29 else "the prompt's log-probabilities"
         assert increment.error == f"{what} failed: the model's logits hold NaN"
     assert not engine.requests
+    engine.model.ill = False
+    again = engine.add_request("again", prompt, GREEDY)
+    assert tokens_of(run(engine)["again", 0]) == naive(prompt, GREEDY)
+    assert again.cached_tokens == 0, "what held NaN is found again"
     assert engine.statistics().blocks_in_use == 0
 
 
 def test_infinity_is_no_token_unless_it_is_the_likeliest_that_is_wanted():
-    """As on a device (kernels/sampling)."""
+    """As on a device (kernels/sampling); where no token is possible none is drawn."""
     row = logits_of([1]).numpy().copy()
     row[5] = math.inf
     assert drawn_by_device(row, GREEDY, 0.0) == 5

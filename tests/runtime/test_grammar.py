@@ -273,7 +273,7 @@ def test_hard_schemas_end_their_own_request_alone(spelling_llm):
 def test_white_space_is_bounded_even_where_the_model_wants_nothing_else(spelling_llm):
     tokenizer = spelling_llm.tokenizer
     likely = {tokenizer.convert_tokens_to_ids(token): 100 for token in ("Ġ", "Ċ", "ĉ")}
-    schema = PERSON | {"x-guidance": {"whitespace_pattern": "[ \\n]*"}}
+    schema = PERSON | {"x-guidance": {"whitespace_pattern": "[ \\n]*", "key_separator": "="}}
     params = SamplingParams(
         grammar=schema_of(schema), max_tokens=900, logit_bias=likely, seed=1, n=4
     )

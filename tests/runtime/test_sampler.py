@@ -193,6 +193,21 @@ def test_no_stop_token_before_min_tokens():
     assert drawn == [9, 9, 4]
 
 
+def test_a_grammar_hides_no_nan():
+    """A row with NaN is wrong in all places, whatever is allowed."""
+
+    class Allows:
+        allowed, may_end = np.arange(VOCAB) < 10, False
+
+    state = SamplingState(SamplingParams(), 0, 0, PROMPT, frozenset(), VOCAB, Allows())
+    logits = logits_like(1.0)
+    (token,), _ = sample(logits[None], [state])
+    assert token < 10
+    logits[17] = math.nan
+    (token,), _ = sample(logits[None], [state])
+    assert isinstance(token, ArithmeticError)
+
+
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {}, {"temperature": 0, "logprobs": 1}])
 def test_nan_is_no_token(settings):
     logits = logits_like(1.0)

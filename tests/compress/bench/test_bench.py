@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from compress.bench import latency, peer, workload
@@ -52,6 +53,16 @@ def test_a_window_is_read_and_no_more(monkeypatch):
     assert found["bytes_per_step"] == 1000 + 3 * (8 + 20) * 32
     assert found["roofline_tokens_per_s"] == round(3 * 1e6 / found["bytes_per_step"], 2)
     assert found["bytes_per_s"] == 200 * found["bytes_per_step"]
+
+
+def test_a_model_of_nan_is_not_timed(model_folder):
+    ill = Subject(str(model_folder()), "float32", None, 1)
+    ill.decoder.forward = lambda batch: torch.full((len(batch.rows), 128), torch.nan)
+    shape = Shape(9, 4)
+    with pytest.raises(InputError, match=r"cannot be timed: .*NaN"):
+        run_once(latency.engine_for(ill, shape), [list(range(3, 12))], shape)
+    with pytest.raises(InputError, match=r"cannot be timed: .*NaN"):
+        replay(ill.engine(2, 64), ill, [Job(9, 4)], 1, "continuous")
 
 
 def test_latency(model_folder, subject):

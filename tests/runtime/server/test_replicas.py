@@ -58,6 +58,12 @@ def replicas_of(running: Process) -> list[psutil.Process]:
     return [child for child in children if "ServeReplica:" in " ".join(child.cmdline())]
 
 
+def check_answer(running: Process, prompt: str) -> None:
+    status, _, content = running.ask("POST", "/v1/completions", completion(prompt))
+    assert status == 200, content
+    assert json.loads(content)["choices"][0]["text"] == expected(prompt, 20)
+
+
 def finish(clients: list[Client]) -> None:
     for client in clients:
         client.join(SLOW)
@@ -168,13 +174,14 @@ def test_nothing_is_reached_from_without_or_without_the_token(running):
 
 def test_a_replica_that_is_killed_takes_only_its_own_streams_along(running):
     """They end with an error event; the others end right, and new requests go elsewhere at once."""
-    prompts = [f"{number} killed" for number in range(8)]
+    prompts = [f"{number} killed" for number in range(6)]  # which one replica has room for
     clients = [Client(running, completion(prompt, 150, stream=True)) for prompt in prompts]
     assert until(lambda: min(metric(running, "num_requests_running")) > 0)
-    replicas_of(running)[0].kill()
+    victim = replicas_of(running)[0]
+    victim.kill()
+    psutil.wait_procs([victim], 10)
     start = time.monotonic()
-    status, _, content = running.ask("POST", "/v1/completions", completion("new"))
-    assert (status, json.loads(content)["choices"][0]["text"]) == (200, expected("new", 20))
+    check_answer(running, "new")
     assert time.monotonic() - start < 10
     assert running.ask("GET", "/health")[0] == 200
     finish(clients)
@@ -187,16 +194,14 @@ def test_a_replica_that_is_killed_takes_only_its_own_streams_along(running):
         lost.append(client)
         assert client.events[-1]["error"]["code"] == "replica_lost"
         assert whole.startswith(client.text)
-    assert 0 < len(lost) < 8
+    assert 0 < len(lost) < 6
 
 
 def test_a_replica_that_was_killed_is_replaced(running):
     assert until(lambda: how_many_work(running) == 2, SLOW)
-    test_answers = [Client(running, completion(f"{n} again")) for n in range(8)]
-    finish(test_answers)
-    assert [client.text for client in test_answers] == [
-        expected(f"{n} again", 20) for n in range(8)
-    ]
+    clients = [Client(running, completion(f"{n} again")) for n in range(8)]
+    finish(clients)
+    assert [client.text for client in clients] == [expected(f"{n} again", 20) for n in range(8)]
     assert min(metric(running, "generation_tokens_total")) > 0
 
 
@@ -215,8 +220,7 @@ def test_with_no_replica_nobody_waits_for_ever(running):
             assert client.status == 503
             assert "error" in json.loads(client.content)
     assert until(lambda: running.ask("GET", "/ready")[0] == 200, SLOW)
-    status, _, content = running.ask("POST", "/v1/completions", completion("back"))
-    assert (status, json.loads(content)["choices"][0]["text"]) == (200, expected("back", 20))
+    check_answer(running, "back")
 
 
 def test_the_end_finishes_what_runs_and_leaves_nothing(running):
