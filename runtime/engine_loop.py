@@ -5,7 +5,8 @@ ended it.  It must return soon: what it does holds up every request.  One that r
 request aborted.
 
 A step that fails ends every request, and is a fault of the engine until a step succeeds; while
-nobody asks for one, a small request of the loop's own tries, so that what was passing passes.
+nobody asks for one, a small request of the loop's own tries, so that what was passing passes.  That
+request also tells whether the engine is at fault where a step gave its requests errors alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ Listener = Callable[[Increment | Exception], None]
 
 HANGS = 300.0  # seconds; a step is at most one chunk of prompts
 RETRY = 1.0  # seconds between attempts to get over a fault
+PROBE_ID = "probe"
 PROBE = SamplingParams(max_tokens=1, temperature=0)
 
 
@@ -49,6 +51,7 @@ class EngineLoop:
         self._closed = False
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None  # of the last step, or what ended the thread
+        self._doubtful = False  # the last step gave errors and no token
         self._step_began: float | None = None  # while a step is under way
 
     @property
@@ -106,9 +109,9 @@ class EngineLoop:
     def _turn(self) -> None:
         """Wait for work, and do one step of it."""
         with self._changed:
-            patience = None if self._error is None else RETRY
+            patience = RETRY if self._error or self._doubtful else None
             if not self._changed.wait_for(self._has_something_to_do, patience):
-                self._engine.add_request("probe", [0], PROBE)
+                self._engine.add_request(PROBE_ID, [0], PROBE)
             arrived, self._arrived = self._arrived, []
             aborted, self._aborted = self._aborted, []
         for request in arrived:
@@ -126,9 +129,19 @@ class EngineLoop:
             return
         finally:
             self._step_began = None
-        if any(increment.token_ids for increment in increments):
-            self._error = None
+        self._judge(increments)
         self._tell(increments)
+
+    def _judge(self, increments: list[Increment]) -> None:
+        """See from what a step gave whether the engine works."""
+        if any(increment.token_ids for increment in increments):
+            self._error, self._doubtful = None, False
+            return
+        for increment in increments:
+            if increment.finish_reason == "error":  # its own, or all there are: the probe tells
+                self._doubtful = True
+                if increment.request_id == PROBE_ID:
+                    self._error = RuntimeError(increment.error)
 
     def _has_something_to_do(self) -> bool:
         return bool(self._arrived or self._aborted or self._closed or self._engine.has_work())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import json
 import queue
@@ -24,7 +25,7 @@ from compress.runtime.batch import Model
 from compress.runtime.engine import Engine
 from compress.runtime.engine_loop import EngineLoop, Listener
 from compress.runtime.outputs import CompletionOutput, Increment, RequestOutput, Statistics
-from compress.runtime.sampling_params import SamplingParams
+from compress.runtime.sampling_params import SamplingParams, SettingError
 from compress.runtime.sequence import Request
 from compress.runtime.streams import Doorbell, Inbox, Stream
 
@@ -176,13 +177,25 @@ class LLM:
         pairs = zip(requests, inboxes, strict=True)
         return [Stream(request, inbox, self._loop.abort) for request, inbox in pairs]
 
-    def chat_prompt(self, messages: Items[Message]) -> list[int]:
-        """Token ids of a conversation, with the beginning of the answer's turn."""
+    def chat_prompt(
+        self, messages: Items[Message], template_values: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Token ids of a conversation, with the beginning of the answer's turn.
+
+        `template_values` are names that the template asks for, as Qwen3's asks `enable_thinking`.
+        """
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise InputError("the tokenizer has no chat template; use generate instead")
+        render, values = self.tokenizer.apply_chat_template, template_values or {}
+        if taken := inspect.signature(render).parameters.keys() & values.keys():
+            name = min(taken)
+            raise SettingError("chat_template_kwargs", f"chat_template_kwargs: {name} is not yours")
         try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            text = render(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=True,
+                **values,
             )
         except Exception as error:  # templates are programs of any origin
             raise InputError(f"the chat template refuses this: {reason_of(error)}") from error

@@ -68,11 +68,13 @@ async def tokens_of(
     return await off_the_loop(encode, sum(PIECE + len(prompt) for prompt in prompts))
 
 
-async def tokens_of_chat(llm: LLM, messages: Sequence[Message]) -> list[int]:
+async def tokens_of_chat(
+    llm: LLM, messages: Sequence[Message], template_values: dict[str, Any] | None
+) -> list[int]:
     """Token ids of a conversation, up to the beginning of its answer."""
     given = [message.for_template() for message in messages]
     size = sum(PIECE + len(message["content"]) for message in given)
-    return await off_the_loop(lambda: llm.chat_prompt(given), size)
+    return await off_the_loop(lambda: llm.chat_prompt(given, template_values), size)
 
 
 async def learn_grammar(llm: LLM, params: SamplingParams) -> None:

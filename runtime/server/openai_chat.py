@@ -31,7 +31,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     await answering.learn_grammar(llm, params)
-    prompt = await answering.tokens_of_chat(llm, body.messages)
+    prompt = await answering.tokens_of_chat(llm, body.messages, body.chat_template_kwargs)
     streams = service.submit([prompt], [params])
     texts = token_text(llm.tokenizer)
     if body.stream:

@@ -68,7 +68,6 @@ UNSUPPORTED_IN_COMPLETIONS = UNSUPPORTED | {"suffix": ("",)}
 UNSUPPORTED_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
     "mm_processor_kwargs": ({},),
@@ -419,6 +418,10 @@ class Message(Body):
         return {"role": role, "content": text} | named
 
 
+TemplateValues = Annotated[
+    dict[Text, bool | int | float | Text | None] | None,
+    Field(max_length=100, description="Names that the chat template asks for."),
+]
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_ENTRIES, fail_fast=True)]
 
 
@@ -428,6 +431,7 @@ class ChatRequest(Generation):
     unsupported: ClassVar = UNSUPPORTED_IN_CHAT
 
     messages: Messages
+    chat_template_kwargs: TemplateValues = None
     max_tokens: int | None = Field(None, ge=1, description="As many as fit if left out.")
     max_completion_tokens: int | None = Field(None, ge=1, description="Goes before max_tokens.")
     logprobs: bool | None = None
@@ -448,6 +452,7 @@ class TokenizeRequest(Body):
     model: Text | None = None
     prompt: Text | None = None
     messages: Messages | None = None
+    chat_template_kwargs: TemplateValues = None
     add_special_tokens: bool | None = Field(None, description="To a prompt; true if left out.")
     return_token_strs: bool | None = None
 

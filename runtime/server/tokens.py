@@ -22,7 +22,8 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     answering.model_name(service, body.model)
     llm = service.llm
     if body.messages is not None:
-        tokens = await answering.tokens_of_chat(llm, body.messages)
+        values = body.chat_template_kwargs
+        tokens = await answering.tokens_of_chat(llm, body.messages, values)
     else:
         (tokens,) = await answering.tokens_of(llm, [body.prompt or ""], body.add_special_tokens)
 

@@ -13,7 +13,7 @@ from compress.core.errors import InputError
 from compress.runtime.engine import Engine
 from compress.runtime.engine_loop import QueueFullError
 from compress.runtime.llm import LLM, stop_tokens
-from compress.runtime.sampling_params import SamplingParams
+from compress.runtime.sampling_params import SamplingParams, SettingError
 from tests.runtime.fakes import VOCAB, FakeModel, naive
 
 GREEDY = SamplingParams(max_tokens=10, temperature=0)
@@ -80,6 +80,18 @@ def test_chat_goes_through_the_template(llm):
     (output,) = llm.chat([{"role": "user", "content": "hi"}], GREEDY)
     assert output.prompt_token_ids == Letters()("u:hi\na:")["input_ids"]
     assert len(llm.chat([[{"role": "user", "content": "hi"}]] * 2, GREEDY)) == 2
+
+
+def test_a_template_gets_its_values_and_nothing_else(llm):
+    class Renders(Letters):
+        def apply_chat_template(self, conversation, chat_template=None, **values):
+            return f"{values.get('mood')}:{conversation[0]['content']}"
+
+    llm.tokenizer = Renders()
+    messages = [{"role": "user", "content": "hi"}]
+    assert llm.chat_prompt(messages, {"mood": "sad"}) == Letters()("sad:hi")["input_ids"]
+    with pytest.raises(SettingError, match="chat_template is not yours"):
+        llm.chat_prompt(messages, {"chat_template": "{{ 1 }}"})
 
 
 def test_streams_run_together_and_equal_generate(llm):
@@ -262,6 +274,38 @@ def test_a_fault_is_known_until_a_step_succeeds(llm, monkeypatch):
     assert llm.fault is None
     assert llm.generate([1, 2], GREEDY)[0].outputs[0].token_ids == naive([1, 2], GREEDY)
     llm.engine.check()
+
+
+def test_a_model_that_gives_nothing_but_nan_is_a_fault(llm, monkeypatch):
+    monkeypatch.setattr("compress.runtime.engine_loop.RETRY", 0.05)
+    forward = llm.engine.model.forward
+    llm.engine.model.forward = lambda batch: forward(batch) * float("nan")
+    assert llm.generate([1, 2], GREEDY)[0].outputs[0].finish_reason == "error"
+    deadline = time.monotonic() + 5
+    while not llm.fault and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "NaN" in llm.fault
+    llm.engine.model.forward = forward
+    while llm.fault and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert llm.fault is None
+
+
+def test_a_request_that_fails_by_itself_is_no_fault(llm, monkeypatch):
+    monkeypatch.setattr("compress.runtime.engine_loop.RETRY", 0.05)
+    forward = llm.engine.model.forward
+    seen = []
+
+    def poisoned(batch):
+        seen.append(llm.fault)
+        return forward(batch) * (float("nan") if 7 in batch.tokens.tolist() else 1)
+
+    llm.engine.model.forward = poisoned
+    assert llm.generate([7], GREEDY)[0].outputs[0].finish_reason == "error"
+    time.sleep(0.3)
+    assert len(seen) == 2, "one probe, which settles it"
+    assert seen == [None, None]
+    assert llm.fault is None
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
