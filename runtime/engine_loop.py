@@ -67,12 +67,17 @@ class EngineLoop:
     def submit(self, requests: Items[tuple[Request, Listener]]) -> None:
         """Queue requests, which `Engine.prepare` made, so that the same step sees all of them.
 
-        QueueFullError if not all of them may wait; none is queued then.
+        QueueFullError if not all of them may wait; none is queued then.  InputError if they never
+        may, being more than there is room for.
         """
         with self._changed:
             if self._closed:
                 raise InputError("the model is closed; load it again")
             most, unfinished = self._most_unfinished, len(self._listeners)
+            if most is not None and len(requests) > most:
+                raise InputError(
+                    f"{len(requests)} requests at once; allowed are {most}, send fewer"
+                )
             if most is not None and unfinished + len(requests) > most:
                 raise QueueFullError(f"{unfinished} requests are unfinished, of {most} allowed")
             self._listeners.update((request.id, listener) for request, listener in requests)

@@ -48,6 +48,10 @@ class Grammar:
             raise _error(f"schema = {shown(self.schema)}; give JSON text")
 
 
+class _UntriedError(SettingError):
+    """Nothing is known of a schema yet."""
+
+
 class GrammarError(RuntimeError):
     """A matcher cannot go on, as where a pattern's automaton grows too large."""
 
@@ -127,6 +131,8 @@ class GrammarCompiler:
     def _keep(self, grammar: Grammar) -> Matcher | SettingError:
         try:
             made: Matcher | SettingError = self._compile(grammar)
+        except _UntriedError:
+            raise
         except SettingError as error:
             made = error.with_traceback(None)
         with self._looking:
@@ -197,7 +203,8 @@ def _try(schema: str) -> None:
             input=schema, capture_output=True, text=True, encoding="utf-8", timeout=PATIENCE,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise _refused("it could not be tried; try again") from None
+        message = str(_refused("it could not be tried; try again"))
+        raise _UntriedError("grammar", message) from None
     if trial.stdout == grammar_trial.PASSED:
         return
     if trial.returncode or not trial.stdout:

@@ -7,7 +7,7 @@ import itertools
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from compress.core.errors import shown
+from compress.runtime.grammar import Grammar, GrammarCompiler, Matcher
 from compress.runtime.llm import LLM
 from compress.runtime.outputs import CompletionOutput, Increment
 from compress.runtime.sampling_params import SamplingParams
@@ -29,6 +30,10 @@ T = TypeVar("T")
 CLIENT_GONE = 499  # nobody gets this status, but the log has it
 # One thread, and no other work's: grammars are compiled one at a time whoever asks.
 COMPILING = ThreadPoolExecutor(1, "grammars")
+UNDER_WAY: dict[tuple[GrammarCompiler, Grammar], Future[Matcher]] = {}  # in it, or to come
+MOST_UNDER_WAY = 32  # a bad one takes a second
+# Few threads for long texts: 4 MiB of them take up to 600 MB for as long as they are worked on.
+TOKENIZING = ThreadPoolExecutor(2, "tokens")
 LONG = 20_000  # characters; more take milliseconds, which no other request should wait
 PIECE = 100  # characters that take as long as a prompt, message or log-probability by itself
 
@@ -65,7 +70,8 @@ async def tokens_of(
             for prompt in prompts
         ]
 
-    return await off_the_loop(encode, sum(PIECE + len(prompt) for prompt in prompts))
+    size = sum(PIECE + len(prompt) for prompt in prompts)
+    return await off_the_loop(encode, size, TOKENIZING)
 
 
 async def tokens_of_chat(
@@ -78,15 +84,31 @@ async def tokens_of_chat(
 
 
 async def learn_grammar(llm: LLM, params: SamplingParams) -> None:
-    """Compile a grammar that was not seen before, which takes up to seconds, in a thread."""
+    """Compile a grammar that was not seen before, which takes up to seconds, in a thread.
+
+    ApiError 429 where too many others wait for that.
+    """
     grammar, grammars = params.grammar, llm.engine.grammars
-    if grammar is not None and not grammars.knows(grammar):
-        await asyncio.get_running_loop().run_in_executor(COMPILING, grammars.compile, grammar)
+    if grammar is None or grammars.knows(grammar):
+        return
+    key = grammars, grammar
+    future = UNDER_WAY.get(key)
+    if future is None:
+        if (count := len(UNDER_WAY)) >= MOST_UNDER_WAY:
+            message = f"{count} new grammars are being compiled; try again"
+            raise ApiError(429, message, code="queue_full", retry_after=count)
+        future = UNDER_WAY[key] = COMPILING.submit(grammars.compile, grammar)
+        future.add_done_callback(lambda _: UNDER_WAY.pop(key))
+    await asyncio.shield(asyncio.wrap_future(future))  # others may wait for it too
 
 
-async def off_the_loop(work: Callable[[], T], size: int) -> T:
+async def off_the_loop(
+    work: Callable[[], T], size: int, threads: ThreadPoolExecutor | None = None
+) -> T:
     """Do `work` in a thread where it is long; `size` is about what it takes, in characters."""
-    return await asyncio.to_thread(work) if size > LONG else work()
+    if size <= LONG:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(threads, work)
 
 
 def head(kind: str, model: str, prefix: str) -> dict[str, Any]:
@@ -113,16 +135,25 @@ async def in_one_piece(
 
 
 async def whole(streams: Sequence[MeteredStream]) -> list[list[CompletionOutput]]:
-    """The outputs of each stream, once all have ended.  Raises what ended one early."""
-    found = []
-    for stream in streams:
-        outputs = [CompletionOutput(index) for index in range(stream.request.params.n)]
-        while increments := await stream.next():
-            for increment in increments:
-                check(increment)
-                outputs[increment.index].add(increment)
-        found.append(outputs)
-    return found
+    """The outputs of each stream, once all have ended.  Raises what ended one early.
+
+    All are read as they come, since that is when a stream is timed.
+    """
+    reading = [asyncio.ensure_future(_outputs(stream)) for stream in streams]
+    try:
+        return await asyncio.gather(*reading)
+    finally:
+        for task in reading:
+            task.cancel()
+
+
+async def _outputs(stream: MeteredStream) -> list[CompletionOutput]:
+    outputs = [CompletionOutput(index) for index in range(stream.request.params.n)]
+    while increments := await stream.next():
+        for increment in increments:
+            check(increment)
+            outputs[increment.index].add(increment)
+    return outputs
 
 
 def merged(increments: Iterable[Increment]) -> list[CompletionOutput]:

@@ -22,7 +22,7 @@ NOTE = "It ended every request that the engine had."
 class MeteredStream:
     """Use it as a `Stream`.  What ends a request from without is raised as an ApiError.
 
-    `on_end` is called once, when the request has ended in any way.
+    `on_end` is called when the request has ended, unless the stream was just dropped.
     """
 
     _unfinished = 0  # outputs
@@ -76,8 +76,9 @@ class MeteredStream:
         self._end("abort")
         await self._stream.aclose()
 
-    def __del__(self) -> None:
-        self._end("abort")
+    def __del__(self) -> None:  # wherever a collection of garbage happens to run
+        if self._unfinished:
+            self._metrics.abandoned(self._unfinished)
 
     def _observe(self, increments: list[Increment]) -> None:
         now = time.monotonic()

@@ -7,6 +7,7 @@ to the moment its tokens were taken out to be sent.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 
 from prometheus_client import (
@@ -59,6 +60,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         self.registry.register(_EngineCollector(model_name, statistics))
         self._model_name = model_name
+        self._abandoned: deque[int] = deque()
         times = {
             name: Histogram(
                 PREFIX + name, text, ["model_name"], registry=self.registry, buckets=buckets
@@ -81,8 +83,15 @@ class Metrics:
         """Count an HTTP request that was refused."""
         self._rejected.labels(self._model_name, reason).inc()
 
+    def abandoned(self, outputs: int) -> None:
+        """Count outputs that were dropped.  For finalizers: takes no lock, as the others do."""
+        self._abandoned.append(outputs)
+
     def text(self) -> bytes:
         """The whole of /metrics."""
+        while self._abandoned:
+            for _ in range(self._abandoned.popleft()):
+                self.finished("abort")
         return generate_latest(self.registry)
 
     def _counter(self, name: str, text: str, label: str) -> Counter:

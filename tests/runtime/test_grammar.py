@@ -296,6 +296,18 @@ def test_grammars_are_kept_and_forgotten_by_their_last_use(monkeypatch):
     assert [json.loads(schema)["const"] for schema in tried] == ["a", "b", "c", "b"]
 
 
+def test_a_trial_that_had_no_time_is_tried_again(spelling_llm, monkeypatch):
+    def busy(command, **_):
+        raise subprocess.TimeoutExpired(command, 60)
+
+    grammar = Grammar("json_schema", '{"const": "tried again"}')
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", busy)
+        with pytest.raises(SettingError, match="try again"):
+            spelling_llm.engine.grammars.compile(grammar)
+    assert spelling_llm.engine.grammars.compile(grammar)
+
+
 def test_a_copy_goes_on_by_itself():
     compiler = GrammarCompiler(ascii_tokenizer(), VOCAB)
     first = compiler.compile(schema_of({"enum": ["ab", "cd"]}))

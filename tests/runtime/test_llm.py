@@ -232,6 +232,8 @@ def test_a_full_queue_refuses_all_or_takes_all():
             streams = made.streams([[1]] * 3, GREEDY)
             with pytest.raises(QueueFullError, match="3 requests are unfinished, of 5"):
                 made.streams([[2]] * 3, GREEDY)
+            with pytest.raises(InputError, match="6 requests at once; allowed are 5"):
+                made.streams([[2]] * 6, GREEDY)  # to try again would not help
             streams += made.streams([[2]] * 2, GREEDY)
             with pytest.raises(QueueFullError):
                 made.stream([3], GREEDY)

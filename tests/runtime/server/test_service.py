@@ -302,7 +302,28 @@ def test_a_consumer_that_leaves_frees_its_blocks(make_letters, how):
     asyncio.run(run())
     assert service.active == 0
     assert until(lambda: llm.statistics().blocks_in_use == 0)
+    service.metrics.text()  # counts what was dropped
     assert number(service, "request_success_total", finished_reason="abort") == 2
+
+
+def test_a_dropped_stream_may_be_found_while_metrics_are_written(make_letters):
+    """Garbage is collected anywhere, also by a thread that holds the metrics' locks."""
+    service = service_of(make_letters(delay=0.005))
+
+    async def run():
+        streams = service.submit([PROMPT], [SamplingParams(max_tokens=150)])
+        lock = service.metrics._finished._lock
+
+        def drop():
+            with lock:
+                streams.clear()
+
+        thread = threading.Thread(target=drop, daemon=True)
+        thread.start()
+        thread.join(5)
+        return thread.is_alive()
+
+    assert not asyncio.run(run())
 
 
 def test_metrics_count_what_went_by(make_letters):

@@ -1,5 +1,6 @@
 """Streams on the wire: events, silences, failures, and clients that go away."""
 
+import gc
 import json
 import socket
 import time
@@ -218,6 +219,32 @@ def test_several_prompts_go_with_their_client(make_letters, serve):
         connection.close()
         assert until(lambda: not llm.engine.requests, 0.5)
     llm.engine.check()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_fault_under_several_prompts_is_told_once(make_letters, serve, caplog, stream):
+    llm = make_letters(delay=0.005)
+    url = serve(app_of(llm)).url
+    llm.engine.model.fail_on = ord("~") - 32
+    body = {"prompt": ["a", "b", "c~", "d"], "stream": stream, "max_tokens": 180}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=20)
+    assert "engine_fault" in answer.text
+    llm.engine.model.fail_on = None
+    gc.collect()
+    assert [record.name for record in caplog.records] == ["compress.server"]
+
+
+def test_prompts_that_are_answered_together_are_timed_as_they_come(make_letters, serve):
+    llm = make_letters(delay=0.01)
+    app = app_of(llm)
+    body = {"prompt": ["a", "b", "c"], "max_tokens": 20}
+    assert httpx.post(f"{serve(app).url}/v1/completions", json=body, timeout=20).status_code == 200
+    sample = app.state.service.metrics.registry.get_sample_value
+    first, end = (
+        sample(f"compress:{name}_seconds_sum", {"model_name": "tiny"})
+        for name in ("time_to_first_token", "e2e_request_latency")
+    )
+    assert first < end / 4  # 1 step of 20, and what the first one of all costs
 
 
 def test_a_slow_reader_holds_up_nobody(make_letters, serve):
