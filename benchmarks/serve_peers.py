@@ -149,9 +149,8 @@ def peer_name(options: argparse.Namespace) -> str:
     said = subprocess.run(
         [options.llama_server, "--version"], check=True, capture_output=True, text=True
     )
-    return (
-        f"llama-server {(said.stdout + said.stderr).split('version:')[1].splitlines()[0].strip()}"
-    )
+    (line,) = re.findall(r"^version: (.*)$", said.stdout + said.stderr, re.MULTILINE)
+    return f"llama-server {line}"
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
