@@ -73,13 +73,11 @@ class SamplingParams:
         self._check_number("temperature", 0, math.inf)
         self._check_number("top_p", 0, 1)
         self._check_number("min_p", 0, 1)
-        self._check_number("repetition_penalty", 0, math.inf)
+        self._check_number("repetition_penalty", 0.01, 100)  # beyond, logits become infinite
         self._check_number("presence_penalty", -2, 2)
         self._check_number("frequency_penalty", -2, 2)
-        for name in ("top_p", "repetition_penalty"):
-            if getattr(self, name) == 0:
-                message = f"{name} = 0; give a number above 0, or 1 to switch it off"
-                raise SettingError(name, message)
+        if self.top_p == 0:
+            raise SettingError("top_p", "top_p = 0; give a number above 0, or 1 to switch it off")
         if not isinstance(self.ignore_eos, bool):
             message = f"ignore_eos = {shown(self.ignore_eos)}; allowed are true and false"
             raise SettingError("ignore_eos", message)

@@ -25,6 +25,7 @@ from compress.core.errors import InputError, reason_of
 from compress.core.progress import say
 from compress.core.resources import raise_file_limit
 from compress.runtime.server.app import make_app
+from compress.runtime.server.http_protocol import http_protocol
 from compress.runtime.server.listener import BACKLOG
 from compress.runtime.server.service import Service
 
@@ -51,6 +52,7 @@ def run(
     raise_file_limit()
     config = uvicorn.Config(
         make_app(service),
+        http=http_protocol(),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -9,6 +9,7 @@ import uvicorn
 from compress.runtime.engine import Engine
 from compress.runtime.llm import LLM
 from compress.runtime.server.app import make_app
+from compress.runtime.server.http_protocol import http_protocol
 from compress.runtime.server.service import ServerSettings, Service
 from tests.runtime.fakes import VOCAB, FakeModel
 
@@ -105,7 +106,9 @@ class Served:
 
     def __init__(self, app):
         self.app = app
-        config = uvicorn.Config(app, "127.0.0.1", 0, log_level="warning", lifespan="on")
+        config = uvicorn.Config(
+            app, "127.0.0.1", 0, log_level="warning", lifespan="on", http=http_protocol()
+        )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()

@@ -1,6 +1,7 @@
 """Who gets past the guards: real sockets where the bytes matter, ASGI alone where they do not."""
 
 import asyncio
+import contextlib
 import http.client
 import json
 import socket
@@ -13,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from compress.runtime.server.app import make_app
 from compress.runtime.server.guard import BodyLimit, HostCheck, KeyCheck, host_of
 from compress.runtime.server.service import ServerSettings, Service
+from tests.runtime.server.conftest import app_of
 
 
 async def echo(scope, receive, send):
@@ -251,3 +253,38 @@ def test_answers_in_json_are_as_openai_has_them():
     assert answer.status_code == 404
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert JSONResponse.media_type in answer.headers["Content-Type"]
+
+
+def talk(served, *parts):
+    """What comes back for these parts of a request, and how many bytes of them could be sent."""
+    answer, sent = b"", 0
+    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
+        with contextlib.suppress(ConnectionError):  # it was closed with something unread
+            for part in parts:
+                connection.sendall(part)
+                sent += len(part)
+        with contextlib.suppress(ConnectionError):
+            while news := connection.recv(1 << 16):
+                answer += news
+    return answer, sent
+
+
+@pytest.mark.parametrize("part", [b"a" * 10_000, b"X-Many: " + b"a" * 9_990 + b"\r\n"])
+def test_a_head_without_end_is_cut_off(make_letters, serve, part):
+    served = serve(app_of(make_letters()))
+    begin = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: "
+    answer, sent = talk(served, begin, *[part] * 2000, b"\r\nConnection: close\r\n\r\n")
+    assert b"200 OK" not in answer
+    assert sent < 15_000_000  # what fits in sockets' buffers, of 20 MB
+    assert httpx.get(f"{served.url}/health").status_code == 200
+
+
+def test_a_long_head_and_requests_one_after_another_are_read(make_letters, serve):
+    served = serve(app_of(make_letters()))
+    long = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"a" * 60_000 + b"\r\n"
+    body = b'{"prompt": "' + b"a" * 200_000 + b'"}'
+    post = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    post += b"Content-Length: %d\r\n\r\n" % len(body) + body
+    several = [long + b"\r\n", post] * 3
+    answer, _ = talk(served, *several, long + b"Connection: close\r\n\r\n")
+    assert answer.count(b"HTTP/1.1 200 OK") == 7

@@ -310,12 +310,16 @@ def test_errors_have_the_clients_types(client):
 
 
 def test_a_full_queue(make_letters, serve):
-    url = serve(app_of(make_letters(max_sequences=1, max_queued_requests=0))).url
+    llm = make_letters(delay=0.02, max_sequences=1, max_queued_requests=1)
+    url = serve(app_of(llm)).url
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    with pytest.raises(openai.RateLimitError) as found:
-        client.completions.create(model="tiny", prompt=["ab", "cd"])
+    with client.completions.create(model="tiny", prompt="ab", max_tokens=180, stream=True):
+        with pytest.raises(openai.RateLimitError) as found:
+            client.completions.create(model="tiny", prompt=["ab", "cd"])
     assert int(found.value.response.headers["retry-after"]) >= 1
     assert found.value.code == "queue_full"
+    with pytest.raises(openai.BadRequestError, match="allowed are 2"):  # at any time
+        client.completions.create(model="tiny", prompt=["ab", "cd", "ef"])
     assert client.completions.create(model="tiny", prompt="ab").choices[0].text
 
 
