@@ -313,9 +313,9 @@ def test_a_full_queue(make_letters, serve):
     llm = make_letters(delay=0.02, max_sequences=1, max_queued_requests=1)
     url = serve(app_of(llm)).url
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    with client.completions.create(model="tiny", prompt="ab", max_tokens=180, stream=True):
-        with pytest.raises(openai.RateLimitError) as found:
-            client.completions.create(model="tiny", prompt=["ab", "cd"])
+    running = client.completions.create(model="tiny", prompt="ab", max_tokens=180, stream=True)
+    with running, pytest.raises(openai.RateLimitError) as found:
+        client.completions.create(model="tiny", prompt=["ab", "cd"])
     assert int(found.value.response.headers["retry-after"]) >= 1
     assert found.value.code == "queue_full"
     with pytest.raises(openai.BadRequestError, match="allowed are 2"):  # at any time
