@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from openai import OpenAI
+
 
 def compress(*arguments: str, cwd: Path) -> dict[str, Any]:
     command = ["compress", *arguments, "--json"]
@@ -55,6 +57,38 @@ def main(work: Path) -> None:
     )  # fmt: skip
     print(said["text"])
     assert "Paris" in said["text"], said
+    serve(work, said["text"])
+
+
+def serve(work: Path, expected: str) -> None:
+    """The same question over HTTP, by OpenAI's own client, and an orderly end."""
+    command = [
+        "compress",
+        "serve",
+        "awq",
+        "--served-model-name",
+        "smollm2",
+        "--port",
+        "0",
+        "--json",
+    ]
+    with subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            url = json.loads(server.stdout.readline())["url"]
+            client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+            stream = client.chat.completions.create(
+                model="smollm2",
+                messages=[{"role": "user", "content": "What is the capital of France?"}],
+                max_tokens=24,
+                temperature=0,
+                stream=True,
+            )
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+            assert text == expected, text
+        finally:
+            server.terminate()
+        assert server.wait(60) == 0
 
 
 if __name__ == "__main__":
