@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 from compress.runtime.engine_loop import QueueFullError
@@ -38,6 +39,7 @@ SECONDS_TO_LOAD = 5  # when to ask again while it loads; nobody knows how long t
 SECONDS_TO_RECOVER = 10  # the same after a fault, or from a server that takes the place of this one
 LONGEST_RETRY = 60  # seconds; an estimate from a long queue is worth no more
 WATCH = 1.0  # seconds between looks at the engine
+MOST_LOGPROBS = 1_000_000  # of one HTTP request, for all its tokens; each takes 250 bytes
 PATIENCE = 5  # looks at a fault before those who wait for the engine are told
 
 
@@ -52,6 +54,13 @@ class ServerSettings:
     allowed_hosts: tuple[str, ...] | None = None  # in Host and Origin; None: any
     metrics: bool = True  # /metrics
     drain_seconds: float = 30.0  # that running requests get when the server ends
+
+
+def _log_probabilities(prompt: int, params: SamplingParams, context: int) -> int:
+    """The most log-probabilities that a request over `prompt` tokens keeps until it ends."""
+    new = min(params.max_tokens or context, max(0, context - prompt))
+    of_prompt = 0 if params.prompt_logprobs is None else prompt * (1 + params.prompt_logprobs)
+    return of_prompt + (0 if params.logprobs is None else params.n * new * (1 + params.logprobs))
 
 
 class Service:
@@ -137,10 +146,21 @@ class Service:
     ) -> list[MeteredStream]:
         """Queue requests, all of them or none.  They are used as `LLM.stream`'s streams are.
 
-        ApiError 429 when the queue is full, 503 as `llm`; InputError for what can never run.
+        ApiError 400 for more log-probabilities than a request may keep, 429 when the queue is full,
+        503 as `llm`; InputError for what can never run.
         """
+        llm = self.llm
+        context = llm.engine.model.max_context
+        kept = sum(map(_log_probabilities, map(len, prompts), params, repeat(context)))
+        if kept > MOST_LOGPROBS:
+            raise ApiError(
+                400,
+                f"the request could keep {kept:,} log-probabilities; allowed are {MOST_LOGPROBS:,}: "
+                "ask for fewer of a token, fewer tokens, prompts or n",
+                param="logprobs",
+            )
         try:
-            streams = self.llm.streams(prompts, params)
+            streams = llm.streams(prompts, params)
         except QueueFullError as error:
             raise ApiError(
                 429, f"the queue is full: {error}", code="queue_full", retry_after=self._wait()

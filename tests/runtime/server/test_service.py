@@ -90,6 +90,32 @@ def test_a_model_that_cannot_be_loaded():
     assert service.state == "loading"
 
 
+@pytest.mark.parametrize(
+    ("settings", "prompts", "kept"),
+    [
+        ({"logprobs": 20, "max_tokens": 50}, 1, 50 * 21),
+        ({"logprobs": 20, "max_tokens": 50, "n": 3}, 2, 2 * 3 * 50 * 21),
+        ({"logprobs": 0, "max_tokens": None}, 1, 200 - len(PROMPT)),  # up to the context
+        ({"prompt_logprobs": 4, "max_tokens": 1}, 3, 3 * len(PROMPT) * 5),
+    ],
+)
+def test_log_probabilities_of_a_request_are_bounded(
+    make_letters, monkeypatch, settings, prompts, kept
+):
+    service = service_of(make_letters(max_sequences=8))
+    params = SamplingParams(temperature=0, **settings)
+
+    async def run():
+        monkeypatch.setattr("compress.runtime.server.service.MOST_LOGPROBS", kept - 1)
+        with pytest.raises(ApiError, match=f"could keep {kept:,} log-prob") as error:
+            service.submit([PROMPT] * prompts, [params] * prompts)
+        assert (error.value.status, error.value.param) == (400, "logprobs")
+        monkeypatch.setattr("compress.runtime.server.service.MOST_LOGPROBS", kept)
+        await asyncio.gather(*map(all_of, service.submit([PROMPT] * prompts, [params] * prompts)))
+
+    asyncio.run(run())
+
+
 def test_a_full_queue_refuses_all_of_a_request(make_letters):
     service = service_of(make_letters(delay=0.02, max_sequences=2, max_queued_requests=1))
 
