@@ -155,8 +155,8 @@ class Service:
         if kept > MOST_LOGPROBS:
             raise ApiError(
                 400,
-                f"the request could keep {kept:,} log-probabilities; allowed are {MOST_LOGPROBS:,}: "
-                "ask for fewer of a token, fewer tokens, prompts or n",
+                f"the request could keep {kept:,} log-probabilities; allowed are "
+                f"{MOST_LOGPROBS:,}; ask for fewer a token, or fewer tokens, prompts or n",
                 param="logprobs",
             )
         try:
