@@ -420,7 +420,8 @@ class Message(Body):
 
 TemplateValues = Annotated[
     dict[Text, bool | int | float | Text | None] | None,
-    Field(max_length=100, description="Names that the chat template asks for."),
+    Field(max_length=MOST_ENTRIES, description="Names that the chat template asks for."),
+    BeforeValidator(_not_too_many),
 ]
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_ENTRIES, fail_fast=True)]
 

@@ -231,7 +231,9 @@ def test_a_fault_under_several_prompts_is_told_once(make_letters, serve, caplog,
     assert "engine_fault" in answer.text
     llm.engine.model.fail_on = None
     gc.collect()
-    assert [record.name for record in caplog.records] == ["compress.server"]
+    told = [record for record in caplog.records if record.module == "metered"]
+    assert len(told) == 1, caplog.text  # beside what the service may say of its state
+    assert {record.name for record in caplog.records} == {"compress.server"}
 
 
 def test_prompts_that_are_answered_together_are_timed_as_they_come(make_letters, serve):
@@ -244,7 +246,7 @@ def test_prompts_that_are_answered_together_are_timed_as_they_come(make_letters,
         sample(f"compress:{name}_seconds_sum", {"model_name": "tiny"})
         for name in ("time_to_first_token", "e2e_request_latency")
     )
-    assert first < end / 4  # 1 step of 20, and what the first one of all costs
+    assert first < end / 2  # 1 step of 20; two thirds, were the others read only afterwards
 
 
 def test_a_slow_reader_holds_up_nobody(make_letters, serve):

@@ -28,7 +28,7 @@ def test_an_answer_comes_piece_by_piece_with_its_facts(opened, quiet):
     model.hold_at = 12
     page.ask("When?")
     page.eventually(lambda: page.turns() == ["When?", "Half of it, "], "the first half")
-    facts = "12 tokens · first token after [0-9.]+ m?s · [0-9.]+ tokens/s"  # so far
+    facts = "12 tokens · first token after [0-9.]+ m?s · [0-9.,]+ tokens/s"  # so far
     assert re.fullmatch(facts, page.text(page.all(".facts")[0]))
     page.eventually(lambda: page.text(page["running"]) == "1", "the load")
     # The prompt and 12 tokens are 20 of 16 * 64; the sequence holds two blocks.
