@@ -166,7 +166,7 @@ def test_a_client_that_asks_first_does_not_send_a_large_body(serve):
             b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 5000\r\nExpect: 100-continue\r\n\r\n"
         )
         assert connection.recv(1000).startswith(b"HTTP/1.1 413")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 1.9  # what is on its way is heard out for 2 s
 
 
 def test_a_body_that_comes_too_slowly(serve):
@@ -179,7 +179,7 @@ def test_a_body_that_comes_too_slowly(serve):
             answer += part
     assert answer.startswith(b"HTTP/1.1 408")
     assert b'"body_timeout"' in answer
-    assert 0.2 <= time.monotonic() - began < 4
+    assert 0.2 <= time.monotonic() - began < 10
 
 
 def test_a_client_that_leaves_in_its_body_reaches_nothing(serve, caplog):

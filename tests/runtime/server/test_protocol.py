@@ -288,14 +288,14 @@ def test_long_work_is_done_in_a_thread(client, monkeypatch):
 def test_long_lists_of_what_is_wrong_are_refused_soon(path, wrong, param):
     """pydantic would keep an error for each entry: 30 s and 3 GiB for a body of 4 MiB.
 
-    A second is allowed where some 0.2 s are taken, while all other requests wait.
+    Five seconds are allowed where some 0.2 s are taken, for machines that do much else.
     """
     models = {path: model for path, _, model in TABLES} | {"/detokenize": DetokenizeRequest}
     began = time.perf_counter()
     with pytest.raises(ValidationError) as found:
         models[path].model_validate({"prompt": "x"} | wrong if path == "/v1/completions" else wrong)
     answer = error_of(RequestValidationError(found.value.errors()))
-    assert time.perf_counter() - began < 1
+    assert time.perf_counter() - began < 5
     assert answer.param == param
     assert len(answer.message) < 1500
 
