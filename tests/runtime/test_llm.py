@@ -173,14 +173,23 @@ def test_a_stream_that_is_dropped_is_aborted(llm):
 
 def test_next_gives_all_that_has_arrived(llm):
     params = SamplingParams(max_tokens=10, n=3, seed=0)
+    begin = threading.Event()
+    forward = llm.engine.model.forward
+
+    def held(batch):
+        begin.wait(10)
+        return forward(batch)
+
+    llm.engine.model.forward = held
 
     async def main():
         stream = llm.stream([1, 2, 3], params)
         with pytest.raises(TimeoutError):  # a wait that was given up loses nothing
-            await asyncio.wait_for(stream.next(), 1e-9)
+            await asyncio.wait_for(stream.next(), 0.02)
+        begin.set()
         got = []
         while items := await stream.next():
-            time.sleep(0.02)  # the loop is busy while the engine goes on
+            time.sleep(0.1)  # the loop is busy while the engine goes on
             got.append(items)
         assert await stream.next() == []
         return got
@@ -208,7 +217,8 @@ def test_one_wake_up_serves_all_streams(llm):
 
         loop.call_soon_threadsafe = counted
         streams = llm.streams([[n] for n in range(12)], GREEDY)
-        time.sleep(0.3)  # all of it is computed while the loop does not look
+        while llm._loop._listeners:  # all of it is computed while the loop does not look
+            time.sleep(0.01)
         for stream in streams:
             assert sum(len(one.token_ids) for one in await stream.next()) == 10
 
@@ -252,7 +262,6 @@ def test_a_full_queue_refuses_all_or_takes_all():
 def test_times_are_taken(llm):
     async def main():
         stream = llm.stream([1, 2, 3], GREEDY)
-        assert stream.request.started is None
         before = time.monotonic()
         await stream.next()
         assert stream.request.arrived <= stream.request.started <= time.monotonic()
@@ -304,7 +313,10 @@ def test_a_request_that_fails_by_itself_is_no_fault(llm, monkeypatch):
 
     llm.engine.model.forward = poisoned
     assert llm.generate([7], GREEDY)[0].outputs[0].finish_reason == "error"
-    time.sleep(0.3)
+    deadline = time.monotonic() + 5
+    while len(seen) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
     assert len(seen) == 2, "one probe, which settles it"
     assert seen == [None, None]
     assert llm.fault is None
@@ -326,17 +338,21 @@ def test_a_thread_that_ends_fails_its_requests(llm):
 def test_a_step_that_hangs_is_a_fault(llm, monkeypatch):
     monkeypatch.setattr("compress.runtime.engine_loop.HANGS", 0.05)
     forward = llm.engine.model.forward
+    go_on = threading.Event()
 
-    def slow(batch):
-        time.sleep(0.4)
+    def hangs(batch):
+        go_on.wait(10)
         return forward(batch)
 
-    llm.engine.model.forward = slow
+    llm.engine.model.forward = hangs
 
     async def main():
         stream = llm.stream([1], SamplingParams(max_tokens=1))
-        await asyncio.sleep(0.2)
+        deadline = time.monotonic() + 5
+        while not llm.fault and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
         assert "hangs" in llm.fault
+        go_on.set()
         assert await stream.next()
         assert llm.fault is None
 
