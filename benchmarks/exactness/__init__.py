@@ -1,0 +1,1 @@
+"""Is what speculation draws what the model alone would draw?  Exact distributions beside samples."""
