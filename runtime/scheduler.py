@@ -180,7 +180,7 @@ class Scheduler:
         """Take the sequence's next tokens into the step; there must be room."""
         if self._missing(sequence, count):
             self._grow(sequence, count)
-        sequence.count = count
+        sequence.count, sequence.lookahead = count, 0
         step.append(sequence)
 
     def _missing(self, sequence: Sequence, count: int) -> int:
