@@ -1,5 +1,7 @@
 """The engine with proposals: outputs stay those of the plain run, and no block is lost."""
 
+from dataclasses import replace
+
 import pytest
 
 from compress.runtime.engine import Engine
@@ -110,3 +112,64 @@ def test_outputs_are_those_of_the_plain_run(kind: type, blocks: int, wrong: int)
     if wrong == 1000 and blocks == 200:
         assert counts.steps < before.steps / 2
         assert counts.accepted_tokens > 0.9 * counts.drafted_tokens
+
+
+def engine_with_oracle(blocks: int, answers: dict, most: int = 5, **settings: int) -> Engine:
+    oracle = Oracle(answers, 1000)
+    oracle.most = most
+    return Engine(FakeModel(1000), blocks, speculator=Speculator(oracle, Always()), **settings)
+
+
+def test_prompts_get_half_of_a_step_at_least() -> None:
+    params = SamplingParams(max_tokens=200, temperature=0)
+    answers = {((number,), 0): [1] * 200 for number in range(4)}
+    engine = engine_with_oracle(400, answers, max_tokens_per_step=20, max_sequences=8)
+    for number in range(4):
+        engine.add_request(str(number), [number], params)
+    engine.step()
+    engine.step()
+    assert engine.model.batches[-1].tokens.numel() == 20  # 4 decodes, and all else proposals
+    engine.add_request("long", list(range(90)) * 5, replace(params, max_tokens=1))
+    steps = 0
+    while "long" in engine.requests:
+        engine.step()
+        steps += 1
+        assert engine.model.batches[-1].tokens.numel() <= 20
+    assert steps == -(-450 // 8)  # 16 are left of 20, and half of these are the prompt's
+
+
+def test_proposals_take_no_block_that_somebody_needs() -> None:
+    params = SamplingParams(max_tokens=8, temperature=0)
+    answers = {((7,), 0): [1] * 8}
+    # 8 tokens fill two blocks of 4, the last is never read: there is no third to propose into
+    engine = engine_with_oracle(2, answers, most=20, max_sequences=2)
+    engine.add_request("a", [7], params)
+    while engine.has_work():
+        engine.step()
+        engine.check()
+    assert engine.statistics().preemptions == 0
+    assert engine.pool.in_use == 0
+
+
+def test_room_that_was_not_used_is_free_after_the_step() -> None:
+    answers = {((7,), 0): [VOCAB - 1] * 100}
+    engine = engine_with_oracle(50, answers, most=20, max_sequences=2)
+    engine.add_request("a", [7], SamplingParams(max_tokens=100, temperature=0))
+    for _ in range(20):
+        engine.step()
+        (sequence,) = engine.requests["a"].sequences
+        assert len(sequence.blocks) == -(-sequence.computed // engine.model.block_size)
+        assert len(sequence.tokens) == sequence.computed + 1
+
+
+def test_a_model_that_breaks_over_proposals_leaves_a_usable_engine() -> None:
+    answers = {((7,), 0): [5] * 100}
+    engine = engine_with_oracle(50, answers, max_sequences=2)
+    engine.add_request("a", [7], SamplingParams(max_tokens=100, temperature=0))
+    engine.step()
+    engine.model.fail_on = 5
+    with pytest.raises(RuntimeError, match="broke"):
+        engine.step()
+    engine.reset()
+    engine.check()
+    assert engine.pool.in_use == 0
