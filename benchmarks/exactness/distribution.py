@@ -102,4 +102,3 @@ def _taken(output: Tensor, scores: Tensor, presence: float, frequency: float) ->
     """What the two penalties take from each logit."""
     counts = torch.zeros_like(scores).scatter_add_(1, output, torch.ones(output.shape))
     return presence * (counts > 0) + frequency * counts
-

@@ -1,6 +1,7 @@
 """Random requests with proposals of every kind: outputs are the plain run's, no block is lost."""
 
 import random
+from array import array
 
 import numpy as np
 import pytest
@@ -246,3 +247,95 @@ def test_outputs_are_those_of_the_plain_run(seed, habit, kind):
     assert now.accepted_tokens == sum(now.accepted_at)
     assert (now.accepted_tokens > 0) == (habit != "wrong")
     assert now.drafted_tokens >= now.accepted_tokens
+
+
+class Poisoned(FakeModel):
+    """Its logits are NaN after a token."""
+
+    poison = None
+
+    def forward(self, batch):
+        logits = super().forward(batch)
+        logits[batch.tokens[batch.rows] == self.poison] = float("nan")
+        return logits
+
+
+def with_right_guesses(model, asked, most, **settings):
+    """A speculating engine to which nothing but what comes is proposed, and what comes."""
+    expected, _ = plain_run(asked)
+    answers = {key: output[0] for key, output in expected.items()}
+    speculator = Speculator(Knows(answers, "right", most, random.Random(0)), Most())
+    return Served(model, speculator=speculator, **settings), expected
+
+
+class Most(Dice):
+    """As many tokens as can be."""
+
+    idle = False
+
+    def __init__(self):
+        pass
+
+    def plan(self, sequences, others, outlooks):
+        self.others = others
+        return [len(outlook) for outlook in outlooks]
+
+
+@pytest.mark.parametrize("setting", [{"temperature": 0}, {"logprobs": 1}, {"seed": 4}], ids=str)
+def test_nan_after_an_accepted_token_ends_that_sequence_alone(setting):
+    params = SamplingParams(max_tokens=12, **setting)
+    asked = {name: ([number, 5], params, False) for number, name in enumerate("ab")}
+    model = Poisoned()
+    served, expected = with_right_guesses(model, asked, 8, num_blocks=100)
+    tokens = expected["a", 0][0]
+    model.poison = next(t for t in tokens[2:6] if t not in expected["b", 0][0] + tokens[:2])
+    for name, request in asked.items():
+        served.add(name, *request)
+    while served.engine.has_work():
+        served.step()
+    assert served.output(("b", 0)) == expected["b", 0]
+    got, _, _, ((reason, error),) = served.output(("a", 0))
+    assert got == tokens[: tokens.index(model.poison) + 1]
+    assert reason == "error"
+    assert "NaN" in error
+    assert served.engine.pool.in_use == 0
+    assert len(served.engine.pool.match(array("q", [0, 5, *got, 1]))[0]) == 0, (
+        "the poisoned cache can be found"
+    )
+
+
+def test_proposals_hold_up_no_prompt():
+    """A prompt of many steps that fits is begun in the step in which it comes."""
+    greedy = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
+    asked = {name: ([number], greedy, False) for number, name in enumerate("abcd")}
+    served, _ = with_right_guesses(
+        FakeModel(), asked, 15, num_blocks=60, max_tokens_per_step=40, max_sequences=8
+    )
+    for name, request in asked.items():
+        served.add(name, *request)
+    for _ in range(3):
+        served.step()
+    engine = served.engine
+    decodes = sum(sequence.computed % 4 == 0 for sequence in engine.scheduler.running)
+    fits = (engine.pool.available - decodes) * 4
+    served.add("long", [9] * fits, SamplingParams(max_tokens=1), False)
+    served.step()
+    assert not engine.scheduler.waiting
+    engine.abort("long")
+    served.step()
+
+
+def test_a_prompt_that_is_not_admitted_keeps_nobody_from_proposing():
+    greedy = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
+    asked = {name: ([number], greedy, False) for number, name in enumerate("ab")}
+    served, _ = with_right_guesses(
+        FakeModel(), asked, 9, num_blocks=60, max_tokens_per_step=20, max_sequences=2
+    )
+    for name, request in asked.items():
+        served.add(name, *request)
+    served.step()
+    served.add("waits", [9] * 100, SamplingParams(max_tokens=1), False)
+    served.step()
+    assert served.engine.scheduler.waiting
+    assert served.engine.model.batches[-1].tokens.numel() == 20  # 2 * (1 + 9)
+    assert served.engine._speculator.lengths.others == 0
