@@ -1,1 +1,1 @@
-"""Is what speculation draws what the model alone would draw?  Exact distributions beside samples."""
+"""Does speculation draw what the model alone would draw?  Exact distributions beside samples."""

@@ -58,7 +58,7 @@ def joint(
         ]
         scores = torch.from_numpy(np.stack([logits_of(known) for known in prefixes]))
         inputs = torch.tensor([[*prompt, first, *known] for known in prefixes])
-        rows = _processed(inputs, scores, len(prompt), case).double().softmax(-1).numpy()
+        rows = processed(inputs, scores, len(prompt), case).double().softmax(-1).numpy()
         for known, row in zip(prefixes, rows, strict=True):
             before = outcomes.pop(known)
             for token in np.flatnonzero(row):
@@ -66,7 +66,7 @@ def joint(
     return outcomes
 
 
-def _processed(inputs: Tensor, scores: Tensor, prompt: int, case: Case) -> Tensor:
+def processed(inputs: Tensor, scores: Tensor, prompt: int, case: Case) -> Tensor:
     """Logits, float32 [B, V], after outputs of equal length; `inputs` int64 hold the prompt too."""
     s = {key: value for key, value in case.settings.items() if key not in ("seed", "logprobs")}
     chain = LogitsProcessorList()

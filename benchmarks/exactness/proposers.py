@@ -12,7 +12,7 @@ from .distribution import LENGTH, Outcome
 from .tiny_model import BEGIN, TinyModel, tables
 
 
-class _Proposer:
+class Proposer:
     """What those here have in common: no cache, nothing learned."""
 
     most, bytes_per_block, description = LENGTH, 0, "tiny"
@@ -43,7 +43,7 @@ class _Proposer:
         return 0.0
 
 
-class FixedGuesses(_Proposer):
+class FixedGuesses(Proposer):
     """Guesses without chance: the draft's likeliest token."""
 
     def draft(self, sequence: Sequence, most: int) -> Draft:
@@ -53,7 +53,7 @@ class FixedGuesses(_Proposer):
         return Draft(list(guesses))
 
 
-class Draws(_Proposer):
+class Draws(Proposer):
     """Draws from the draft's own distribution, without its unlikely tokens.
 
     samples  says what it drew from; otherwise these are guesses, with the number that decides
@@ -62,7 +62,7 @@ class Draws(_Proposer):
     def __init__(self, model: TinyModel, seed: int, samples: bool) -> None:
         super().__init__(model, seed)
         self.samples = samples
-        self.q = [distribution(logits, 0.8) for logits in self.logits]
+        self.q = [distribution(logits, 0.5) for logits in self.logits]
 
     def draft(self, sequence: Sequence, most: int) -> Draft:
         known, guesses = known_of(sequence), ()
