@@ -73,8 +73,8 @@ class FakeAsyncModel(FakeModel):
     drawn: tuple[int, ...] = ()
     unfinished = 0
 
-    def capture(self, most_sequences: int) -> None:
-        self.most_sequences = most_sequences
+    def capture(self, most_sequences: int, lookahead: int = 0) -> None:
+        self.most_sequences, self.lookahead = most_sequences, lookahead
 
     def forward(self, batch: Batch) -> torch.Tensor:
         tokens = batch.tokens.tolist()
