@@ -1,7 +1,7 @@
-"""What timed runs with and without speculation come to: acceptance, speed-up, what was to be expected.
+"""What runs with and without speculation come to: acceptance, speed-up, what was to be expected.
 
 **Acceptance** a is the probability that a proposed token is accepted, given that those before it
-were: accepted / (accepted + refused), the likeliest value for drafts that end at their first refusal.
+were: accepted / (accepted + refused), the likeliest value, since a draft ends at its first refusal.
 
 **Expectation.**  A step that proposes k tokens to a sequence gives
 
@@ -11,9 +11,8 @@ on average (Leviathan et al. 2023, arXiv:2211.17192, equation 1), and costs c(k)
 is the time of a plain step, and besides the time to draft, what a forward pass of k tokens more
 takes longer, and draws of the tokens that come out.  Forward passes and draws are timed alone,
 between the runs: so what the engine itself loses by speculation is not in the cost, and shows as a
-measured speed-up below the expected one.  Refusals come in runs (a text is copied or it is not), so the
-formula may miss the length; the expectation is also made with the measured one, and then checks
-the costs only.
+measured speed-up below the expected one.  Refusals come in runs (a text is copied or it is not), so
+the formula may miss the length; the expectation is also made with the measured length.
 
 **Loops.**  A small model often ends in repeating itself, and what repeats is guessed for nothing.
 See `loops`.
@@ -91,7 +90,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Expectation:
-    """Of some steps: seconds they should take, the same as plain steps, and tokens by the formula."""
+    """Of some steps: seconds they should take, also as plain steps, and tokens by the formula."""
 
     seconds: float
     plain_seconds: float
@@ -155,19 +154,20 @@ def expect(plain: Sequence[Step], fast: Sequence[Step], costs: Costs) -> Expecta
     return Expectation(seconds, plain_seconds, tokens)
 
 
-def summary(
-    pairs: Sequence[Pair], expected: Expectation | None, seed: int = 0
-) -> dict[str, Any] | None:
-    """A row of the report from pairs that do not loop; None without one that decodes."""
+def summary(pairs: Sequence[Pair], expected: Expectation | None) -> dict[str, Any]:
+    """A row of the report from pairs that do not loop; without one that decodes only their number.
+
+    `expected` is of all their steps; None where costs are not known.
+    """
     pairs = [pair for pair in pairs if pair.plain.steps and pair.fast.steps]
     if not pairs:
-        return None
+        return {"prompts": 0}
     steps = [step for pair in pairs for step in pair.fast.steps]
     drafts = [draft for step in steps for draft in step.drafts]
     plain_tokens = sum(pair.plain.tokens for pair in pairs)
     tokens = sum(step.tokens for step in steps)
     sequence_steps = sum(step.sequences for step in steps)
-    low, high = interval(pairs, seed)
+    low, high = interval(pairs)
     row: dict[str, Any] = {
         "prompts": sum(len(pair.plain.outputs) for pair in pairs),
         "tokens": tokens,
@@ -218,11 +218,11 @@ def speed_up(pairs: Sequence[Pair]) -> float:
     return float(_ratio(_sums(pairs).sum(0)))
 
 
-def interval(pairs: Sequence[Pair], seed: int) -> tuple[float | None, float | None]:
+def interval(pairs: Sequence[Pair]) -> tuple[float | None, float | None]:
     """95% of the bootstrap's speed-ups: prompts drawn anew with replacement (Efron 1979)."""
     if len(pairs) < 2:
         return None, None
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(0)
     picks = draw.integers(len(pairs), size=(RESAMPLES, len(pairs)))
     low, high = np.quantile(_ratio(_sums(pairs)[picks].sum(1)), (0.025, 0.975))
     return float(low), float(high)
@@ -236,9 +236,7 @@ def _whole(runs: Sequence[Run]) -> float:
 
 def _sums(pairs: Sequence[Pair]) -> np.ndarray:
     """[pairs, 4]: seconds and tokens without, seconds and tokens with speculation."""
-    return np.array(
-        [(p.plain.decode, p.plain.tokens, p.fast.decode, p.fast.tokens) for p in pairs]
-    )
+    return np.array([(p.plain.decode, p.plain.tokens, p.fast.decode, p.fast.tokens) for p in pairs])
 
 
 def _ratio(sums: np.ndarray) -> np.ndarray:

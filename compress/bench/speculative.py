@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,13 @@ from compress.runtime.engine import Engine
 from compress.runtime.llm import stop_tokens
 from compress.runtime.loading import MOST_TOKENS
 from compress.runtime.sampling_params import SamplingParams
+from compress.runtime.speculation.making import make_speculator
 
 # Spec-Bench counts what is of MT-bench as one task (Xia et al. 2024, arXiv:2401.07851, table 1).
 CONVERSATION = "conversation"
-MT_BENCH = "writing roleplay reasoning math coding extraction stem humanities".split()
+MT_BENCH = (
+    "writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities",
+)  # fmt: skip
 ALL = "all"
 TOGETHER = 16  # prompts answered at once where nothing is timed
 WARM_UP_TOKENS = 8
@@ -145,7 +147,7 @@ def measure_speculation(
         "batch": plan.batch,
         "seed": plan.seed,
         "rows": _rows(cases, plan),
-        "runs": [_runs(case) for case in cases],
+        "cases": [_details(case) for case in cases],
     }
 
 
@@ -195,7 +197,7 @@ def _group(case: Case, plain: Arm, questions: list[Question], plan: Plan) -> Non
         outputs = plain.answer([question.tokens for question in questions], params).outputs
         case.looping = sum(map(loops, outputs))
         questions = [q for q, out in zip(questions, outputs, strict=True) if not loops(out)]
-    case.groups = [list(group) for group in batched(questions, plan.batch)]
+    case.groups = [questions[at : at + plan.batch] for at in range(0, len(questions), plan.batch)]
 
 
 def _measure(case: Case, group: list[Question], arms: list[Arm], plan: Plan) -> None:
@@ -271,20 +273,33 @@ def _expected(case: Case, pairs: list[Pair]) -> Expectation | None:
     return expect(plain, fast, case.clock.costs())
 
 
-def _runs(case: Case) -> dict[str, Any]:
-    """What each group of prompts took, and the times of passes alone."""
-    groups = [[question.number for question in group] for group in case.groups]
-    costs = {}
-    if case.clock is not None:
-        costs = {
-            "forward_ms": {
-                size: [round(1000 * second, 4) for second in seconds]
-                for size, seconds in sorted(case.clock.forwards.items())
-            }
-        }
+def _details(case: Case) -> dict[str, Any]:
+    """Every run, and every pass that was timed alone; milliseconds."""
+    clock = case.clock
     return {
         "category": case.category,
         "temperature": case.temperature,
-        "questions": groups,
-        **costs,
+        "questions": [[question.number for question in group] for group in case.groups],
+        "runs": {
+            length: [
+                {"looping": pair.looping, "plain": _timed(pair.plain), "fast": _timed(pair.fast)}
+                for pair in pairs
+            ]
+            for length, pairs in case.pairs.items()
+        },
+        "forward_ms": {size: _ms(times) for size, times in clock.forwards.items()} if clock else {},
+        "draw_ms": _ms(clock.draws) if clock else [],
     }
+
+
+def _timed(run: Run) -> dict[str, Any]:
+    return {
+        "prefill_ms": round(1000 * run.prefill, 3),
+        "steps_ms": _ms([step.seconds for step in run.steps]),
+        "tokens": [step.tokens for step in run.steps],
+        "drafts": [step.drafts for step in run.steps if step.drafts],
+    }
+
+
+def _ms(seconds: list[float]) -> list[float]:
+    return [round(1000 * one, 3) for one in seconds]

@@ -127,7 +127,7 @@ class Clock:
     draws: list[float] = field(default_factory=list)
 
     def time(self, sizes: Counter[int], prompts: list[list[int]], run: Run) -> None:
-        """Time passes of some sizes that steps had: those timed least so far, of these the usual."""
+        """Time passes of some sizes that steps had: first those timed least, of these the usual."""
         chosen = sorted(sizes, key=lambda size: (len(self.forwards[size]), -sizes[size]))
         self._time(chosen[0], prompts, run)  # brings the weights back into the processor's caches
         for size in chosen[:FORWARDS] * ROUNDS:
