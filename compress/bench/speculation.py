@@ -28,7 +28,7 @@ import numpy as np
 
 LONGEST_PERIOD = 64  # tokens: a paragraph or an entry of a list
 LEAST_REPEATED = 16  # tokens: a short answer such as "No, no, no." is no loop
-SHARE_EQUAL = 0.9  # a loop may count: "12. ...", "13. ..."
+SHARE_EQUAL = 0.75  # a loop may count, or change a word: "12. ...", "13. ..."
 RESAMPLES = 2000
 
 

@@ -118,6 +118,7 @@ def measure_speculation(
     tokenizer: Any = load_tokenizer(subject.source.folder)
     questions = tokenized(tokenizer, texts)
     longest = max(len(question.tokens) for question in questions) + plan.max_tokens
+    subject.check(plan.batch, 1)
     if longest > subject.decoder.max_context:
         raise InputError(
             f"the longest prompt and --max-tokens {plan.max_tokens} are {longest} tokens, and the "
@@ -134,7 +135,7 @@ def measure_speculation(
         for category in texts
     ]
     for case in track(cases, "Looking for loops"):
-        _group(case, arms[0], [q for q in questions if q.category == case.category], plan)
+        case.groups = _groups(case, arms[0], questions, plan)
     work = [(case, group) for case in cases for group in case.groups]
     for turn, (case, group) in enumerate(track(work, "Measuring")):
         _measure(case, group, arms if turn % 2 else arms[::-1], plan)
@@ -142,7 +143,7 @@ def measure_speculation(
         **subject.facts,
         "prompts": "first turns, chat template" if tokenizer.chat_template else "first turns",
         "draft": plan.draft,
-        "proposer": arms[1].watched.proposer.description,
+        "proposer": next(arm.watched for arm in arms if arm.watched).proposer.description,
         "max_tokens": plan.max_tokens,
         "batch": plan.batch,
         "seed": plan.seed,
@@ -190,14 +191,15 @@ def make_arms(subject: Subject, tokenizer: Any, plan: Plan, longest: int) -> lis
     return arms
 
 
-def _group(case: Case, plain: Arm, questions: list[Question], plan: Plan) -> None:
-    """Put questions together that are answered at once, without those whose answers loop."""
+def _groups(case: Case, plain: Arm, questions: list[Question], plan: Plan) -> list[list[Question]]:
+    """Questions that are answered at once; those whose answers are known to loop are left out."""
+    kept = [question for question in questions if question.category == case.category]
     if plan.known_text(case.temperature):
-        params = [plan.params(case.temperature, question) for question in questions]
-        outputs = plain.answer([question.tokens for question in questions], params).outputs
-        case.looping = sum(map(loops, outputs))
-        questions = [q for q, out in zip(questions, outputs, strict=True) if not loops(out)]
-    case.groups = [questions[at : at + plan.batch] for at in range(0, len(questions), plan.batch)]
+        params = [plan.params(case.temperature, question) for question in kept]
+        outputs = plain.answer([question.tokens for question in kept], params).outputs
+        kept = [q for q, output in zip(kept, outputs, strict=True) if not loops(output)]
+        case.looping = case.asked - len(kept)
+    return [kept[at : at + plan.batch] for at in range(0, len(kept), plan.batch)]
 
 
 def _measure(case: Case, group: list[Question], arms: list[Arm], plan: Plan) -> None:
