@@ -114,6 +114,7 @@ def serve_command(
       compress serve smollm2-w4
       compress serve smollm2-w4 --port 0 --max-queued-requests 64 --json
       compress serve smollm2-w4 --replicas 2
+      compress serve smollm2-w4 --draft ngram
       COMPRESS_API_KEY=secret compress serve smollm2-w4 --host 0.0.0.0
     """
     from compress.runtime.server.listener import LOCAL_HOSTS, bind, is_local, url_of
