@@ -10,10 +10,11 @@ anybody waits for.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as Items
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -51,6 +52,12 @@ class GpuDecoder(Decoder):
         self._processors = INTERPRETER_PROCESSORS
         if device.type == "cuda":
             self._processors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def without(self, layers: Collection[int]) -> Self:
+        """This model with some layers left out, which draws beside it (see `Decoder.without`)."""
+        part = super().without(layers)
+        part._drawn = torch.zeros_like(self._drawn)
+        return part
 
     def allocate(self, num_blocks: int) -> None:
         """Make the cache; steps captured on an earlier one are dropped."""
