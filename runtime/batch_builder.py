@@ -25,15 +25,15 @@ class Part(Protocol):
         """Known tokens that are not in the cache."""
         ...
 
-    def prompt_rows(self) -> range:
-        """Positions whose logits are wanted besides that of the last known token."""
+    def more_rows(self) -> range:
+        """Positions in this step whose logits are wanted besides that of the last token."""
         ...
 
 
 def build_batch(step: Items[Part], block_size: int) -> Batch:
     """Lay out the `count` next tokens of each sequence, one sequence after another.
 
-    Logits are wanted of the last known token of each sequence, and of what `prompt_rows` names.
+    Logits are wanted of the last known token of each sequence, and of what `more_rows` names.
     """
     total = sum(sequence.count for sequence in step)
     flat = np.empty((3, total), np.int64)  # tokens, positions, slots
@@ -59,7 +59,7 @@ def build_batch(step: Items[Part], block_size: int) -> Batch:
             positions[begin:end] = span
             first = tables[place].astype(np.int64)
             slots[begin:end] = first[span // block_size] * block_size + span % block_size
-        rows += [begin + position - computed for position in sequence.prompt_rows()]
+        rows += [begin + position - computed for position in sequence.more_rows()]
         if count == sequence.remaining:
             rows.append(end - 1)
         begin = end

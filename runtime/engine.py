@@ -13,54 +13,45 @@ is every step of another model.
 **What ends one sequence alone.**  Logits with NaN, and exceptions in drawing, in a grammar and in
 making text: finish reason "error".  An exception of the model is not one sequence's: `step` raises.
 
+**Speculation.**  With a `Speculator`, tokens are proposed to sequences that decode, and a step
+computes the logits of all of them.  They are then drawn from one by one, as in as many steps, for
+as long as what is drawn is what was proposed.  So nothing is ever noted of a proposal that was not
+accepted but its keys and values, which the next step overwrites.  Such a step is waited for.
+
 Not safe for threads; `compress.runtime.engine_loop` gives it one of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
+import time
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compress.core.errors import InputError, reason_of, shown
-from compress.runtime.batch import AsynchronousModel, Launched, Model
+from compress.runtime.batch import AsynchronousModel, Model
 from compress.runtime.batch_builder import build_batch
 from compress.runtime.block_pool import BlockPool
 from compress.runtime.detokenizer import Detokenizer
+from compress.runtime.flight import Draw, Flight, drawn, drawn_one_by_one
 from compress.runtime.grammar import GrammarCompiler
 from compress.runtime.outputs import Increment, Statistics, TokenLogprob
-from compress.runtime.sampler import NAN, SamplingState, draws_of, log_probability, sample
+from compress.runtime.sampler import SamplingState, draws_of, log_probability
 from compress.runtime.sampling_params import SamplingParams, SettingError
 from compress.runtime.scheduler import Scheduler
 from compress.runtime.sequence import Request, Sequence
+from compress.runtime.speculation.proposer import Draft
+from compress.runtime.speculation.speculator import Speculator
+
+TO_COME = -1  # stands for a token until it is drawn
 
 
 class PromptTooLongError(InputError):
     """The prompt leaves no room in the model's context, or in a cache smaller than that."""
-
-
-@dataclass
-class _Flight:
-    """A step that the model has been given, and what will come of it.
-
-    drawn     who gets a token, and from which row of the logits
-    prompts   whose prompt's log-probabilities are wanted, from which row on, for which positions
-    forks     (first, sibling): who shares the cache of whom once this step has been
-    launched  the tokens to come; None where the host draws
-    logits    float32 [rows, V]; None where the device draws
-    """
-
-    step: list[Sequence]
-    drawn: list[tuple[Sequence, int]] = field(default_factory=list)
-    prompts: list[tuple[Sequence, int, range]] = field(default_factory=list)
-    forks: list[tuple[Sequence, Sequence]] = field(default_factory=list)
-    launched: Launched | None = None
-    logits: Tensor | None = None
 
 
 class Engine:
@@ -81,6 +72,7 @@ class Engine:
         prefix_caching: bool = True,
         tokenizer: Any = None,
         eos_ids: Iterable[int] = (),
+        speculator: Speculator | None = None,
     ) -> None:
         if num_blocks < 1:
             raise InputError(
@@ -98,9 +90,13 @@ class Engine:
         self._arrived = 0
         self._steps = self._computed = self._prompt = self._cached = self._generated = 0
         self._pending: list[Increment] = []  # of aborted requests
-        self._flight: _Flight | None = None  # whose tokens are not known yet
+        self._flight: Flight | None = None  # whose tokens are not known yet
         self._ahead = model if isinstance(model, AsynchronousModel) else None
+        self._speculator = speculator
         model.allocate(num_blocks)
+        if speculator:
+            speculator.proposer.allocate(num_blocks)
+            self.scheduler.on_evict = speculator.proposer.forget
         if self._ahead:
             self._ahead.capture(max_sequences)
 
@@ -157,22 +153,33 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Increment]:
         """Compute one batch; return what is new of outputs, in no particular order."""
+        began = time.perf_counter()
         increments, self._pending = self._pending, []
-        step = self.scheduler.schedule()
-        flight = self._launch(step) if step else None
+        speculator = self._speculator
+        if speculator and speculator.lengths.idle:
+            speculator = None
         before, self._flight = self._flight, None
+        if before and speculator:  # proposals are made from tokens that are known
+            increments += self._collect(before)
+            before = None
+        step = self.scheduler.schedule(speculator.plan if speculator else None)
+        flight = self._launch(step) if step else None
         if before:
             increments += self._collect(before)
         if flight:
             self._settle(flight)
-            if flight.launched:
+            if flight.launched and not any(sequence.draft for sequence in step):
                 self._flight = flight
             else:
                 increments += self._collect(flight)
+            if self._speculator and flight.decodes:
+                seconds = time.perf_counter() - began
+                self._speculator.observe(flight.tokens, len(step), seconds)
         return increments
 
     def statistics(self) -> Statistics:
         """Return counts since the start, and who holds what now."""
+        speculator = self._speculator
         return Statistics(
             steps=self._steps,
             computed_tokens=self._computed,
@@ -185,6 +192,10 @@ class Engine:
             blocks_in_use=self.pool.in_use,
             blocks_cached=self.pool.cached,
             blocks_free=self.pool.free,
+            drafts=speculator.drafts if speculator else 0,
+            drafted_tokens=speculator.drafted if speculator else 0,
+            accepted_tokens=speculator.accepted if speculator else 0,
+            accepted_at=tuple(speculator.accepted_at) if speculator else (),
         )
 
     def check(self) -> None:
@@ -244,36 +255,48 @@ class Engine:
             detokenizer = Detokenizer(self._tokenizer, prompt, stop)
         return Sequence(request, index, tokens, sampling, detokenizer)
 
-    def _launch(self, step: list[Sequence]) -> _Flight:
+    def _launch(self, step: list[Sequence]) -> Flight:
         """Give the model a step, with the draws where it makes them itself."""
         if self.scheduler.copies:
             self.model.copy_blocks(self.scheduler.copies)
+        if self._speculator:
+            if self.scheduler.copies:
+                self._speculator.proposer.copy_blocks(self.scheduler.copies)
+            self._speculator.propose(step)
         flight = self._plan(step)
         batch = build_batch(step, self.pool.block_size)
+        flight.tokens = len(batch.tokens)
         self._steps += 1
-        self._computed += len(batch.tokens)
+        self._computed += flight.tokens
         if self._ahead and not any(sequence.draws_on_host for sequence in step):
-            rows = [row for _, row in flight.drawn]
-            states = [(sequence.sampling, sequence.produced) for sequence, _ in flight.drawn]
+            rows = [row for draw in flight.draws for row in draw.rows]
+            states = [
+                (draw.sequence.sampling, draw.sequence.produced + place)
+                for draw in flight.draws
+                for place in range(1 - draw.count, 1)
+            ]
             flight.launched = self._ahead.launch(batch, draws_of(rows, states))
         else:
             flight.logits = self.model.forward(batch)
         return flight
 
-    def _plan(self, step: list[Sequence]) -> _Flight:
+    def _plan(self, step: list[Sequence]) -> Flight:
         """Who gets a token of a step, and from which row of its logits.
 
         A prompt that is complete makes its n sequences, which all draw from its one row.
         """
-        flight, row = _Flight(step), 0
+        flight, row, number = Flight(step), 0, 0
         for sequence in step:
             if positions := sequence.prompt_rows():
                 flight.prompts.append((sequence, row, positions))
                 row += len(positions)
+            request, draft = sequence.request, sequence.draft
+            flight.decodes &= bool(draft) or sequence.count == 1
             if sequence.count < sequence.remaining:
                 continue
-            request = sequence.request
-            flight.drawn.append((sequence, row))
+            count = 1 + len(draft.tokens) if draft else 1
+            flight.draws.append(Draw(sequence, row, number, count))
+            number += count
             if sequence.stands_for_all:
                 self._prompt += request.prompt_length
                 self._cached += request.cached_tokens or 0
@@ -281,51 +304,73 @@ class Engine:
                     sibling = self._new_sequence(request, index, sequence.tokens[:])
                     request.sequences.append(sibling)
                     flight.forks.append((sequence, sibling))
-                    flight.drawn.append((sibling, row))
-            row += 1
+                    flight.draws.append(Draw(sibling, row, number))
+                    number += 1
+            row += count
         return flight
 
-    def _settle(self, flight: _Flight) -> None:
+    def _settle(self, flight: Flight) -> None:
         """Take note of what the step computes; its own draws take their places as tokens to come.
 
-        The tokens of every step before are known by now, so full blocks can be published.
+        The tokens of every step before are known by now, so full blocks can be published.  What
+        comes of a draft is for `_verify` to see.
         """
         for sequence in flight.step:
-            if not sequence.ended:
+            if not sequence.ended and not sequence.draft:
                 sequence.advance(self.pool)
+                if sequence.lookahead:
+                    self.scheduler.trim(sequence)
         for sequence, sibling in flight.forks:
             self.scheduler.fork(sequence, sibling)
-        for draw, (sequence, _) in enumerate(flight.drawn):
-            sequence.tokens.append(-1 - draw)
+        for draw in flight.draws:
+            if not draw.sequence.draft:
+                draw.sequence.tokens.append(TO_COME - draw.number)
 
-    def _collect(self, flight: _Flight) -> list[Increment]:
+    def _collect(self, flight: Flight) -> list[Increment]:
         """Put the drawn tokens in their places, and end what has ended."""
         increments = []
         for sequence, row, positions in flight.prompts:
             assert flight.logits is not None
             increments += self._note_prompt(sequence.request, positions, flight.logits[row:])
-        tokens, logprobs = self._drawn(flight)
-        for (sequence, _), token, logprob in zip(flight.drawn, tokens, logprobs, strict=True):
-            if not sequence.ended:
-                increments.append(self._fill(sequence, token, logprob))
+        tokens = flight.launched.tokens() if flight.launched else None
+        plain = [draw for draw in flight.draws if not draw.sequence.draft]
+        for draw, (token, logprob) in zip(plain, drawn(flight, plain, tokens), strict=True):
+            if not draw.sequence.ended:
+                increments.append(self._fill(draw.sequence, token, logprob))
+        for draw in flight.draws:
+            draft = draw.sequence.take_off_draft()
+            if draft and not draw.sequence.ended:
+                increments.append(self._verify(flight, draw, draft, tokens))
         return increments
 
-    def _drawn(self, flight: _Flight) -> tuple[list[int | Exception], list[TokenLogprob | None]]:
-        """A token for each draw, or what went wrong with it."""
-        if not flight.drawn:
-            return [], []
-        if flight.launched:
-            tokens = flight.launched.tokens()
-            drawn: list[int | Exception] = list(tokens)
-            for place, token in enumerate(tokens):
-                if token < 0:
-                    drawn[place] = ArithmeticError(NAN)
-            return drawn, [None] * len(tokens)
-        logits, rows = flight.logits, [row for _, row in flight.drawn]
-        assert logits is not None
-        if rows != list(range(len(logits))):
-            logits = logits[rows]
-        return sample(logits, [sequence.sampling for sequence, _ in flight.drawn])
+    def _verify(
+        self, flight: Flight, draw: Draw, draft: Draft, tokens: list[int] | None
+    ) -> Increment:
+        """Draw for a sequence row by row, as long as what is drawn is what was proposed.
+
+        Each is a step of one token, but that its keys and values are there already.
+        """
+        assert self._speculator is not None
+        sequence = draw.sequence
+        increment = Increment(sequence.request.id, sequence.index, [], "")
+        following = drawn_one_by_one(flight, draw, draft, tokens)
+        for proposed in (*draft.tokens, None):
+            sequence.count = 1
+            sequence.advance(self.pool)
+            sequence.tokens.append(TO_COME)
+            self._give(sequence, increment, *next(following))
+            if increment.finish_reason or sequence.tokens[-1] != proposed:
+                break
+        drafted = len(draft.tokens)
+        pairs = zip(increment.token_ids, draft.tokens, strict=False)
+        accepted = sum(token == proposed for token, proposed in pairs)
+        self._speculator.count(drafted, accepted)
+        if increment.finish_reason:
+            self._end(sequence)
+        else:
+            self.scheduler.trim(sequence)
+            self._speculator.proposer.verified(sequence, drafted, accepted)
+        return increment
 
     def _note_prompt(self, request: Request, positions: range, logits: Tensor) -> list[Increment]:
         """Take the log-probabilities of what follows `positions` of the prompt.
@@ -349,17 +394,27 @@ class Engine:
     ) -> Increment:
         """Give a sequence the token that it awaits, and end it if that was its last."""
         increment = Increment(sequence.request.id, sequence.index, [], "")
+        self._give(sequence, increment, token, logprob)
+        if increment.finish_reason:
+            self._end(sequence)
+        return increment
+
+    def _give(
+        self,
+        sequence: Sequence,
+        increment: Increment,
+        token: int | Exception,
+        logprob: TokenLogprob | None,
+    ) -> None:
+        """Put a token into its place and the increment; note there whether it is the last."""
         if isinstance(token, Exception):
             increment.finish_reason, increment.error = "error", _reason("drawing a token", token)
             self.pool.withdraw(sequence.blocks)  # what the logits are of may hold NaN too
         else:
             increment.token_ids.append(token)
             if logprob is not None:
-                increment.logprobs = [logprob]
+                increment.logprobs = [*(increment.logprobs or ()), logprob]
             self._take(sequence, token, increment)
-        if increment.finish_reason:
-            self._end(sequence)
-        return increment
 
     def _take(self, sequence: Sequence, token: int, increment: Increment) -> None:
         """Append a token; note what its text is, and whether it is the last."""
@@ -382,7 +437,7 @@ class Engine:
     def _detokenize(self, detokenizer: Detokenizer, silent: bool, increment: Increment) -> None:
         """Note the text of an increment; a stop token is `silent`."""
         if not silent:
-            increment.text = detokenizer.push(increment.token_ids[0])
+            increment.text += detokenizer.push(increment.token_ids[-1])
         if increment.finish_reason and not detokenizer.stopped:
             increment.text += detokenizer.finish()
         if detokenizer.stopped:

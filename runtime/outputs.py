@@ -80,3 +80,7 @@ class Statistics:
     blocks_in_use: int
     blocks_cached: int
     blocks_free: int
+    drafts: int = 0  # verified proposals of some tokens each
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_at: tuple[int, ...] = ()  # how many drafts had their first, second ... token accepted

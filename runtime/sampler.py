@@ -32,7 +32,12 @@ MOST_TOP_K = 2**31 - 1  # that a device is told; more tokens than any vocabulary
 HOTTEST = 3e38  # and of temperatures, which are float32 there
 NAN = "the model's logits hold NaN"
 INFINITE = "the model's logits hold infinity"
+# What else than a plain draw a uniform number is for.
+DRAFT, ACCEPT, RESIDUAL = b"draft", b"accept", b"residual"
 NEAR = -8.0  # below this a token has less than 1/2,900 of the likeliest's probability
+
+
+Proposal = tuple[int, np.ndarray]  # a token, and the distribution it was drawn from, float64 [V]
 
 
 class SamplingState:
@@ -153,10 +158,13 @@ class SamplingState:
             or (self.produced < params.min_tokens and bool(self.stop_ids))
         )
 
-    def uniform(self, produced: int) -> float:
-        """The number in [0, 1) that decides the draw after `produced` tokens."""
+    def uniform(self, produced: int, purpose: bytes = b"") -> float:
+        """The number in [0, 1) that decides the draw after `produced` tokens.
+
+        Those for different purposes are independent.
+        """
         key = struct.pack("<QQQ", self.seed % 2**64, self.index, produced)
-        digest = hashlib.blake2b(key, digest_size=8).digest()
+        digest = hashlib.blake2b(key, digest_size=8, person=purpose).digest()
         return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
@@ -168,27 +176,45 @@ def sample(
     A row that cannot be drawn from, as one with NaN, gives the exception in the token's place.
     """
     if all(state.takes_argmax for state in states):
-        return _likeliest(logits), [None] * len(states)
+        return likeliest(logits), [None] * len(states)
     tokens: list[int | Exception] = []
     logprobs: list[TokenLogprob | None] = []
     for row, state in zip(logits.cpu().numpy(), states, strict=True):
-        try:
-            token, logprob = _sample_row(row, state)
-        except Exception as error:  # this sequence's; the others go on
-            token, logprob = error, None
+        token, logprob = sample_row(row, state)
         tokens.append(token)
         logprobs.append(logprob)
     return tokens, logprobs
 
 
-def _sample_row(row: np.ndarray, state: SamplingState) -> tuple[int, TokenLogprob | None]:
+def sample_row(
+    row: np.ndarray, state: SamplingState, proposal: Proposal | None = None
+) -> tuple[int | Exception, TokenLogprob | None]:
+    """Draw a token from `row`, float32 [V], and say how likely it was if asked.
+
+    With a proposal that was drawn from a distribution of its own, see `draw_or_accept`.
+    """
+    try:
+        return _sample_row(row, state, proposal)
+    except Exception as error:  # this sequence's; the others go on
+        return error, None
+
+
+def _sample_row(
+    row: np.ndarray, state: SamplingState, proposal: Proposal | None
+) -> tuple[int, TokenLogprob | None]:
     if math.isnan(row[row.argmax()]):  # which a grammar may hide
         raise ArithmeticError(NAN)
-    uniform = 0.0 if state.params.greedy else state.uniform(state.produced)
-    token = draw(state.adjusted(row), state.params, uniform)
-    if state.params.logprobs is None:
+    params, adjusted = state.params, state.adjusted(row)
+    if params.greedy:
+        token = draw(adjusted, params, 0)
+    elif proposal is None:
+        token = draw(adjusted, params, state.uniform(state.produced))
+    else:
+        accept, residual = (state.uniform(state.produced, use) for use in (ACCEPT, RESIDUAL))
+        token = draw_or_accept(probabilities(adjusted, params), *proposal, accept, residual)
+    if params.logprobs is None:
         return token, None
-    return token, log_probability(row, token, state.params.logprobs)
+    return token, log_probability(row, token, params.logprobs)
 
 
 def draws_of(rows: Items[int], states: Items[tuple[SamplingState, int]]) -> Draws:
@@ -228,7 +254,8 @@ def log_probability(row: np.ndarray, token: int, top: int) -> TokenLogprob:
     return TokenLogprob(token, float(row[token] - norm), tuple(pairs))
 
 
-def _likeliest(logits: Tensor) -> list[int | Exception]:
+def likeliest(logits: Tensor) -> list[int | Exception]:
+    """The likeliest token of each row of `logits`, float32 [R, V], or what is wrong with it."""
     if logits.device.type == "cpu":
         rows = logits.numpy()  # its argmax takes a tenth of torch's time
         tokens = rows.argmax(-1)  # the first NaN, if there is one
@@ -248,22 +275,64 @@ def draw(row: np.ndarray, params: SamplingParams, uniform: float) -> int:
 
     ArithmeticError for a row with NaN, or whose maximum is infinite; temperature 0 takes infinity.
     """
-    likeliest = int(row.argmax())
-    highest = float(row[likeliest])
+    top = int(row.argmax())
+    highest = float(row[top])
     if math.isnan(highest):
         raise ArithmeticError(NAN)
     if highest == -math.inf:
         raise ArithmeticError("no token that is allowed has a probability above 0")
     if params.greedy:
-        return likeliest
-    if highest == math.inf:
+        return top
+    return draw_from(_weights(row, top, params), uniform)
+
+
+def draw_from(weights: np.ndarray, uniform: float) -> int:
+    """Draw from a distribution by the inverse of its distribution function.
+
+    weights  [V], which need not sum to 1
+    uniform  in [0, 1)
+    """
+    cdf = weights.cumsum(dtype=np.float64)
+    return int(cdf.searchsorted(uniform * cdf[-1], side="right"))
+
+
+def probabilities(row: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """The distribution, float64 [V], that `draw` draws from where it is not greedy."""
+    top = int(row.argmax())
+    if not math.isfinite(row[top]):
+        raise ArithmeticError(NAN if math.isnan(row[top]) else INFINITE)
+    weights = _weights(row, top, params).astype(np.float64)
+    return weights / weights.sum()
+
+
+def draw_or_accept(
+    p: np.ndarray, proposed: int, q: np.ndarray, accept: float, residual: float
+) -> int:
+    """A draw from p that is `proposed`, a draw from q, as often as can be.
+
+    p, q              float64 [V], each of sum 1
+    accept, residual  in [0, 1), independent of each other and of what `proposed` was drawn by
+
+    Accepted with probability min(1, p / q); otherwise drawn from max(p - q, 0), normalised.  What
+    comes has the distribution p (Leviathan et al. 2023, arXiv:2211.17192, appendix A.1).
+    """
+    if accept * q[proposed] < p[proposed]:
+        return proposed
+    rest = np.maximum(p - q, 0)
+    if not rest.any():  # p and q are equal but for rounding
+        rest = p
+    return draw_from(rest, residual)
+
+
+def _weights(row: np.ndarray, top: int, params: SamplingParams) -> np.ndarray:
+    """Probabilities times some number, float32 [V]; `top` is the likeliest token."""
+    if row[top] == math.inf:
         raise ArithmeticError(INFINITE)
-    scaled = (row - row[likeliest]) / np.float32(params.temperature)  # the likeliest has 0
+    scaled = (row - row[top]) / np.float32(params.temperature)  # the likeliest has 0
     weights = np.exp(scaled)
     if (least := _least(scaled, weights, params)) > -math.inf:
         weights[scaled < least] = 0
-    cdf = weights.cumsum(dtype=np.float64)
-    return int(cdf.searchsorted(uniform * cdf[-1], side="right"))
+    return weights
 
 
 def _least(scaled: np.ndarray, weights: np.ndarray, params: SamplingParams) -> float:

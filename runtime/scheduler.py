@@ -3,8 +3,9 @@
 Every step, in this order, under one budget of tokens:
 
 1. each running sequence that decodes gets its one token, so a long prompt holds nobody up;
-2. a prompt that was begun goes on;
-3. waiting sequences are admitted in order of arrival, if the cache has room for what they bring;
+2. and room for tokens that are proposed to it, as far as there are blocks to spare;
+3. a prompt that was begun goes on;
+4. waiting sequences are admitted in order of arrival, if the cache has room for what they bring;
    the last may get a part of its prompt, so only the youngest running sequence is ever in parts.
 
 When a sequence that decodes finds no block, the youngest running sequence is preempted: it gives
@@ -18,10 +19,15 @@ import time
 from array import array
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
 
 from compress.core.errors import InputError
 from compress.runtime.block_pool import BlockPool
 from compress.runtime.sequence import Sequence
+
+# Of the sequences that decode, and about how many tokens of prompts are to come in the same step:
+# how many tokens each wants proposed.
+Lookahead = Callable[[list[Sequence], int], list[int]]
 
 
 class Scheduler:
@@ -40,13 +46,19 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()  # oldest first
         self.copies: list[tuple[int, int]] = []  # blocks to copy before the step, in order
         self.preemptions = 0
+        self.on_evict: Callable[[Sequence], None] | None = None  # told who left the cache
         self._refused: tuple[Sequence, int] | None = None  # who found no room, in how many blocks
 
-    def schedule(self) -> list[Sequence]:
-        """Return the sequences of the next step, each with `count` set to its new tokens."""
+    def schedule(self, lookahead: Lookahead | None = None) -> list[Sequence]:
+        """Return the sequences of the next step, each with `count` set to its new tokens.
+
+        A sequence's own `lookahead` is how many tokens may be proposed for it besides.
+        """
         self.copies = []
         step = self._decodes()
         budget = self.max_tokens_per_step - len(step)
+        if lookahead and step and budget:
+            budget -= self._look_ahead(step, lookahead, budget)
         if self.running and not self.running[-1].count:
             budget = self._go_on(self.running[-1], step, budget)
         if self.waiting and budget:
@@ -57,6 +69,13 @@ class Scheduler:
         """Let `sibling` run, on the blocks of `sequence`."""
         sibling.share_cache(sequence, self.pool)
         insort(self.running, sibling, key=lambda other: other.order)
+
+    def trim(self, sequence: Sequence) -> None:
+        """Release blocks that nothing known is in: room for tokens that were not accepted."""
+        kept = -(-sequence.computed // self.pool.block_size)
+        if kept < len(sequence.blocks):
+            self.pool.release(sequence.blocks[kept:])
+            del sequence.blocks[kept:]
 
     def remove(self, sequence: Sequence) -> None:
         """Drop a sequence that has ended, and release its blocks."""
@@ -85,6 +104,26 @@ class Scheduler:
             else:
                 self._add(sequence, 1, step)
         return step
+
+    def _look_ahead(self, step: list[Sequence], lookahead: Lookahead, budget: int) -> int:
+        """Room for proposed tokens; returns how many.  Nobody gives up blocks for them.
+
+        Prompts that wait get at least half of what the decodes left, and their blocks.
+        """
+        begun = 0 if self.running[-1].count else self.running[-1].remaining
+        prompts = min(budget, begun + (self.waiting[0].remaining if self.waiting else 0))
+        budget -= min(prompts, budget // 2)
+        kept = -(-prompts // self.pool.block_size)
+        left = budget
+        for sequence, wanted in zip(step, lookahead(step, prompts), strict=True):
+            wanted = min(wanted, left)
+            while wanted and self._missing(sequence, 1 + wanted) > self.pool.available - kept:
+                wanted -= 1
+            if wanted:
+                self._grow(sequence, 1 + wanted)
+            sequence.lookahead = wanted
+            left -= wanted
+        return budget - left
 
     def _go_on(self, sequence: Sequence, step: list[Sequence], budget: int) -> int:
         """The next chunk of what was begun, as far as there is room; returns the budget left."""
@@ -175,3 +214,5 @@ class Scheduler:
     def _evict(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
         sequence.forget()
+        if self.on_evict is not None:
+            self.on_evict(sequence)

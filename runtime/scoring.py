@@ -124,7 +124,7 @@ class _Reading:
         end = self.computed + self.count
         return range(max(self.computed, self.first_row), end)
 
-    def prompt_rows(self) -> range:
+    def more_rows(self) -> range:
         """The same without the last token's, which `build_batch` adds itself."""
         wanted = self.rows()
         return range(wanted.start, min(wanted.stop, len(self.tokens) - 1))

@@ -11,6 +11,7 @@ from compress.runtime.grammar import Matcher
 from compress.runtime.outputs import TokenLogprob
 from compress.runtime.sampler import SamplingState
 from compress.runtime.sampling_params import SamplingParams
+from compress.runtime.speculation.proposer import Draft
 
 
 class Request:
@@ -66,9 +67,11 @@ class Sequence:
         "computed",
         "count",
         "detokenizer",
+        "draft",
         "ended",
         "identity",
         "index",
+        "lookahead",
         "published",
         "request",
         "sampling",
@@ -85,10 +88,12 @@ class Sequence:
     ) -> None:
         self.request = request
         self.index = index
-        self.tokens = tokens  # int64, prompt and output; the last may be a token to come
+        # int64, prompt and output; the last may be a token to come, or those of `draft`
+        self.tokens = tokens
         self.sampling = sampling
         self.detokenizer = detokenizer
         self.count = 0  # tokens in the step under way
+        self.draft: Draft | None = None  # what is proposed in the step under way
         self.ended = False  # nothing more is wanted, though a step may still be under way
         self.forget()
 
@@ -98,6 +103,7 @@ class Sequence:
         self.computed = 0  # tokens whose keys and values are in the cache
         self.published = 0  # full blocks offered to other requests
         self.identity = ROOT  # of the last of these
+        self.lookahead = 0  # tokens that may be proposed for the step under way
 
     @property
     def draws_on_host(self) -> bool:
@@ -139,6 +145,19 @@ class Sequence:
             return range(0)
         end = min(self.computed + self.count, self.request.prompt_length - 1)
         return range(max(self.computed, len(done) - 1), end)
+
+    def more_rows(self) -> range:
+        """Positions in this step whose logits are wanted besides that of the last token."""
+        if self.draft is not None:
+            return range(self.computed, self.computed + self.count - 1)
+        return self.prompt_rows()
+
+    def take_off_draft(self) -> Draft | None:
+        """What was proposed, whose tokens are then known no longer."""
+        draft, self.draft = self.draft, None
+        if draft is not None:
+            del self.tokens[-len(draft.tokens) :]
+        return draft
 
     def advance(self, pool: BlockPool) -> None:
         """Note that the step's tokens are in the cache, and publish the blocks they filled."""

@@ -1,0 +1,1 @@
+"""Speculative decoding: cheap proposals of the next tokens, which the model verifies together."""
