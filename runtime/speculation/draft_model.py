@@ -110,7 +110,6 @@ class DraftModel:
     target       whose tokens they are to be, with the same ids up to the smaller vocabulary
     most         tokens of one draft
     most_tokens  of a batch of `model`
-    seconds      estimate of a batch's time by its number of tokens
     """
 
     def __init__(self, model: Model, target: Model, most: int, most_tokens: int) -> None:
