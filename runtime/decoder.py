@@ -88,17 +88,19 @@ class Decoder(ABC):
         self._cache: list[tuple[Tensor, Tensor]] = []
         self._whole: tuple[Decoder, list[int]] | None = None  # whose layers these are, and which
 
-    def without(self, layers: Collection[int]) -> Self:
+    def without(self, layers: Collection[int], head: LinearWeight | None = None) -> Self:
         """This model with some layers left out: the same weights, and the same cache.
 
-        It takes no memory but for what a step computes with, and holds no cache of its own:
-        `allocate` takes that of this model, which must have one by then.  Its layers see the
-        keys and values that those of this model wrote, and write theirs in the same places.
+        It takes no memory but for what a step computes with, and for a `head` [V, D] of its own.
+        `allocate` takes the cache of this model, which must have one by then.  Its layers see
+        the keys and values that those of this model wrote, and write theirs in the same places.
         """
         kept = [index for index in range(len(self._layers)) if index not in layers]
         part = copy.copy(self)
         part._layers = [self._layers[index] for index in kept]
         part._cache, part._whole = [], (self, kept)
+        if head is not None:
+            part._head = self._operations.pack(head)
         return part
 
     @property

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from compress.core.progress import track
+from compress.kernels.lowbit_matmul import LinearWeight
 from compress.kernels.launched import DeviceBatch, Launched
 from compress.kernels.paged_attention.plan import splits_of, tiles_of
 from compress.kernels.sampling.triton import draw
@@ -53,9 +54,9 @@ class GpuDecoder(Decoder):
         if device.type == "cuda":
             self._processors = torch.cuda.get_device_properties(device).multi_processor_count
 
-    def without(self, layers: Collection[int]) -> Self:
+    def without(self, layers: Collection[int], head: LinearWeight | None = None) -> Self:
         """This model with some layers left out, which draws beside it (see `Decoder.without`)."""
-        part = super().without(layers)
+        part = super().without(layers, head)
         part._drawn = torch.zeros_like(self._drawn)
         return part
 

@@ -18,6 +18,7 @@ own (a sample).  compress.runtime.speculation.proposer says what either means.
 
 from __future__ import annotations
 
+import time
 from array import array
 
 import numpy as np
@@ -30,8 +31,12 @@ from compress.runtime.sampler import DRAFT, SamplingState, draw_from, probabilit
 from compress.runtime.sequence import Sequence
 from compress.runtime.speculation.acceptance import Acceptance, Record
 from compress.runtime.speculation.proposer import Draft
+from compress.runtime.speculation.step_cost import StepCost, measure_steps
 
 ROOT = 0  # number of what comes before a sequence's first block
+BEHIND = 4.0  # tokens of prompts for each draft, before it is known how many these are
+BEHIND_RATE = 0.005  # of the average, what a draft counts for
+MANY = 64  # tokens of a batch whose time is by their number
 
 
 class _Context:
@@ -110,10 +115,14 @@ class DraftModel:
     target       whose tokens they are to be, with the same ids up to the smaller vocabulary
     most         tokens of one draft
     most_tokens  of a batch of `model`
+    description  one line for people
     """
 
-    def __init__(self, model: Model, target: Model, most: int, most_tokens: int) -> None:
+    def __init__(
+        self, model: Model, target: Model, most: int, most_tokens: int, description: str
+    ) -> None:
         self.most = most
+        self.description = description
         self._model = model
         self._vocab_size = target.vocab_size
         self._device_draws = isinstance(target, AsynchronousModel)
@@ -124,6 +133,8 @@ class DraftModel:
         self._contents: dict[int, tuple[int, bytes, int]] = {}
         self._next_number = ROOT + 1
         self._acceptance = {greedy: Acceptance(most) for greedy in (False, True)}
+        self._cost: StepCost | None = None  # of a batch, draws included
+        self._behind = BEHIND  # tokens that a draft computes besides, on the average
 
     @property
     def bytes_per_block(self) -> int:
@@ -135,6 +146,10 @@ class DraftModel:
         self._contexts.clear()
         self._contents.clear()
         self._model.allocate(num_blocks)
+
+    def measure(self, num_blocks: int) -> None:
+        """Measure what `seconds` estimates, on a cache of `num_blocks` that holds nothing yet."""
+        self._cost = StepCost(measure_steps(self._model, num_blocks, self._most_tokens))
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy each (source, target) in turn."""
@@ -163,9 +178,12 @@ class DraftModel:
         drafting = [self._begin(sequence, most) for sequence, most in asked]
         step = self._first([one for one in drafting if one.goes_on])
         while step:
+            began, tokens = time.perf_counter(), sum(one.context.count for one in step)
             logits = self._forward([one.context for one in step])
             complete = [one for one in step if not one.context.remaining]
             self._draw(logits, complete)
+            if self._cost:
+                self._cost.observe(tokens, time.perf_counter() - began)
             step = [one for one in complete if one.goes_on]
             for one in step:
                 one.context.count = 1
@@ -180,6 +198,22 @@ class DraftModel:
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept for a sequence; what is in its blocks stays noted."""
         self._contexts.pop(sequence, None)
+
+    def seconds(self, counts: list[int]) -> float:
+        """Estimated time to draft so many tokens for so many sequences; `measure` comes first.
+
+        A batch for each place in the drafts.  What prompts take is spread over all drafts.
+        """
+        assert self._cost is not None
+        seconds, going, drafted = self._cost.seconds, len(counts), 0
+        prompts = going * self._behind / MANY * seconds(MANY)
+        total = prompts
+        for count in sorted(counts):
+            if count > drafted:
+                total += (count - drafted) * seconds(going)
+                drafted = count
+            going -= 1
+        return total
 
     def _begin(self, sequence: Sequence, most: int) -> _Drafting:
         """A draft that lacks all its tokens, of a context that has all of the sequence's."""
@@ -244,10 +278,12 @@ class DraftModel:
             context = one.context
             context.count = min(context.remaining, room)
             first = context.blocks[context.computed // size]
-            if context.count and first not in shared:
-                shared.add(first)
-                room -= context.count
-                step.append(one)
+            if not context.count or first in shared:
+                continue
+            shared.add(first)
+            room -= context.count
+            self._behind += BEHIND_RATE * (context.count - 1 - self._behind)
+            step.append(one)
         return step
 
     def _forward(self, step: list[_Context]) -> Tensor:
@@ -298,3 +334,26 @@ def _drawn_sample(row: np.ndarray, one: _Drafting) -> int | Exception:
         return error
     one.probabilities.append(q)
     return draw_from(q, state.uniform(state.produced, DRAFT))
+
+
+class SelfDraft(DraftModel):
+    """Proposes what the target draws without some of its layers (Zhang et al. 2023, Draft & Verify,
+    arXiv:2309.08168).
+
+    `model` is `Decoder.without` of the target: their cache is one.  So a draft reads what the
+    whole model wrote of the sequence, and there are no prompts to compute.  What it writes for
+    the tokens that it reads is overwritten when these are verified.
+    """
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """The target has done it."""
+
+    def _roll_back(self, context: _Context, sequence: Sequence) -> None:
+        super()._roll_back(context, sequence)
+        context.computed = sequence.computed
+
+    def _find(self, context: _Context) -> None:
+        """All is there."""
+
+    def _note(self, context: _Context) -> None:
+        """Nothing is there but what is the target's."""
