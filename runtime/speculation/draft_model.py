@@ -30,6 +30,7 @@ from compress.runtime.batch_builder import build_batch
 from compress.runtime.sampler import DRAFT, SamplingState, draw_from, probabilities, sample
 from compress.runtime.sequence import Sequence
 from compress.runtime.speculation.acceptance import Acceptance, Record
+from compress.runtime.speculation.draft_chain import draft_chain
 from compress.runtime.speculation.proposer import Draft
 from compress.runtime.speculation.step_cost import StepCost, measure_steps
 
@@ -114,19 +115,25 @@ class DraftModel:
 
     target       whose tokens they are to be, with the same ids up to the smaller vocabulary
     most         tokens of one draft
-    most_tokens  of a batch of `model`
+    most_tokens, most_sequences  of a batch of `model`
     description  one line for people
     """
 
     def __init__(
-        self, model: Model, target: Model, most: int, most_tokens: int, description: str
+        self,
+        model: Model,
+        target: Model,
+        most: int,
+        most_tokens: int,
+        most_sequences: int,
+        description: str,
     ) -> None:
         self.most = most
         self.description = description
         self._model = model
         self._vocab_size = target.vocab_size
         self._device_draws = isinstance(target, AsynchronousModel)
-        self._most_tokens = most_tokens
+        self._most_tokens, self._most_sequences = most_tokens, most_sequences
         self._contexts: dict[Sequence, _Context] = {}
         # What the draft model wrote into full blocks: (number of the block before, tokens), and
         # a number for that, given out once.
@@ -146,6 +153,8 @@ class DraftModel:
         self._contexts.clear()
         self._contents.clear()
         self._model.allocate(num_blocks)
+        if isinstance(self._model, AsynchronousModel):
+            self._model.capture(self._most_sequences, 1)  # two tokens, after a draft that was right
 
     def measure(self, num_blocks: int) -> None:
         """Measure what `seconds` estimates, on a cache of `num_blocks` that holds nothing yet."""
@@ -177,13 +186,15 @@ class DraftModel:
         """
         drafting = [self._begin(sequence, most) for sequence, most in asked]
         step = self._first([one for one in drafting if one.goes_on])
+        if isinstance(self._model, AsynchronousModel):
+            chained = [one for one in step if not one.samples and not one.sampling.on_host]
+            if chained:
+                self._chain(self._model, chained)
+            step = [one for one in step if one not in chained]
         while step:
-            began, tokens = time.perf_counter(), sum(one.context.count for one in step)
             logits = self._forward([one.context for one in step])
             complete = [one for one in step if not one.context.remaining]
             self._draw(logits, complete)
-            if self._cost:
-                self._cost.observe(tokens, time.perf_counter() - began)
             step = [one for one in complete if one.goes_on]
             for one in step:
                 one.context.count = 1
@@ -288,12 +299,9 @@ class DraftModel:
 
     def _forward(self, step: list[_Context]) -> Tensor:
         """Compute the `count` next tokens of each: logits float32 [who is complete, V]."""
-        size = self._model.block_size
         for context in step:
-            end = context.computed + context.count - 1
-            for place in range(context.computed // size, end // size + 1):
-                self._contents.pop(context.blocks[place], None)
-        logits = self._model.forward(build_batch(step, size))
+            self._write(context, context.count)
+        logits = self._model.forward(build_batch(step, self._model.block_size))
         for context in step:
             context.computed += context.count
             self._note(context)
@@ -301,6 +309,30 @@ class DraftModel:
         if lacking > 0:
             return torch.nn.functional.pad(logits, (0, lacking), value=-torch.inf)
         return logits[:, : self._vocab_size]
+
+    def _write(self, context: _Context, count: int) -> None:
+        """Note that the blocks of the next `count` tokens will hold something else."""
+        size = self._model.block_size
+        for place in range(context.computed // size, -(-(context.computed + count) // size)):
+            self._contents.pop(context.blocks[place], None)
+
+    def _chain(self, model: AsynchronousModel, step: list[_Drafting]) -> None:
+        """All drafts of those whose tokens the device can draw; waits once."""
+        for one in step:
+            self._write(one.context, one.context.count + one.most - 1)
+        contexts = [one.context for one in step]
+        drawn = draft_chain(
+            model, contexts, [one.sampling for one in step], [one.most for one in step]
+        )
+        for one, tokens in zip(step, drawn, strict=True):
+            complete = one.context.computed >= one.context.known
+            self._note(one.context)
+            for token in tokens:
+                if token >= self._vocab_size or one.ended:
+                    break
+                one.take(token)
+            if complete and len(tokens) < one.most:
+                self._break(one)
 
     def _draw(self, logits: Tensor, drafting: list[_Drafting]) -> None:
         """The next token of each draft; one that cannot be drawn ends its draft."""

@@ -101,11 +101,11 @@ def make_speculator(
     head: LinearWeight,
     device: torch.device,
     dtype: str,
-    most_tokens: int,
+    most: tuple[int, int],
 ) -> Speculator:
     """The proposer of `choice` for a model whose output layer is `head`; `settle` comes after.
 
-    `most_tokens` is the size of the model's largest batch, and will be that of a draft model's.
+    `most` are the tokens and the sequences of the model's largest batch.
     """
     rounds = dtype != "float32"  # where it would gain nothing: codes are de-quantized
     if choice.kind == NGRAM:
@@ -114,12 +114,12 @@ def make_speculator(
         light = rounded_by_row(head) if rounds and head.bits > HEAD_BITS else None
         part = target.without(choice.left_out, light)
         description = f"the model without layers {_ranges(choice.left_out)}"
-        proposer = SelfDraft(part, target, choice.most, most_tokens, description)
+        proposer = SelfDraft(part, target, choice.most, *most, description)
     else:
         head_bits = HEAD_BITS if rounds else None
-        model = load_decoder(choice.source, device, dtype, head_bits, most_tokens)
+        model = load_decoder(choice.source, device, dtype, head_bits, most[0])
         description = f"draft model '{choice.source.ref}'"
-        proposer = DraftModel(model, target, choice.most, most_tokens, description)
+        proposer = DraftModel(model, target, choice.most, *most, description)
     return Speculator(proposer, FixedLength(choice.most))
 
 

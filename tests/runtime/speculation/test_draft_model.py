@@ -11,6 +11,7 @@ from compress.runtime.batch import Batch
 from compress.runtime.engine import Engine
 from compress.runtime.sampling_params import SamplingParams
 from compress.runtime.speculation.draft_model import DraftModel
+from compress.runtime.speculation.proposer import Draft
 from compress.runtime.speculation.speculator import Speculator
 from tests.runtime.speculation.test_engine import Always
 from tests.runtime.fakes import BLOCK, VOCAB, FakeAsyncModel, FakeModel
@@ -38,6 +39,10 @@ class Rough(FakeModel):
         return logits
 
 
+class RoughAsync(Rough, FakeAsyncModel):
+    """The same on a device."""
+
+
 def run(engine: Engine, prompts: list[list[int]], params: list[SamplingParams]) -> dict:
     for number, (prompt, settings) in enumerate(zip(prompts, params, strict=True)):
         engine.add_request(str(number), prompt, settings)
@@ -53,7 +58,7 @@ def with_draft(draft: FakeModel, blocks: int = 200, k: int = K, **settings) -> E
     target = settings.pop("target", None) or FakeModel()
     most = settings.setdefault("max_tokens_per_step", 16)
     settings.setdefault("max_sequences", 8)
-    proposer = DraftModel(draft, target, k, most)
+    proposer = DraftModel(draft, target, k, most, settings["max_sequences"], "a fake")
     return Engine(target, blocks, speculator=Speculator(proposer, Always()), **settings)
 
 
@@ -72,10 +77,12 @@ PARAMS = [
 
 
 @pytest.mark.parametrize("blocks", [200, 20])
-@pytest.mark.parametrize("kind", [FakeModel, FakeAsyncModel])
-def test_outputs_are_those_of_the_plain_run(kind, blocks):
+@pytest.mark.parametrize("kinds", [(Rough, FakeModel), (Rough, FakeAsyncModel), (RoughAsync, FakeAsyncModel)])
+def test_outputs_are_those_of_the_plain_run(kinds, blocks):
     expected = run(plain(), PROMPTS, PARAMS)
-    engine = with_draft(Rough(), blocks, target=kind())
+    draft, target = (kind() for kind in kinds)
+    draft.most_unfinished = K
+    engine = with_draft(draft, blocks, target=target)
     assert run(engine, PROMPTS, PARAMS) == expected
     counts = engine.statistics()
     assert 0 < counts.accepted_tokens < counts.drafted_tokens
@@ -125,51 +132,51 @@ def test_a_prompt_is_computed_in_parts_and_holds_up_nobody():
     assert engine.statistics().accepted_tokens > 20
 
 
-def test_samples_are_drawn_from_what_they_say():
-    sequence, proposer, draft = drafting(SamplingParams(max_tokens=50, temperature=0.7, top_k=5))
-    (made,) = proposer.propose([(sequence, K)])
-    assert made.probabilities is not None
-    assert made.probabilities.shape == (K, VOCAB)
-    assert np.allclose(made.probabilities.sum(1), 1, atol=1e-12)
-    assert ((made.probabilities > 0).sum(1) == 5).all()
-    assert all(made.probabilities[place, token] > 0 for place, token in enumerate(made.tokens))
+def drafts_of(params: SamplingParams, target: FakeModel | None = None) -> list[Draft]:
+    """All that a draft model proposes for one request."""
+    engine = with_draft(FakeModel(), target=target)
+    proposer, made = engine._speculator.proposer, []
+    propose = proposer.propose
+
+    def noting(asked):
+        made.extend(drafts := propose(asked))
+        return drafts
+
+    proposer.propose = noting
+    run(engine, PROMPTS[:1], [params])
+    return [draft for draft in made if draft.tokens]
+
+
+def test_samples_come_with_what_they_were_drawn_from():
+    for draft in drafts_of(SamplingParams(max_tokens=50, temperature=0.7, top_k=5)):
+        assert draft.probabilities is not None
+        assert draft.probabilities.shape == (len(draft.tokens), VOCAB)
+        assert np.allclose(draft.probabilities.sum(1), 1, atol=1e-12)
+        assert ((draft.probabilities > 0).sum(1) == 5).all()
+        places = range(len(draft.tokens))
+        assert (draft.probabilities[places, draft.tokens] > 0).all()
 
 
 def test_a_seed_or_a_device_that_draws_asks_for_guesses():
     params = SamplingParams(max_tokens=50, temperature=0.7)
     for settings, target in ((replace(params, seed=1), None), (params, FakeAsyncModel())):
-        sequence, proposer, _ = drafting(settings, target)
-        assert proposer.propose([(sequence, K)])[0].probabilities is None
-    sequence, proposer, _ = drafting(replace(params, logprobs=1), FakeAsyncModel())
-    assert proposer.propose([(sequence, K)])[0].probabilities is not None  # the host draws
-
-
-def drafting(params, target=None):
-    """A sequence that decodes, on an engine whose draft model has proposed nothing yet."""
-    draft = FakeModel()
-    engine = with_draft(draft, target=target)
-    proposer = engine._speculator.proposer
-    engine._speculator = None
-    (request,) = [engine.add_request("a", list(range(11)), params)]
-    engine.step()
-    if target is not None:
-        while engine._flight:
-            engine.scheduler.schedule = list
-            engine.step()
-    sequence = request.sequences[0]
-    while len(sequence.blocks) * BLOCK < len(sequence.tokens) + K:
-        sequence.blocks.append(engine.pool.allocate())
-    return sequence, proposer, draft
+        assert all(draft.probabilities is None for draft in drafts_of(settings, target))
+    by_host = replace(params, logprobs=1)
+    drafts = drafts_of(by_host, FakeAsyncModel())
+    assert drafts
+    assert all(draft.probabilities is not None for draft in drafts)
 
 
 def test_drafts_end_where_nothing_follows():
-    sequence, proposer, _ = drafting(SamplingParams(max_tokens=50, temperature=0, logit_bias={7: 50}))
-    assert proposer.propose([(sequence, K)])[0].tokens == [7] * K
-    ends = SamplingParams(max_tokens=50, temperature=0, logit_bias={7: 50}, min_tokens=2)
-    sequence, proposer, _ = drafting(replace(ends, stop_token_ids=(7,)))
-    (draft,) = proposer.propose([(sequence, K)])
-    assert len(draft.tokens) == 2  # one to reach min_tokens, and the end
-    assert draft.tokens[-1] == 7 != draft.tokens[0]
+    params = SamplingParams(
+        max_tokens=50, temperature=0, logit_bias={7: 50}, stop_token_ids=(7,), min_tokens=3
+    )
+    (draft,) = drafts_of(params)
+    assert len(draft.tokens) == 3  # of which the first two make up min_tokens with the prompt's
+    assert draft.tokens[-1] == 7
+    assert 7 not in draft.tokens[:-1]
+    (draft,) = drafts_of(replace(params, min_tokens=2))
+    assert len(draft.tokens) == 2
 
 
 def test_nan_gives_no_proposal_and_no_second_try():
