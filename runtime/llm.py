@@ -86,9 +86,7 @@ class LLM:
         bytes_per_block, speculator = decoder.bytes_per_block, None
         if choice is not None:
             most = (max_tokens_per_step, max_sequences)
-            speculator = making.make_speculator(
-                choice, decoder, weights.head, place, dtype, most
-            )
+            speculator = making.make_speculator(choice, decoder, weights.head, place, dtype, most)
             bytes_per_block += speculator.proposer.bytes_per_block
         num_blocks = _num_blocks(decoder, bytes_per_block, place, kv_cache_memory, max_sequences)
         engine = Engine(

@@ -18,7 +18,6 @@ own (a sample).  compress.runtime.speculation.proposer says what either means.
 
 from __future__ import annotations
 
-import time
 from array import array
 
 import numpy as np
@@ -77,7 +76,7 @@ class _Context:
 class _Drafting:
     """A draft in the making."""
 
-    __slots__ = ("context", "ended", "most", "probabilities", "sampling", "samples", "tokens")
+    __slots__ = ("context", "ended", "most", "probabilities", "samples", "sampling", "tokens")
 
     def __init__(
         self, context: _Context, sampling: SamplingState, most: int, samples: bool

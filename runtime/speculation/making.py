@@ -3,7 +3,7 @@
     draft = "ngram" | "self" | "self:3,7-12" | a checkpoint;  tokens = 1 to 64 | "auto"
 
 `choose` finds out what can be wrong before any weights are read; `make_speculator` then makes
-the proposer beside the model, and `settle` decides the lengths, once there is a cache to measure on.
+the proposer beside the model, and `settle` what decides the lengths, on a cache to measure on.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def choose(
         if number is None:
             return None
         raise InputError(
-            f"num_speculative_tokens = {number} without a draft; give draft = ngram, self, or a model"
+            f"num_speculative_tokens = {number} without a draft; give draft = ngram, self or a model"
         )
     if draft == NGRAM:
         return Choice(NGRAM, number)
@@ -147,23 +147,23 @@ def _left_out(draft: str, count: int) -> tuple[int, ...]:
         second = 2 * apart + run
         both = (*range(apart, apart + run), *range(second, second + run))
         return tuple(layer for layer in both if layer < count - 1)
+    return layers_of(draft.removeprefix(f"{SELF}:"), count)
+
+
+def layers_of(text: str, count: int) -> tuple[int, ...]:
+    """Layers to leave out of `count`, such as 3,7-12; InputError for any that are not there."""
     layers: set[int] = set()
-    for part in draft.removeprefix(f"{SELF}:").split(","):
+    for part in text.split(","):
         match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
-        if not match:
-            raise InputError(
-                f"draft '{draft}': {shown(part)} names no layers; give those to leave out, "
-                "such as self:3,7-12"
-            )
-        first, last = int(match[1]), int(match[2] or match[1])
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last < count:
             raise InputError(
-                f"draft '{draft}': layers {part.strip()} are not there; allowed are 0 to "
-                f"{count - 1}, the smaller first"
+                f"layers {shown(text)} to leave out: allowed are numbers and ranges of 0 to "
+                f"{count - 1}, such as 3,7-12"
             )
         layers.update(range(first, last + 1))
     if len(layers) == count:
-        raise InputError(f"draft '{draft}' leaves out all {count} layers; keep one or more")
+        raise InputError(f"layers {shown(text)} to leave out are all {count}; keep one or more")
     return tuple(sorted(layers))
 
 
