@@ -77,7 +77,7 @@ def choose(
         if number is None:
             return None
         raise InputError(
-            f"num_speculative_tokens = {number} without a draft; give draft = ngram, self or a model"
+            f"num_speculative_tokens = {number} without a draft; give one, such as draft = ngram"
         )
     if draft == NGRAM:
         return Choice(NGRAM, number)

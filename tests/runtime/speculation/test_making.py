@@ -71,7 +71,7 @@ def test_the_rule_for_layers(tmp_path):
         ("ngram", 65, "num_speculative_tokens = 65; allowed"),
         ("ngram", True, "num_speculative_tokens = True; allowed"),
         ("ngram", "often", "num_speculative_tokens = 'often'; allowed"),
-        (None, 4, "num_speculative_tokens = 4 without a draft; give draft"),
+        (None, 4, "num_speculative_tokens = 4 without a draft; give one"),
         ("/no/such/folder", 4, "model folder '/no/such/folder' does not exist"),
         ("", 4, "model '' is empty"),
         ("self:6", 4, "layers '6' to leave out: allowed are numbers and ranges of 0 to 5"),
