@@ -54,12 +54,13 @@ def sizes_for(most_sequences: int, lookahead: int) -> list[Size]:
     most = next((size for size in PLAIN_SIZES if size >= most_sequences), MOST_TOKENS)
     counts = [size for size in PLAIN_SIZES if size <= most]
     drafted = [lookahead >> halvings for halvings in range(lookahead.bit_length())]
-    return sorted(
-        Size(count, count * (1 + new), 1 + lookahead if new else 1)
+    verifying = {
+        Size(count, min(count * (1 + new), MOST_TOKENS), 1 + lookahead)
         for count in counts
-        for new in (0, *drafted)
-        if count * (1 + new) <= MOST_TOKENS
-    )
+        for new in drafted
+        if count < MOST_TOKENS
+    }
+    return sorted({Size(count, count, 1) for count in counts} | verifying)
 
 
 def draws_at(batch: Batch, draws: Draws) -> np.ndarray | None:

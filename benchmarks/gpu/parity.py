@@ -181,6 +181,7 @@ def _with_problems(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def quantized(folder: Path, grid: dict[str, Any]) -> Path:
+    """Write the model of a folder on a grid, beside it; returns where."""
     out = folder.with_name(f"{folder.name}-{_named(grid).replace(' ', '-')}")
     stage = {"method": "rtn", **grid}
     run_recipe(build_recipe({"model": str(folder), "out": str(out), "stages": [stage]}))
