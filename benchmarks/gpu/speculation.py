@@ -42,7 +42,7 @@ def texts(place: Place) -> dict[str, Any]:
     count, new, drafts = 12, 24, [("ngram", 4), ("self", 3), ("ngram", "auto")]
     settings = {"greedy": {"temperature": 0}, "drawn": {"temperature": 0.8, "top_p": 0.9}}
     if place.stand_in:
-        count, new, drafts = 2, 4, []
+        count, new, drafts = 2, 3, []
         del settings["greedy"]
     with tempfile.TemporaryDirectory() as name:
         layers = 2 if place.stand_in else LAYERS
