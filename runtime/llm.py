@@ -86,7 +86,7 @@ class LLM:
         bytes_per_block, speculator = decoder.bytes_per_block, None
         if choice is not None:
             speculator = making.make_speculator(
-                choice, decoder, weights.head, place, dtype, max_tokens_per_step
+                choice, decoder, weights.head, place, dtype, max_tokens_per_step, max_sequences
             )
             bytes_per_block += speculator.proposer.bytes_per_block
         num_blocks = _num_blocks(decoder, bytes_per_block, place, kv_cache_memory, max_sequences)

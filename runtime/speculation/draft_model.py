@@ -30,6 +30,7 @@ from compress.runtime.batch_builder import build_batch
 from compress.runtime.sampler import DRAFT, SamplingState, draw_from, probabilities, sample
 from compress.runtime.sequence import Sequence
 from compress.runtime.speculation.acceptance import Acceptance, Record
+from compress.runtime.speculation.draft_chain import draft_chain
 from compress.runtime.speculation.proposer import Draft
 from compress.runtime.speculation.step_cost import StepCost, measure_steps
 
@@ -76,7 +77,7 @@ class _Context:
 class _Drafting:
     """A draft in the making."""
 
-    __slots__ = ("context", "ended", "most", "probabilities", "sampling", "samples", "tokens")
+    __slots__ = ("context", "ended", "most", "probabilities", "samples", "sampling", "tokens")
 
     def __init__(
         self, context: _Context, sampling: SamplingState, most: int, samples: bool
@@ -116,14 +117,23 @@ class DraftModel:
     most         tokens of one draft
     most_tokens  of a batch of `model`
     description  one line for people
+    most_sequences  that are usually asked for at once; on a device more take longer
     """
 
     def __init__(
-        self, model: Model, target: Model, most: int, most_tokens: int, description: str
+        self,
+        model: Model,
+        target: Model,
+        most: int,
+        most_tokens: int,
+        description: str,
+        most_sequences: int = 1,
     ) -> None:
         self.most = most
         self.description = description
         self._model = model
+        self._queue = model if isinstance(model, AsynchronousModel) else None
+        self._most_sequences = most_sequences
         self._vocab_size = target.vocab_size
         self._device_draws = isinstance(target, AsynchronousModel)
         self._most_tokens = most_tokens
@@ -146,6 +156,8 @@ class DraftModel:
         self._contexts.clear()
         self._contents.clear()
         self._model.allocate(num_blocks)
+        if self._queue:  # one token each, or two after a draft of which all was accepted
+            self._queue.capture(self._most_sequences, 1)
 
     def measure(self, num_blocks: int) -> None:
         """Measure what `seconds` estimates, on a cache of `num_blocks` that holds nothing yet."""
@@ -177,6 +189,9 @@ class DraftModel:
         """
         drafting = [self._begin(sequence, most) for sequence, most in asked]
         step = self._first([one for one in drafting if one.goes_on])
+        if self._queue and not any(one.samples or one.sampling.on_host for one in step):
+            self._chain(self._queue, step)
+            step = []
         while step:
             began, tokens = time.perf_counter(), sum(one.context.count for one in step)
             logits = self._forward([one.context for one in step])
@@ -286,14 +301,42 @@ class DraftModel:
             step.append(one)
         return step
 
+    def _chain(self, model: AsynchronousModel, step: list[_Drafting]) -> None:
+        """All tokens of the drafts in launches that nobody waits for but at the end."""
+        if not step:
+            return
+        began = time.perf_counter()
+        contexts, wanted = [one.context for one in step], [one.most for one in step]
+        complete = [context.count == context.remaining for context in contexts]
+        tokens = sum(context.count for context in contexts)
+        for context, most in zip(contexts, wanted, strict=True):
+            self._overwrite(context, context.count + most - 1)
+        drafts = draft_chain(model, contexts, [one.sampling for one in step], wanted)
+        for one, draft, whole in zip(step, drafts, complete, strict=True):
+            self._note(one.context)
+            for token in draft:
+                if token >= self._vocab_size:  # the padding of a larger table
+                    break
+                one.take(token)
+                if one.ended:
+                    break
+            if whole and len(draft) < one.most:
+                self._break(one)
+        if self._cost:
+            taken = (time.perf_counter() - began) / max(wanted)
+            self._cost.observe(tokens if max(wanted) == 1 else len(step), taken)
+
+    def _overwrite(self, context: _Context, count: int) -> None:
+        """Forget what is noted of the blocks that the `count` next tokens go to."""
+        size, end = self._model.block_size, context.computed + count - 1
+        for place in range(context.computed // size, end // size + 1):
+            self._contents.pop(context.blocks[place], None)
+
     def _forward(self, step: list[_Context]) -> Tensor:
         """Compute the `count` next tokens of each: logits float32 [who is complete, V]."""
-        size = self._model.block_size
         for context in step:
-            end = context.computed + context.count - 1
-            for place in range(context.computed // size, end // size + 1):
-                self._contents.pop(context.blocks[place], None)
-        logits = self._model.forward(build_batch(step, size))
+            self._overwrite(context, context.count)
+        logits = self._model.forward(build_batch(step, self._model.block_size))
         for context in step:
             context.computed += context.count
             self._note(context)

@@ -102,10 +102,12 @@ def make_speculator(
     device: torch.device,
     dtype: str,
     most_tokens: int,
+    most_sequences: int,
 ) -> Speculator:
     """The proposer of `choice` for a model whose output layer is `head`; `settle` comes after.
 
-    `most_tokens` is the size of the model's largest batch, and will be that of a draft model's.
+    `most_tokens` is the size of the model's largest batch, and will be that of a draft model's, as
+    `most_sequences` is what either has to do with at once.
     """
     rounds = dtype != "float32"  # where it would gain nothing: codes are de-quantized
     if choice.kind == NGRAM:
@@ -114,12 +116,12 @@ def make_speculator(
         light = rounded_by_row(head) if rounds and head.bits > HEAD_BITS else None
         part = target.without(choice.left_out, light)
         description = f"the model without layers {_ranges(choice.left_out)}"
-        proposer = SelfDraft(part, target, choice.most, most_tokens, description)
+        proposer = SelfDraft(part, target, choice.most, most_tokens, description, most_sequences)
     else:
         head_bits = HEAD_BITS if rounds else None
         model = load_decoder(choice.source, device, dtype, head_bits, most_tokens)
         description = f"draft model '{choice.source.ref}'"
-        proposer = DraftModel(model, target, choice.most, most_tokens, description)
+        proposer = DraftModel(model, target, choice.most, most_tokens, description, most_sequences)
     return Speculator(proposer, FixedLength(choice.most))
 
 
