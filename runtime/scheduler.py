@@ -108,12 +108,10 @@ class Scheduler:
     def _look_ahead(self, step: list[Sequence], lookahead: Lookahead, budget: int) -> int:
         """Room for proposed tokens; returns how many.  Nobody gives up blocks for them.
 
-        Prompts that wait get at least half of what the decodes left, and their blocks.
+        Prompts get at least half of what the decodes left, and their blocks.
         """
-        begun = 0 if self.running[-1].count else self.running[-1].remaining
-        prompts = min(budget, begun + (self.waiting[0].remaining if self.waiting else 0))
+        prompts, kept = self._prompts_to_come(budget)
         budget -= min(prompts, budget // 2)
-        kept = -(-prompts // self.pool.block_size)
         left = budget
         for sequence, wanted in zip(step, lookahead(step, prompts), strict=True):
             wanted = min(wanted, left)
@@ -124,6 +122,23 @@ class Scheduler:
             sequence.lookahead = wanted
             left -= wanted
         return budget - left
+
+    def _prompts_to_come(self, budget: int) -> tuple[int, int]:
+        """About how many tokens of prompts will be in the step, and the blocks to keep for them.
+
+        One that waits needs all of its blocks at once, or it is not admitted; what of them is in
+        the prefix cache is not looked up.
+        """
+        size, last = self.pool.block_size, self.running[-1]
+        tokens = 0 if last.count else min(budget, last.remaining)
+        blocks = -(-tokens // size)
+        if self.waiting:
+            first = self.waiting[0]
+            seats = first.seats + sum(sequence.seats for sequence in self.running)
+            needed = -(-len(first.tokens) // size)
+            if seats <= self.max_sequences and blocks + needed <= self.pool.available:
+                tokens, blocks = tokens + first.remaining, blocks + needed
+        return min(tokens, budget), blocks
 
     def _go_on(self, sequence: Sequence, step: list[Sequence], budget: int) -> int:
         """The next chunk of what was begun, as far as there is room; returns the budget left."""
@@ -180,7 +195,7 @@ class Scheduler:
         """Take the sequence's next tokens into the step; there must be room."""
         if self._missing(sequence, count):
             self._grow(sequence, count)
-        sequence.count = count
+        sequence.count, sequence.lookahead = count, 0
         step.append(sequence)
 
     def _missing(self, sequence: Sequence, count: int) -> int:

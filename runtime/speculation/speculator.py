@@ -45,10 +45,14 @@ class Speculator:
         self._drafting = 0.0
 
     def plan(self, sequences: list[Sequence], others: int) -> list[int]:
-        """Tokens to propose for each; never more than the request may still get, less one."""
+        """Tokens to propose for each; never more than the request may still get, less one.
+
+        None for the last token of a prompt, from whose row all n sequences begin.
+        """
         most, outlooks = self.proposer.most, []
         for sequence in sequences:
             room = sequence.request.limit - sequence.produced - 1
+            room = 0 if sequence.stands_for_all else room
             outlooks.append(self.proposer.outlook(sequence, min(room, most)) if room > 0 else [])
         return self.lengths.plan(sequences, others, outlooks)
 
