@@ -144,14 +144,21 @@ def speculative_command(
     if out is not None and not out.parent.is_dir():
         raise click.UsageError(f"--out '{out}': there is no folder '{out.parent}'")
     with contextlib.redirect_stdout(sys.stderr):
-        from compress.bench.speculative import Plan, measure_speculation, read_questions
+        from compress.bench.speculative import (
+            Plan,
+            choices,
+            measure_speculation,
+            read_questions,
+        )
         from compress.bench.subject import Subject
 
         questions = read_questions(dataset, per_category)
         plan = Plan(draft, lengths, temperatures, max_tokens, batch, seed)
+        proposers = choices(model, plan)
         choice = ModelChoice(model, dtype, head_bits)
-        subject = Subject(model, dtype, choice.lm_head_bits, threads)
-        report = {"dataset": dataset.name} | measure_speculation(subject, questions, plan)
+        subject = Subject(model, dtype, choice.lm_head_bits, threads, keep_head=True)
+        report = measure_speculation(subject, questions, plan, proposers)
+        report = {"dataset": dataset.name} | report
     _write(report, out)
     del report["cases"]
     print_json(report) if as_json else print_speculative(report)
