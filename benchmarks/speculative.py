@@ -11,12 +11,13 @@ not repeated.
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from runtime_cpu import processor
 
 TEMPERATURES = "0,0.7"
 
@@ -93,15 +94,15 @@ def page(options: argparse.Namespace, reports: dict[str, dict[str, Any]]) -> str
     lines = [
         "# Speculative decoding on a CPU",
         "",
-        f"{platform.processor() or platform.machine()}, {options.threads} threads, PyTorch "
+        f"{processor()}, {options.threads} threads, PyTorch "
         f"{version('torch')}; Spec-Bench's first turns through the chat template, answers of up to "
         f"{options.max_tokens} tokens. Each prompt is answered with and without speculation in "
         "turn; speed-up is of decoding, after the first token, with 95% of a bootstrap over "
         "prompts. Answers that end in repeating themselves (loops) are counted and left out.",
         "",
-        "a: acceptance; tokens: of a step, in the mean; cost: of a step with its drafting, in plain "
-        "steps; expected: (1 - a^(k+1)) / (1 - a) over the cost; reached: measured over expected, "
-        "and in brackets over what the true length calls for.",
+        "a: acceptance; tokens: of a step, in the mean; cost: of a step with its drafting, in "
+        "plain steps; expected: (1 - a^(k+1)) / (1 - a) over the cost; reached: measured over "
+        "expected, and in brackets over what the true length calls for.",
         "",
     ]
     for name, report in reports.items():

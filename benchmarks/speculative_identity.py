@@ -9,14 +9,13 @@ compared token by token with that of an engine without speculation.  Where one d
 of the two tokens are taken, by the plain engine on the same prefix: only where these are equal but
 for rounding may a choice differ.
 
-Questions go chunk by chunk.  The engine with drafts keeps the prompts of a chunk in its prefix cache,
-so all drafts after the first begin from blocks that were found; the plain one has no such cache.
+Questions go chunk by chunk.  The engine with drafts keeps a chunk's prompts in its prefix cache, so
+all drafts after the first begin from blocks that were found; the plain one has no such cache.
 A chunk that is done is not repeated, if the command comes again.
 """
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -244,7 +243,7 @@ def page(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) 
         f"turns, chat template), {TOGETHER} at a time, {options.tokens} tokens proposed at once; "
         f"{processor()}, {options.threads} threads.",
         "",
-        "| model | draft | questions | tokens | drafted | accepted | texts that differ | largest gap |",
+        "| model | draft | questions | tokens | drafted | accepted | texts differ | largest gap |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, parts in results.items():
@@ -264,8 +263,8 @@ def page(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) 
             lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += [
         "",
-        "Gap: logit of the token that the plain run took, less that of the other, by the plain run's "
-        "own logits after the same prefix, at the first difference.",
+        "Gap: logit of the token that the plain run took, less that of the other, by the plain "
+        "run's own logits after the same prefix, at the first difference.",
         "",
     ]
     return "\n".join(lines)
@@ -280,4 +279,4 @@ def largest(gaps: list[float | None]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
