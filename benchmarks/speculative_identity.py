@@ -95,7 +95,7 @@ def main() -> None:
         "W4, bfloat16": (options.w4, "bfloat16", 8),
     }
     results = {
-        name: list(chunks(options, name, *models[name], texts)) for name in options.only or models
+        name: list(chunks(options, name, models[name], texts)) for name in options.only or models
     }
     text = page(options, results)
     (options.out or options.work / "speculative-identity.md").write_text(text, encoding="utf-8")
@@ -121,12 +121,11 @@ def parse() -> argparse.Namespace:
 def chunks(
     options: argparse.Namespace,
     name: str,
-    model: str,
-    dtype: str,
-    head_bits: int | None,
+    kind: tuple[str, str, int | None],
     texts: list[str],
 ) -> Iterator[dict[str, Any]]:
     """What came of each chunk of the questions; those that are done are read."""
+    model, dtype, head_bits = kind
     source = resolve_model(model)
     questions = tokenized(load_tokenizer(source.folder), {"": texts})
     groups = [questions[at : at + CHUNK] for at in range(0, len(questions), CHUNK)]
@@ -164,7 +163,8 @@ class Bench:
         for draft in ("ngram", "self", options.draft):
             choice = choose(draft, options.tokens, source, tokenizer)
             assert choice is not None
-            speculator = make_speculator(choice, decoder, weights.head, device, dtype, most_tokens)
+            most = most_tokens, TOGETHER
+            speculator = make_speculator(choice, decoder, weights.head, device, dtype, most)
             proposers[draft] = speculator.proposer
         self.proposer = OneOfSeveral(proposers, options.tokens)
         rooms = sorted(len(question.tokens) for question in questions)[-CHUNK:]

@@ -185,6 +185,7 @@ def make_arms(
     """The plain way of answering, and one for each number of tokens to propose."""
     model, most_tokens = subject.decoder, MOST_TOKENS[subject.device.type]
     sequences = max(plan.batch, TOGETHER)
+    most = most_tokens, sequences
     blocks = sequences * -(-(longest + ROOM) // model.block_size)
 
     def engine(speculator: Watched | None) -> Engine:
@@ -202,10 +203,9 @@ def make_arms(
     arms = [Arm("plain", engine(None))]
     for length, choice in zip(plan.lengths, proposers, strict=True):
         assert subject.head is not None
-        made = make_speculator(
-            choice, model, subject.head, subject.device, subject.dtype, most_tokens
+        watched = Watched(
+            make_speculator(choice, model, subject.head, subject.device, subject.dtype, most)
         )
-        watched = Watched(made)
         arms.append(Arm(length, engine(watched), watched))
     for arm, choice in zip(arms[1:], proposers, strict=True):
         assert arm.watched is not None
