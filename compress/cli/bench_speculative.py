@@ -232,15 +232,15 @@ PROPOSALS: Columns = {
     "drafted": lambda row: f"{row['drafted']:,}",
     "accepted": lambda row: f"{row['accepted']:,}",
     "a": lambda row: "" if row["acceptance"] is None else f"{row['acceptance']:.2f}",
-    "by place, %": lambda row: " ".join(f"{100 * part:.0f}" for part in row["accepted_at"][:3]),
-    "tokens a draft": lambda row: f"{row['tokens_per_draft']:.2f}",
-    "tokens a step": lambda row: f"{row['tokens_per_step']:.2f}",
+    "by place,\n%": lambda row: " ".join(f"{100 * part:.0f}" for part in row["accepted_at"][:3]),
+    "tokens\na draft": lambda row: f"{row['tokens_per_draft']:.2f}",
+    "tokens\na step": lambda row: f"{row['tokens_per_step']:.2f}",
 }
 EXPECTED: Columns = {
-    "tokens a step": lambda row: f"{row['expected_tokens_per_step']:.2f}",
+    "tokens\na step": lambda row: f"{row['expected_tokens_per_step']:.2f}",
     "cost": lambda row: f"{row['cost']:.2f}",
     "speed-up": lambda row: f"{row['expected_speed_up']:.2f}",
     "reached": lambda row: f"{row['of_expected']:.0%}",
-    "by true length": lambda row: f"{row['expected_speed_up_by_length']:.2f}",
-    "reached of it": lambda row: f"{row['of_expected_by_length']:.0%}",
+    "by true\nlength": lambda row: f"{row['expected_speed_up_by_length']:.2f}",
+    "reached\nof it": lambda row: f"{row['of_expected_by_length']:.0%}",
 }

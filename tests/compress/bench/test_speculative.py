@@ -2,13 +2,14 @@
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from compress.bench import speculative
+from compress.bench import speculative, speculative_runs
 from compress.bench.speculation import (
     Costs,
     Pair,
@@ -31,6 +32,7 @@ from compress.bench.speculative import (
     read_questions,
     tokenized,
 )
+from compress.bench.speculative_runs import Clock
 from compress.bench.subject import Subject
 from compress.cli import main
 from compress.core.errors import InputError
@@ -374,6 +376,24 @@ def test_measured(subject, batch):
     assert sum(case["runs"][2][0]["fast"]["tokens"]) == 47 * batch
     assert 1 * batch in case["forward_ms"]
     assert report["proposer"] == "what was said before"
+
+
+def test_passes_that_were_not_timed_lie_between(subject, monkeypatch):
+    """Of many sizes only some are timed after each group: the others' costs are interpolated."""
+    monkeypatch.setattr(speculative_runs, "FORWARDS", 2)
+    clock = Clock(subject.decoder, 40, temperature=0)
+    subject.decoder.allocate(40)
+    prompts, run = [[5, 6, 7], [8, 9]], Run([[1, 2, 3, 4], [5]], 0.0, [])
+    sizes = Counter({1: 50, 2: 10, 3: 20, 6: 5, 9: 30})
+    clock.time(sizes, prompts, run)
+    assert sorted(clock.forwards) == [1, 9]
+    assert [len(times) for times in clock.forwards.values()] == [2, 2]  # two rounds
+    clock.time(sizes, prompts, run)
+    assert sorted(clock.forwards) == [1, 2, 3, 9]
+    costs = clock.costs()
+    assert costs.draw > 0
+    clock.forwards = {2: [3.0, 1.0, 2.0], 6: [4.0]}
+    assert [clock.costs().forward(size) for size in (1, 2, 4, 6, 7)] == [2, 2, 3, 4, 4]
 
 
 def test_samples_are_not_compared_and_loops_found_afterwards(subject):
