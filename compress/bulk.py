@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -191,18 +191,22 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def identity_of(
-    llm: LLM, folder: Path, bulk: Bulk, dtype: str, head_bits: int | None
-) -> dict[str, Any]:
-    """What a broken-off run must have been of, for this one to go on from it; reads all weights."""
+def identity_of(llm: LLM, folder: Path, bulk: Bulk, load: Mapping[str, Any]) -> dict[str, Any]:
+    """What a broken-off run must have been of, for this one to go on from it; reads all weights.
+
+    `load` is how the model was loaded, by LLM's names.  A draft belongs to it: it changes no answer
+    where a row of a step does not depend on the others, and that is not so on every machine.
+    """
     files = [folder / "config.json", *checkpoint.carried_files(folder)]
     files += sorted(folder.glob("*.safetensors"))
     return {
         "settings": asdict(bulk.params),
         "seed": bulk.seed,
         "chat": bulk.chat,
-        "dtype": dtype,
-        "head bits": head_bits,
+        "dtype": load["dtype"],
+        "head bits": load.get("lm_head_bits"),
+        "draft": load.get("draft"),
+        "speculative tokens": load.get("num_speculative_tokens"),
         "kernels": getattr(llm.engine.model, "description", ""),
         "versions": checkpoint.versions(),
         "model files": {path.name: hashed_file(path) for path in files},

@@ -10,7 +10,7 @@ from typing import Any
 
 from compress.core.errors import InputError
 from compress.runtime.llm import LLM
-from compress.runtime.outputs import CompletionOutput, Increment
+from compress.runtime.outputs import CompletionOutput, Increment, Statistics
 from compress.runtime.sampling_params import SamplingParams
 
 
@@ -79,6 +79,24 @@ def prompt_tokens(llm: LLM, prompt: str | Sequence[dict[str, Any]]) -> list[int]
     if not llm.tokenizer.chat_template:
         raise InputError("the model's tokenizer has no chat template; give plain text to continue")
     return llm.chat_prompt(prompt)
+
+
+def speculation(statistics: Statistics) -> dict[str, Any]:
+    """What came of drafts, for scripts; None for a mean of nothing.
+
+    `accepted_at` counts, for each place in a draft, those of which this token was accepted.  The
+    mean accepted length includes the token that the model draws itself after the accepted ones.
+    """
+    drafts, drafted = statistics.drafts, statistics.drafted_tokens
+    accepted = statistics.accepted_tokens
+    return {
+        "drafts": drafts,
+        "drafted_tokens": drafted,
+        "accepted_tokens": accepted,
+        "accepted_at": list(statistics.accepted_at),
+        "acceptance_rate": round(accepted / drafted, 4) if drafted else None,
+        "mean_accepted_length": round(1 + accepted / drafts, 4) if drafts else None,
+    }
 
 
 def as_record(prompt_tokens: int, outputs: Sequence[CompletionOutput]) -> dict[str, Any]:

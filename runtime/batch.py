@@ -82,10 +82,13 @@ class AsynchronousModel(Model, Protocol):
     Launches are carried out in order, so a launch may read what the one before it draws.
     """
 
-    def capture(self, most_sequences: int) -> None:
-        """Get ready for steps in which up to so many sequences decode; after `allocate`."""
+    def capture(self, most_sequences: int, lookahead: int = 0) -> None:
+        """Get ready for steps in which up to so many sequences decode; after `allocate`.
+
+        Each has one token, or up to 1 + `lookahead` where drafts are verified.
+        """
         ...
 
     def launch(self, batch: Batch, draws: Draws) -> Launched:
-        """Queue a step and its draws; at most one other may be unfinished."""
+        """Queue a step and its draws, whatever is unfinished."""
         ...

@@ -98,7 +98,7 @@ class Engine:
             speculator.proposer.allocate(num_blocks)
             self.scheduler.on_evict = speculator.proposer.forget
         if self._ahead:
-            self._ahead.capture(max_sequences)
+            self._ahead.capture(max_sequences, speculator.proposer.most if speculator else 0)
 
     def prepare(self, request_id: str, prompt: list[int], params: SamplingParams) -> Request:
         """Make a request of a prompt's token ids.  InputError for what can never run.

@@ -1,10 +1,10 @@
 """The decoder on a GPU: steps of decodes as CUDA graphs, all others launch by launch.
 
-A step in which every sequence computes and draws one token is padded to one of a few sizes, and for
-each of these the whole step, drawing included, is one CUDA graph.  A graph reads its inputs from
-one buffer, which one copy fills; padding has context 0 and slot -1, and touches no cache.  Prompts
-and what the host draws go launch by launch.  Draws stay on the device for the next launch to read
-(a negative token, see compress.runtime.batch), and come back in one copy, the only one that
+A step in which every sequence computes one token, or a few to verify a draft, is padded to one of a
+few sizes, and for each of these the whole step, drawing included, is one CUDA graph
+(compress.runtime.captured).  A graph reads its inputs from one buffer, which one copy fills.
+Prompts and what the host draws go launch by launch.  Draws stay on the device for the next launch
+to read (a negative token, see compress.runtime.batch), and come back in one copy, the only one that
 anybody waits for.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,13 +23,20 @@ from compress.kernels.launched import DeviceBatch, Launched
 from compress.kernels.paged_attention.plan import splits_of, tiles_of
 from compress.kernels.sampling.triton import draw
 from compress.runtime.batch import Batch, Draws
+from compress.runtime.captured import (
+    MOST_TOKENS,
+    SETTINGS,
+    CapturedStep,
+    Size,
+    draws_at,
+    padded,
+    padding,
+    sizes_for,
+)
 from compress.runtime.decoder import Decoder
 from compress.runtime.device_queue import Download, Graph, Uploads, offsets
 from compress.runtime.weights import DecoderWeights
 
-SETTINGS = ("uniform", "temperature", "top_k", "top_p", "min_p")  # of `Draws`, but for the rows
-# Sizes of decode steps that are captured; rows between two of them compute padding.
-GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 INTERPRETER_PROCESSORS = 4  # so that attention is split in tests
 
 
@@ -45,8 +51,8 @@ class GpuDecoder(Decoder):
     ) -> None:
         super().__init__(weights, Launched(dtype, device), device)
         self._uploads = Uploads(device)
-        self._drawn = torch.zeros(most_tokens, dtype=torch.int64, device=device)
-        self._graphs: dict[tuple[int, bool], _DecodeStep] = {}
+        self._drawn = torch.zeros(max(most_tokens, MOST_TOKENS), dtype=torch.int64, device=device)
+        self._captured: dict[tuple[Size, bool], CapturedStep] = {}  # by size, and whether filtered
         self._most_blocks = 0  # of one sequence
         self._processors = INTERPRETER_PROCESSORS
         if device.type == "cuda":
@@ -54,21 +60,23 @@ class GpuDecoder(Decoder):
 
     def allocate(self, num_blocks: int) -> None:
         """Make the cache; steps captured on an earlier one are dropped."""
-        self._graphs = {}
+        self._captured = {}
         self._most_blocks = min(num_blocks, -(-self.max_context // self.block_size))
         super().allocate(num_blocks)
 
     @torch.inference_mode()
-    def capture(self, most_sequences: int) -> None:
-        """Capture decode steps of up to `most_sequences`, with and without filters on the draws."""
-        most = next((size for size in GRAPH_SIZES if size >= most_sequences), GRAPH_SIZES[-1])
-        sizes = [size for size in reversed(GRAPH_SIZES) if size <= most]  # the largest memory first
+    def capture(self, most_sequences: int, lookahead: int = 0) -> None:
+        """Capture decode steps of up to `most_sequences`, with and without filters on the draws.
+
+        With a `lookahead`, also steps in which each has up to so many tokens besides its own.
+        """
+        sizes = sizes_for(most_sequences, lookahead)[::-1]  # the largest memory first
         kinds = [(size, filtered) for size in sizes for filtered in (False, True)]
         on_gpu = self._device.type == "cuda"
         with self._on_device():
             pool = torch.cuda.graph_pool_handle() if on_gpu else None
             for size, filtered in track(kinds, "Capturing CUDA graphs") if on_gpu else kinds:
-                self._graphs[size, filtered] = self._captured(size, filtered, pool)
+                self._captured[size, filtered] = self._capture(size, filtered, pool)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
@@ -80,9 +88,10 @@ class GpuDecoder(Decoder):
     def launch(self, batch: Batch, draws: Draws) -> Download:
         """Queue a step and its draws."""
         with self._on_device():
-            step = self._graph_for(batch, draws)
-            if step is not None:
-                self._uploads.send(_padded(batch, draws, step.size), step.inputs)
+            places = draws_at(batch, draws)
+            step = None if places is None else self._step_for(batch, draws.filtered)
+            if step is not None and places is not None:
+                self._uploads.send(padded(batch, draws, places, step.size), step.inputs)
                 step.graph.replay()
             else:
                 settings = [getattr(draws, name) for name in SETTINGS]
@@ -114,81 +123,47 @@ class GpuDecoder(Decoder):
         self._operations.batch = batch
         return self._step(self._operations)
 
-    def _draw(self, logits: Tensor, settings: list[Tensor], filtered: bool) -> None:
+    def _draw(
+        self, logits: Tensor, settings: list[Tensor], filtered: bool, order: Tensor | None = None
+    ) -> None:
+        """Draw from every row; `order` are the rows whose draws are kept, and where."""
         tokens = draw(logits, *settings, filtered=filtered, workspace=self._operations.workspace)
-        self._drawn[: len(tokens)] = tokens
+        self._drawn[: len(tokens)] = tokens if order is None else tokens[order]
 
     def _splits(self, tiles: int, most_context: int) -> int:
         return splits_of(tiles, self._shape["kv_heads"], most_context, self._processors)
 
-    def _graph_for(self, batch: Batch, draws: Draws) -> _DecodeStep | None:
-        """The captured step for a batch in which each sequence has one token and one draw."""
-        count = len(batch.contexts)
-        if not len(batch.tokens) == len(draws.rows) == len(batch.rows) == count:
+    def _step_for(self, batch: Batch, filtered: bool) -> CapturedStep | None:
+        """The smallest captured step that has room for a batch."""
+        sequences, tokens = len(batch.contexts), len(batch.tokens)
+        if not self._captured or tokens > MOST_TOKENS:
             return None
-        sizes = [size for size, filtered in self._graphs if size >= count and not filtered]
-        return self._graphs[min(sizes), draws.filtered] if sizes else None
+        most_new = int(np.diff(batch.starts.numpy()).max())
+        roomy = [
+            size
+            for size, _ in self._captured
+            if size.sequences >= sequences and size.tokens >= tokens and size.most_new >= most_new
+        ]
+        return self._captured[min(roomy), filtered] if roomy else None
 
-    def _captured(self, size: int, filtered: bool, pool: Any) -> _DecodeStep:
-        """A decode step of `size` sequences on a buffer of inputs, which hold padding for now."""
-        arrays = _padding(size, self._most_blocks)
+    def _capture(self, size: Size, filtered: bool, pool: Any) -> CapturedStep:
+        """A step on a buffer of inputs, which hold padding for now."""
+        arrays = padding(size, self._most_blocks)
         inputs = torch.empty(offsets(arrays)[-1], dtype=torch.uint8, device=self._device)
-        *fields, tables = self._uploads.send(arrays, inputs)
-        tokens, positions, slots, contexts, *settings = fields
+        sent = self._uploads.send(arrays, inputs)
+        tokens, positions, slots, order, *settings, contexts, starts, tables = sent
         batch = DeviceBatch(
-            tokens=tokens, positions=positions, slots=slots, contexts=contexts,
-            block_tables=tables.T,
-            starts=torch.arange(size + 1, dtype=torch.int32, device=self._device),
-            drawn=self._drawn, rows=None, tiles=None, most_new=1,
-            splits=self._splits(size, self._most_blocks * self.block_size),
+            tokens=tokens, positions=positions, slots=slots, starts=starts, contexts=contexts,
+            block_tables=tables.T, drawn=self._drawn, rows=None, tiles=None,
+            most_new=size.most_new,
+            splits=self._splits(size.sequences, self._most_blocks * self.block_size),
         )  # fmt: skip
 
         def work() -> None:
-            self._draw(self._compute(batch), settings, filtered)
+            self._draw(self._compute(batch), settings, filtered, order)
 
-        return _DecodeStep(size, inputs, Graph(work, self._device, pool))
+        return CapturedStep(size, inputs, Graph(work, self._device, pool))
 
     def _on_device(self) -> AbstractContextManager[Any]:
         """Kernels are launched on the current GPU, and each thread has its own."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
-
-
-def _padding(size: int, blocks: int) -> list[np.ndarray]:
-    """The inputs of a decode step in which nobody takes part, in the order of its buffer.
-
-    Tokens, positions, slots, contexts, the settings of `Draws`, and last the block tables, as
-    [blocks, size]: a copy ends with the blocks in use.
-    """
-    return [
-        np.zeros(size, np.int64),
-        np.zeros(size, np.int64),
-        np.full(size, -1, np.int64),
-        np.zeros(size, np.int32),
-        np.zeros(size, np.float64),
-        np.zeros(size, np.float32),
-        np.zeros(size, np.int32),
-        np.ones(size, np.float32),
-        np.zeros(size, np.float32),
-        np.zeros((blocks, size), np.int32),
-    ]
-
-
-def _padded(batch: Batch, draws: Draws, size: int) -> list[np.ndarray]:
-    """The inputs of a decode step, with padding up to `size` sequences."""
-    count, blocks = batch.block_tables.shape
-    arrays = _padding(size, blocks)
-    given = [batch.tokens, batch.positions, batch.slots, batch.contexts]
-    values = [tensor.numpy() for tensor in given] + [getattr(draws, name) for name in SETTINGS]
-    for array, value in zip(arrays[:-1], values, strict=True):
-        array[:count] = value
-    arrays[-1][:, :count] = batch.block_tables.numpy().T
-    return arrays
-
-
-@dataclass(frozen=True)
-class _DecodeStep:
-    """A captured step and the buffer, uint8, that it reads."""
-
-    size: int
-    inputs: Tensor
-    graph: Graph

@@ -81,3 +81,14 @@ def test_the_kernels_sources_are_in_the_package():
         package = f"compress.kernels.{path.parent.name}"
         assert package in settings["packages"]
         assert f"*{path.suffix}" in settings["package-data"][package], path
+
+
+def test_every_folder_is_in_the_package():
+    """A wheel without one fails where it is imported; an editable install finds it all the same."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    places = {
+        settings["package-dir"].get(name, name.replace(".", "/")) for name in settings["packages"]
+    }
+    tops = ("compress", "prune", "distill", "runtime", "quant", "kernels")
+    folders = {path.parent for top in tops for path in (ROOT / top).rglob("__init__.py")}
+    assert {str(folder.relative_to(ROOT)) for folder in folders} == places

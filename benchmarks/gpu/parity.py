@@ -118,7 +118,7 @@ class _Launches(_Waits):
         super().__init__(decoder)
         self.launch = decoder.launch  # finds no graphs: `allocate` drops those of an earlier engine
 
-    def capture(self, most_sequences: int) -> None:
+    def capture(self, most_sequences: int, lookahead: int = 0) -> None:
         """Nothing."""
 
 

@@ -21,13 +21,17 @@ ROUTES = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 @dataclass(frozen=True)
 class Server:
-    """Where requests go; `timeout` is the seconds that one may take."""
+    """Where requests go; `timeout` is the seconds that one may take.
+
+    `counts_events`: it is asked to count the tokens so far in every event, as vLLM and ours can.
+    """
 
     url: str
     model: str
     endpoint: str = "chat"
     api_key: str | None = None
     timeout: float = 600.0
+    counts_events: bool = False
 
     def session(self) -> aiohttp.ClientSession:
         """Connections without a limit of their number, and a connection for each request."""
@@ -46,6 +50,7 @@ class Answer:
     due: float  # when it should have been sent
     sent: float = 0.0
     texts: list[float] = field(default_factory=list)  # events that brought text
+    counts: list[int] = field(default_factory=list)  # tokens of each; 1 where nobody says
     ended: float = 0.0  # the event with the finish reason, or the failure
     prompt_tokens: int | None = None
     output_tokens: int | None = None
@@ -74,8 +79,9 @@ class Answer:
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds between events with text."""
-        return [after - before for before, after in zip(self.texts, self.texts[1:], strict=False)]
+        """Seconds between tokens: those of one event share the time since the event before."""
+        times = zip(self.texts, self.texts[1:], self.counts[1:], strict=False)
+        return [gap for a, b, count in times for gap in [(b - a) / count] * count]
 
 
 def session(api_key: str | None, timeout: float) -> aiohttp.ClientSession:
@@ -92,8 +98,11 @@ async def ask(
     client: aiohttp.ClientSession, server: Server, body: dict[str, Any], due: float | None = None
 ) -> Answer:
     """Send a request and take its answer; what goes wrong is in the answer."""
-    request = {"model": server.model, **body, "stream": True}
-    data = json.dumps(request | {"stream_options": {"include_usage": True}}).encode()
+    options = {"include_usage": True}
+    if server.counts_events:
+        options["continuous_usage_stats"] = True
+    request = {"model": server.model, **body, "stream": True, "stream_options": options}
+    data = json.dumps(request).encode()
     answer = Answer(due=time.perf_counter() if due is None else due)
     answer.sent = time.perf_counter()
     try:
@@ -119,7 +128,7 @@ async def ask(
 
 async def _listen(response: aiohttp.ClientResponse, answer: Answer) -> None:
     """Note when text and the end come; an end without a finish reason is an error."""
-    finished = False
+    finished, counted = False, 0
     async for now, data in events(response.content):
         if data == b"[DONE]":
             break
@@ -133,6 +142,8 @@ async def _listen(response: aiohttp.ClientResponse, answer: Answer) -> None:
         for choice in event.get("choices") or []:
             if text_of(choice):
                 answer.texts.append(now)
+                answer.counts.append(max(1, (answer.output_tokens or 0) - counted))
+                counted = answer.output_tokens or 0
             finished = finished or bool(choice.get("finish_reason"))
             answer.ended = now
     if not finished:

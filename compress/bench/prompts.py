@@ -39,6 +39,7 @@ class Prompt:
 
     content: str | list[dict[str, Any]]
     settings: dict[str, Any] = field(default_factory=dict)
+    category: str = ""  # as Spec-Bench names it
 
     def body(self, endpoint: str) -> dict[str, Any]:
         """The part of a request's body that is this prompt's own."""
@@ -118,7 +119,9 @@ def _prompt(values: Any, place: str) -> Prompt:
         raise InputError(f"{place}: {shown(values)} is no object; give {FORMS}")
     if "turns" in values:  # MT-bench and Spec-Bench: the first of a conversation's questions
         turns = values["turns"]
-        return Prompt(_text(turns[0] if isinstance(turns, list) and turns else turns, place))
+        text = _text(turns[0] if isinstance(turns, list) and turns else turns, place)
+        category = values.get("category")
+        return Prompt(text, category=category if isinstance(category, str) else "")
     if "conversations" in values:  # ShareGPT: the first thing that the person says
         return Prompt(_text(_said_first(values["conversations"]), place))
     if ("prompt" in values) == ("messages" in values):

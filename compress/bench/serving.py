@@ -6,7 +6,8 @@ of N tokens:
 
     TTFT  from sending to the first event with text
     TPOT  (E2E - TTFT) / (N - 1)
-    ITL   between one event with text and the next; an event may bring several tokens
+    ITL   between one event with text and the next.  An event may bring several tokens, as from a
+          server that drafts: `tokens_per_event`.  Where each says how many, they share its time
     E2E   from sending to the event with the finish reason
 
 Goodput is the number of requests a second that met every objective (DistServe, arXiv:2401.09670).
@@ -175,6 +176,7 @@ def summary(answers: list[Answer], load: Load, objective: Objective) -> dict[str
     duration = max(one.ended for one in answers) - min(one.sent for one in answers)
     prompt_tokens = sum(answer.prompt_tokens or 0 for answer in done)
     output_tokens = sum(answer.tokens for answer in done)
+    events = sum(len(answer.texts) for answer in done)
     good = sum(objective.met(answer) for answer in done)
     by_rate = load.concurrency is None
     report: dict[str, Any] = {
@@ -188,6 +190,7 @@ def summary(answers: list[Answer], load: Load, objective: Objective) -> dict[str
         "total_input_tokens": prompt_tokens,
         "total_output_tokens": output_tokens,
         "tokens_counted_by": _counted_by(done),
+        "tokens_per_event": round(output_tokens / events, 4) if events else None,
         "request_throughput": round(len(done) / duration, 4),
         "output_throughput": round(output_tokens / duration, 3),
         "total_token_throughput": round((prompt_tokens + output_tokens) / duration, 3),

@@ -36,7 +36,7 @@ class Subject:
         started = time.perf_counter()
         self.decoder = load_decoder(self.source, device, self.dtype, head_bits)
         self.load_seconds = time.perf_counter() - started
-        self._device = device
+        self.device = device
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class Subject:
             "model": self.model,
             "dtype": self.dtype,
             "head_bits": self.head_bits,
-            "device": str(self._device),
+            "device": str(self.device),
             "kernels": self.decoder.description,
             "threads": torch.get_num_threads(),
             "prompts": f"random token ids, seed {PROMPT_SEED}",
@@ -80,7 +80,7 @@ class Subject:
         return Engine(
             self.decoder,
             blocks,
-            max_tokens_per_step=MOST_TOKENS[self._device.type],
+            max_tokens_per_step=MOST_TOKENS[self.device.type],
             max_sequences=sequences,
             prefix_caching=False,
         )

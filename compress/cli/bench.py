@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compress.cli.bench_serve import serve_command
+from compress.cli.bench_speculative import speculative_command
 from compress.cli.output import print_json, print_pairs
 from compress.cli.runtime_options import DTYPE, HEAD_BITS, JSON, ModelChoice, add_options
 from compress.core.resources import in_words
@@ -53,11 +54,13 @@ def bench_command() -> None:
       compress bench latency smollm2 --prompt-tokens 512 --new-tokens 128
       compress bench latency smollm2 --compare llama-cpp --gguf smollm2.gguf --json
       compress bench throughput smollm2 --batch 1,4,16
+      compress bench speculative smollm2 --draft ngram --dataset spec_bench_question.jsonl
       compress bench serve --url http://127.0.0.1:8000 --dataset random:256,64
     """
 
 
 bench_command.add_command(serve_command)
+bench_command.add_command(speculative_command)
 
 
 @bench_command.command("latency")

@@ -89,6 +89,12 @@ OPTIONS = [
         "--ignore-eos", is_flag=True, help="Go on to the most tokens, on servers that can."
     ),
     click.option(
+        "--count-events",
+        is_flag=True,
+        help="Ask for the tokens of each event, from servers that can (continuous_usage_stats): "
+        "ITL is a token's then, also where an event brings several.",
+    ),
+    click.option(
         "--goodput",
         metavar="NAME:MS,...",
         help="What counts as good: ttft:500,tpot:50,e2e:5000, or some of them.",
@@ -127,6 +133,7 @@ def serve_command(
     clients: list[int] | None,
     max_tokens: int,
     ignore_eos: bool,
+    count_events: bool,
     goodput: str | None,
     warmup: int,
     timeout: float,
@@ -164,7 +171,7 @@ def serve_command(
     prompts, distinct = prompts_of(dataset, endpoint, seed)
     base = _base(url)
     name = model or asyncio.run(first_model(base, api_key))
-    server = Server(base, name, endpoint, api_key, timeout)
+    server = Server(base, name, endpoint, api_key, timeout, count_events)
     settings = {"max_tokens": max_tokens, "temperature": 0}
     if ignore_eos:
         settings["ignore_eos"] = True
@@ -177,6 +184,7 @@ def serve_command(
         "prompts_repeat": distinct is not None and distinct < warmup + num_prompts * len(loads),
         "num_prompts": num_prompts,
         "max_tokens": max_tokens,
+        "count_events": count_events,
         "seed": seed,
         "goodput_objective_ms": limits,
         "loads": asyncio.run(

@@ -27,6 +27,8 @@ def chat_command(
     dtype: str,
     head_bits: str | None,
     kv_cache_memory: int | None,
+    draft: str | None,
+    num_speculative_tokens: int | str | None,
     **options: Any,
 ) -> None:
     """Talk with MODEL.
@@ -44,7 +46,8 @@ def chat_command(
 
     params = sampling_params(**options)
     interactive = sys.stdin.isatty()
-    with ModelChoice(model, dtype, head_bits, kv_cache_memory).load(max_sequences=1) as llm:
+    choice = ModelChoice(model, dtype, head_bits, kv_cache_memory, draft, num_speculative_tokens)
+    with choice.load(max_sequences=1) as llm:
         conversation = Conversation(llm, params, system)
         if interactive:
             say(HELP)

@@ -59,6 +59,8 @@ def generate_command(
     dtype: str,
     head_bits: str | None,
     kv_cache_memory: int | None,
+    draft: str | None,
+    num_speculative_tokens: int | str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -72,9 +74,10 @@ def generate_command(
       compress generate smollm2-w4 --prompt "The capital of France is"
       compress generate smollm2-w4 --chat --prompt "Why is the sky blue?" --temperature 0.7
       compress generate smollm2-w4 --input prompts.jsonl --out answers.jsonl
+      compress generate smollm2-w4 --chat --prompt "$(cat letter.txt)" --draft ngram
     """
     bulk_options = {name: options.pop(name) for name in ONLY_WITH_INPUT}
-    choice = ModelChoice(model, dtype, head_bits, kv_cache_memory)
+    choice = ModelChoice(model, dtype, head_bits, kv_cache_memory, draft, num_speculative_tokens)
     if (prompt is None) == (input_file is None):
         raise click.UsageError("give --prompt TEXT or --input FILE, one of the two")
     if input_file is not None:
@@ -93,7 +96,7 @@ def generate_command(
 def _answer_prompt(
     choice: ModelChoice, prompt: str, params: SamplingParams, chat: bool, as_json: bool
 ) -> None:
-    from compress.generate import answer, as_record, prompt_tokens
+    from compress.generate import answer, as_record, prompt_tokens, speculation
 
     with choice.load(max_sequences=params.n) as llm:  # a cache of no more than it can use
         tokens = prompt_tokens(llm, [{"role": "user", "content": prompt}] if chat else prompt)
@@ -103,9 +106,11 @@ def _answer_prompt(
         if streams:
             click.echo(start, nl=False)
         done = answer(llm, tokens, params, partial(click.echo, nl=False) if streams else None)
+        drafted = speculation(llm.statistics()) if choice.draft else None
     if as_json:
-        record = as_record(done.prompt_tokens, done.outputs)
-        print_json({"model": choice.model, "prompt": prompt} | record | done.timing)
+        record = as_record(done.prompt_tokens, done.outputs) | done.timing
+        more = {"speculation": drafted} if drafted else {}
+        print_json({"model": choice.model, "prompt": prompt} | record | more)
         return
     if streams:
         click.echo()
@@ -116,6 +121,8 @@ def _answer_prompt(
         f"{done.tokens} tokens in {done.seconds:.2f} s, the first after {done.first:.2f} s "
         f"({done.tokens / done.seconds:.1f} tokens/s), prompt of {done.prompt_tokens} tokens"
     )
+    if drafted:
+        say(_drafted_words(drafted))
 
 
 def _answer_file(
@@ -133,6 +140,7 @@ def _answer_file(
     from compress.answer_file import AnswerFile
     from compress.bulk import Bulk, answer_lines, identity_of
     from compress.core.source import resolve_model
+    from compress.generate import speculation
 
     bulk = Bulk(input_file, params, seed, chat)
     output = AnswerFile(out, overwrite)
@@ -142,8 +150,10 @@ def _answer_file(
     folder = resolve_model(choice.model).folder
     at_once = in_flight or 64
     with choice.load(max_sequences=at_once) as llm:
-        identity = identity_of(llm, folder, bulk, choice.dtype, choice.lm_head_bits)
+        identity = identity_of(llm, folder, bulk, choice.settings)
         result = answer_lines(llm, bulk, output, identity, at_once, restart)
+        if choice.draft:
+            result["speculation"] = speculation(llm.statistics())
     if as_json:
         print_json(result)
         return
@@ -153,6 +163,18 @@ def _answer_file(
         "time": f"{result['seconds']:.1f} s, {result['tokens']:,} new tokens, "
         f"{result['tokens_per_second']:.1f} tokens/s",
     }
+    if "speculation" in result:
+        rows["drafts"] = _drafted_words(result["speculation"])
     if result["errors"]:
         rows["errors"] = f"{result['errors']:,} answers have an 'error'"
     print_pairs("Answers", rows)
+
+
+def _drafted_words(found: dict[str, Any]) -> str:
+    if not found["drafts"]:
+        return "no tokens were drafted"
+    return (
+        f"{found['drafted_tokens']:,} tokens drafted, {found['accepted_tokens']:,} accepted "
+        f"({found['acceptance_rate']:.0%}), mean accepted length "
+        f"{found['mean_accepted_length']:.2f}"
+    )

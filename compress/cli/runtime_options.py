@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,21 @@ HEAD_BITS = click.option(
     type=click.Choice(["8"]),
     help="Round the output layer to 8 bits, one scale a row.  [default: as stored]",
 )
+
+
+class DraftTokens(click.ParamType):
+    """How many tokens to draft at once, or "auto"."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
+        if value == "auto":
+            return value
+        if not re.fullmatch(r"0*[1-9]\d{0,8}", str(value)):
+            self.fail(f"'{value}' is neither auto nor a number of tokens; give auto or 4")
+        return int(value)
+
+
 MODEL: Options = [
     DTYPE,
     HEAD_BITS,
@@ -39,6 +55,20 @@ MODEL: Options = [
         "--kv-cache-memory",
         type=Size(),
         help="Memory for keys and values: 500MB, 2GiB.  [default: a share of what is free]",
+    ),
+    click.option(
+        "--draft",
+        metavar="ngram|self[:LAYERS]|DRAFT",
+        help="Propose tokens, several of which one step verifies: ngram copies what followed the "
+        "same tokens before, self is MODEL without some of its layers, DRAFT a smaller model with "
+        "the same vocabulary.  [default: none]",
+    ),
+    click.option(
+        "--num-speculative-tokens",
+        type=DraftTokens(),
+        metavar="K|auto",
+        help="Tokens to propose at once; auto follows what is accepted and what it costs, "
+        "down to none.  [default: auto]",
     ),
 ]
 JSON = click.option(
@@ -97,30 +127,41 @@ def sampling_params(**values: Any) -> SamplingParams:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """A model, and how it is to be loaded."""
+    """A model, and how it is to be loaded.  UsageError for a number of drafted tokens alone."""
 
     model: str
     dtype: str
     head_bits: str | None
     kv_cache_memory: int | None = None
+    draft: str | None = None
+    num_speculative_tokens: int | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_speculative_tokens is not None and self.draft is None:
+            raise click.UsageError("--num-speculative-tokens goes with --draft")
 
     @property
     def lm_head_bits(self) -> int | None:
         """Bits of the output layer, or None for those it is stored in."""
         return int(self.head_bits) if self.head_bits else None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What LLM takes beside the model, by its names; what was not given keeps its default."""
+        given = {
+            "lm_head_bits": self.lm_head_bits,
+            "kv_cache_memory": self.kv_cache_memory,
+            "draft": self.draft,
+            "num_speculative_tokens": self.num_speculative_tokens,
+        }
+        return {"dtype": self.dtype} | {k: v for k, v in given.items() if v is not None}
+
     @contextmanager
-    def load(self, **settings: Any) -> Iterator[LLM]:
+    def load(self, **more: Any) -> Iterator[LLM]:
         """An LLM; what libraries print meanwhile goes to standard error."""
         from compress.runtime.llm import LLM
 
         with contextlib.redirect_stdout(sys.stderr):
-            llm = LLM(
-                self.model,
-                dtype=self.dtype,
-                lm_head_bits=self.lm_head_bits,
-                kv_cache_memory=self.kv_cache_memory,
-                **settings,
-            )
+            llm = LLM(self.model, **self.settings, **more)
         with llm:
             yield llm

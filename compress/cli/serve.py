@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -94,6 +95,8 @@ def serve_command(
     dtype: str,
     head_bits: str | None,
     kv_cache_memory: int | None,
+    draft: str | None,
+    num_speculative_tokens: int | str | None,
     replicas: int,
     metrics: bool,
     max_body_size: int,
@@ -117,6 +120,7 @@ def serve_command(
 
     if "" in (*api_keys, *names):
         raise click.UsageError("--api-key and --served-model-name take no empty text")
+    choice = ModelChoice(model, dtype, head_bits, kv_cache_memory, draft, num_speculative_tokens)
     listener = bind(host, port)
     url = url_of(listener)
     from compress.runtime.server.process import run
@@ -137,8 +141,7 @@ def serve_command(
     )
     service = Service(settings)
     if replicas > 1:
-        service, kv_cache_memory = _replicated(settings, replicas, model, kv_cache_memory)
-    choice = ModelChoice(model, dtype, head_bits, kv_cache_memory)
+        service, choice = _replicated(settings, replicas, choice)
     output = sys.stdout
 
     def make_llm() -> LLM:
@@ -146,9 +149,7 @@ def serve_command(
 
         return LLM(
             choice.model,
-            dtype=choice.dtype,
-            lm_head_bits=choice.lm_head_bits,
-            kv_cache_memory=choice.kv_cache_memory,
+            **choice.settings,
             max_sequences=max_sequences,
             max_tokens_per_step=max_tokens_per_step,
             max_queued_requests=max_queued_requests,
@@ -168,12 +169,13 @@ def serve_command(
 
 
 def _replicated(
-    settings: ServerSettings, replicas: int, model: str, kv_cache_memory: int | None
-) -> tuple[Service, int | None]:
-    """The service of several replicas, and the memory for the cache of each."""
+    settings: ServerSettings, replicas: int, choice: ModelChoice
+) -> tuple[Service, ModelChoice]:
+    """The service of several replicas, and the model of each, with its memory for the cache."""
     from compress.core.source import resolve_model
     from compress.runtime.server.replicas import ReplicatedService, cache_memory_of_each
 
     service = ReplicatedService(settings, replicas)
-    resolve_model(model)  # a wrong name is known before Ray has started
-    return service, kv_cache_memory or cache_memory_of_each(replicas)
+    resolve_model(choice.model)  # a wrong name is known before Ray has started
+    memory = choice.kv_cache_memory or cache_memory_of_each(replicas)
+    return service, replace(choice, kv_cache_memory=memory)

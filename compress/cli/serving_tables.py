@@ -15,6 +15,7 @@ LATENCIES = {
     "itl": "between events",
     "e2e": "whole answer",
 }
+SEVERAL = 1.1  # tokens an event from which it is said; characters of several tokens give 1.0x
 LATE = 50  # milliseconds after which the client's own lateness is said
 
 
@@ -25,7 +26,7 @@ def print_serving(report: dict[str, Any]) -> None:
     if len(loads) > 1:
         _print_sweep(title, report)
     else:
-        _print_load(title, loads[0])
+        _print_load(title, report)
     rows = {}
     if limits := report["goodput_objective_ms"]:
         words = ", ".join(f"{name} {limit:g} ms" for name, limit in limits.items())
@@ -43,6 +44,10 @@ def print_serving(report: dict[str, Any]) -> None:
         rows["prompts"] = "the dataset's come again: a cache may know them"
     if any(load["tokens_counted_by"] != "the server" for load in loads):
         rows["tokens"] = "counted by events, at most one a token: the server sent no usage"
+    several = [load for load in loads if (load["tokens_per_event"] or 0) >= SEVERAL]
+    if several and not report["count_events"]:
+        words = ", ".join(f"{load['tokens_per_event']:.2f} at {_name(load)}" for load in several)
+        rows["ITL"] = f"events bring several tokens ({words}); --count-events has a token's time"
     late = max(load["p99_late_ms"] for load in loads)
     if late > LATE:
         rows["client"] = f"up to {late:.0f} ms late (p99): this machine is short of time"
@@ -50,12 +55,14 @@ def print_serving(report: dict[str, Any]) -> None:
         print_pairs("", rows)
 
 
-def _print_load(title: str, load: dict[str, Any]) -> None:
+def _print_load(title: str, report: dict[str, Any]) -> None:
+    (load,) = report["loads"]
+    latencies = LATENCIES | ({"itl": "between tokens"} if report["count_events"] else {})
     table = Table(title=f"{title}, {_name(load)}", title_justify="left")
     table.add_column("ms")
     for kind in ("mean", "median", "p90", "p99"):
         table.add_column(kind, justify="right")
-    for name, words in LATENCIES.items():
+    for name, words in latencies.items():
         cells = [_number(load[f"{kind}_{name}_ms"]) for kind in ("mean", "median", "p90", "p99")]
         table.add_row(f"{name.upper()}, {words}", *cells)
     Console(highlight=False).print(table)

@@ -3,8 +3,9 @@
 A recipe is one choice each of weights, KV type, attention, pruning and speculation.  All of them
 are tried; those that hold one sequence of the context in the memory are ranked by
 
-    1. standing   measured and within the loss allowed, or the model as it is; quality unknown;
-                  something that this version cannot make; measured, and worse than allowed
+    1. standing   measured and within the loss allowed, or the model as it is; quality unknown, or
+                  of a draft how often it is right; something that this version cannot make;
+                  measured, and worse than allowed
     2. how many of its choices this version cannot make
     3. tokens/s at the largest batch that fits, of up to MOST_SEQUENCES, or seconds a token at 1
 
@@ -68,11 +69,11 @@ class Recipe:
         found = [f"KV {self.kv}"] if self.kv != "bf16" else []
         found += [self.attention] if self.attention != "as it is" else []
         found += [f"pruning {self.pruning}"] if self.pruning != "none" else []
-        return found + (["speculation"] if self.draft else [])
+        return found
 
     @property
     def words(self) -> str:
-        return " + ".join([self.weights, *self.missing])
+        return " + ".join([self.weights, *self.missing, *(["speculation"] if self.draft else [])])
 
     def applied_to(self, shape: ModelShape) -> ModelShape | None:
         """The shape it makes; None where it changes nothing that it says it does."""
@@ -126,13 +127,14 @@ class Proposal:
             return "costly"
         if self.recipe.missing:
             return "not in this version"
+        if self.recipe.draft:
+            return "unknown"
         return "ready" if ratio is not None or self.recipe.bits == 16 else "unknown"
 
     @property
     def quality_in_words(self) -> str:
         """What it costs, as far as is known."""
-        lossless = ("speculation",)  # its output is the model's own
-        unknown = [part for part in self.recipe.missing if part not in lossless]
+        unknown = self.recipe.missing  # speculation is not: its output is the model's own
         if self.recipe.bits == 16:
             said = "" if unknown else "as it is"
         elif self.quality is None:

@@ -8,6 +8,12 @@ shared memory: two programs an SM on sm_80, three on sm_90 and later.  Four warp
 of a product, since 16 rows are a single tensor core instruction high.  A block takes 550
 instructions a warp, a third of what an SM can issue while 32 KiB arrive.
 
+A few new tokens of each sequence, as when drafts are verified, are up to 64 rows, which keeps that
+shape: 64 rows are what one warp group multiplies on sm_90, and take about half of the time that a
+block of positions takes to arrive.  Up to plan.TILE_ROWS they are two parts of 64 rows, which read
+the same keys at about the same time, so that the second finds them in the L2 cache; a sequence with
+fewer new tokens costs the second part an early return.
+
 Prefill has 128 rows (plan.TILE_ROWS) with 8 warps, 16 rows a warp on sm_80 and a warp group for
 each 64 on sm_90.  Blocks of 64 positions keep scores, weights and sums in registers without
 spills; heads above 128 dimensions need 32 positions, and 64 rows on sm_80, to fit.
@@ -45,7 +51,7 @@ class Shape:
 
 
 def choose(rows: int, group: int, head_dim: int, dtype: torch.dtype, capability: int) -> Shape:
-    """Shape for tiles of up to `rows` rows, `group` of them for a token.
+    """Shape for sequences with up to `rows` rows in the step, `group` of them for a token.
 
     capability  80, 90 or 100, see `capability_of`
     """
@@ -58,9 +64,13 @@ def choose(rows: int, group: int, head_dim: int, dtype: torch.dtype, capability:
         if rows > 16 and wide <= 64:
             return _shape(max(64, least), 32, 8, 2, wide)
         return _shape(least, 64, 4, 2, wide)
+    block_n = min(128, max(32, 8192 // wide))
     if rows <= 32:
         num_warps = 8 if rows == 32 and wide <= 64 else 4  # with 4 it spills on some devices
-        return _shape(rows, min(128, max(32, 8192 // wide)), num_warps, 3, wide)
+        return _shape(rows, block_n, num_warps, 3, wide)
+    if rows <= TILE_ROWS and wide <= 128 and group <= 64:
+        # a loop of its own for the last block, the only one with masks, would start up anew
+        return replace(_shape(64, block_n, 4, 3, wide), mask_apart=False)
     if wide <= 128:
         return _shape(TILE_ROWS, 64, 8, 3, wide)
     if capability == 80:
@@ -99,7 +109,8 @@ def _shape(block_m: int, block_n: int, num_warps: int, num_stages: int, wide: in
 
     A split of 128 rows takes about a microsecond to merge, and about 90 positions to compute, so
     that with T positions in n splits, T / 90 / n + n microseconds pass: least for splits of 900
-    positions where T is 8192, and of 1700 where it is 32768.
+    positions where T is 8192, and of 1700 where it is 32768.  Half the rows are merged in half the
+    time, and their splits are half as long.
     """
     tall = block_m > 32
     merge_rows = 16 if tall else 4
@@ -110,7 +121,7 @@ def _shape(block_m: int, block_n: int, num_warps: int, num_stages: int, wide: in
         num_warps,
         num_stages,
         tall,
-        4 * MIN_SPLIT if tall else MIN_SPLIT,
+        MIN_SPLIT * max(1, block_m // 32),
         merge_rows,
         min(32, merge_splits),
     )

@@ -44,6 +44,9 @@ from compress.kernels.workspace import Workspace
 EVERYTHING = 2**30
 """A window that no context reaches."""
 
+EVERY_ROWS = (16, 32, TILE_ROWS, TILE_ROWS + 1)
+"""One number of rows in a step for each of the programs that `choose` knows."""
+
 RUNTIME = ("tiled", "heads", "kv_heads", "most_new", "window", "table_row", "table_column")
 INDICES = ("starts", "contexts", "block_tables", "tiles", "counters")
 
@@ -270,7 +273,7 @@ def paged_attention(
     """See reference.py; q and the caches are contiguous and of one dtype, scale is above 0.
 
     block_tables  int32 [S, W], any strides
-    tiles         int32 [tiles, 2] of plan.tiles_of, or None: every sequence fits one tile
+    tiles         int32 [tiles, 2] of plan.tiles_of, or None: every sequence is one tile
     most_new      new tokens of a sequence at most
     splits        shares of the keys at most, see plan.splits_of
     shape         of shapes.candidates, for a tuner; None for `choose`'s
@@ -280,9 +283,10 @@ def paged_attention(
     heads, head_dim = q.shape[1:]
     kv_heads = k_cache.shape[1]
     group = heads // kv_heads
-    most_new = min(most_new, tile_tokens(heads, kv_heads))  # of a tile
     if shape is None:
         shape = choose(most_new * group, group, head_dim, q.dtype, capability_of(q.device))
+    if tiles is not None:
+        most_new = min(most_new, tile_tokens(heads, kv_heads))  # of a tile
     parts = -(-most_new // (shape.block_m // group))
     count = parts * (len(starts) - 1 if tiles is None else len(tiles))
     out = torch.empty_like(q)
@@ -314,14 +318,14 @@ def constants(shape: Shape, head_dim: int) -> dict[str, int]:
 
 
 def entries(capability: int) -> list[Entry]:
-    """Every height of tile for heads of 64 and 128 dimensions in 16 bits.
+    """Every height of program for heads of 64 and 128 dimensions in 16 bits.
 
     Groups of more than 16 query heads and other sizes of a head are compiled when met.
     """
     found = []
     for dtype, kind in ((torch.float16, "fp16"), (torch.bfloat16, "bf16")):
         for head_dim in (64, 128):
-            shapes = [choose(rows, 1, head_dim, dtype, capability) for rows in (16, 32, TILE_ROWS)]
+            shapes = [choose(rows, 1, head_dim, dtype, capability) for rows in EVERY_ROWS]
             found += [
                 Entry(
                     f"paged_attention rows{shape.block_m} h{head_dim} {kind}",

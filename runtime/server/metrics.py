@@ -42,7 +42,11 @@ COUNTERS: dict[str, tuple[str, Callable[[Statistics], float]]] = {
     "prefix_cache_queries": ("Tokens looked up in the prefix cache.", lambda s: s.prompt_tokens),
     "prefix_cache_hits": ("Tokens found there.", lambda s: s.cached_prompt_tokens),
     "num_preemptions": ("Sequences that gave up their blocks.", lambda s: s.preemptions),
+    "spec_decode_num_drafts": ("Drafts that were verified.", lambda s: s.drafts),
+    "spec_decode_num_draft_tokens": ("Tokens of drafts.", lambda s: s.drafted_tokens),
+    "spec_decode_num_accepted_tokens": ("Of these, accepted.", lambda s: s.accepted_tokens),
 }
+ACCEPTED_AT = "spec_decode_num_accepted_tokens_per_pos"
 TIMES = {
     "time_to_first_token_seconds": ("Until the first token of a request.", LONG),
     "inter_token_latency_seconds": ("Between two tokens of an output.", SHORT),
@@ -114,3 +118,11 @@ class _EngineCollector(Collector):
                 count = value(statistics) if statistics else 0
                 metric.add_metric([self._model_name], count)
                 yield metric
+        accepted = CounterMetricFamily(
+            PREFIX + ACCEPTED_AT,
+            "Tokens of drafts that were accepted, by their place in the draft, from 0.",
+            labels=["model_name", "position"],
+        )
+        for position, count in enumerate(statistics.accepted_at if statistics else ()):
+            accepted.add_metric([self._model_name, str(position)], count)
+        yield accepted

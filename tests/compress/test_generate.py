@@ -95,6 +95,30 @@ def test_one_prompt(model, llm):
     assert 0 < said["time_to_first_token"] <= said["seconds"]
 
 
+def test_drafts_change_nothing_but_what_is_said_of_them(model):
+    """The tiny model repeats itself, which prompt look-up finds."""
+    flags = ["generate", model, "--prompt", "w5 w7", "--max-tokens", 60, *FLOAT32]
+    plain, drafts = run(*flags), run(*flags, "--draft", "ngram", "--num-speculative-tokens", 3)
+    assert drafts.exit_code == 0, drafts.output
+    assert drafts.stdout == plain.stdout
+    assert "tokens drafted, " in drafts.stderr
+    assert "drafted" not in plain.stderr
+    said = json.loads(
+        run(*flags, "--draft", "ngram", "--num-speculative-tokens", 3, "--json").stdout
+    )
+    found = said["speculation"]
+    drafted, accepted = found["drafted_tokens"], found["accepted_tokens"]
+    assert found["drafts"] <= drafted <= 3 * found["drafts"]
+    assert 0 < accepted == sum(found["accepted_at"]) <= drafted
+    assert found["acceptance_rate"] == pytest.approx(accepted / drafted, abs=1e-4)
+    assert found["mean_accepted_length"] == pytest.approx(1 + accepted / found["drafts"], abs=1e-4)
+    assert f"{accepted} accepted ({accepted / drafted:.0%})" in drafts.stderr
+    short = run(
+        "generate", model, "--prompt", "w5", "--max-tokens", 1, *FLOAT32, "--draft", "ngram"
+    )
+    assert "no tokens were drafted" in short.stderr
+
+
 def test_settings_reach_the_runtime(model, llm):
     flags = ["--temperature", 13, "--top-p", 0.9, "--top-k", 20, "--min-p", 0.01, "--seed", 4]
     flags += ["--stop", "w7", "--stop", "w8", "--n", 3, "--max-tokens", 9]
@@ -179,6 +203,11 @@ BAD_CALLS = [
     (["--prompt", "w1", "--stop", ""], "stop"),
     (["--prompt", "w1", "--kv-cache-memory", "much"], "'much' is no size"),
     (["--prompt", "w1", "--kv-cache-memory", "1kB"], "a cache of 0 blocks"),
+    (["--prompt", "w1", "--num-speculative-tokens", "4"], "goes with --draft"),
+    (["--prompt", "w1", "--draft", "ngram", "--num-speculative-tokens", "0"], "neither auto nor a"),
+    (["--prompt", "w1", "--draft", "ngram", "--num-speculative-tokens", "all"], "'all' is neither"),
+    (["--prompt", "w1", "--draft", "ngram", "--num-speculative-tokens", "65"], "65"),
+    (["--prompt", "w1", "--draft", "no/such/folder"], "no/such/folder"),
     (["--prompt", ""], "the prompt holds no token"),
     (["--prompt", "w1 " * 200], "in the model's context of 128"),
 ]
@@ -249,6 +278,22 @@ def test_another_run_is_refused(broken_off, model, prompts):
     assert len(answers_in(broken_off)) == len(PROMPTS)
 
 
+def test_a_file_is_answered_the_same_with_drafts(model, prompts, tmp_path):
+    flags = ["--max-tokens", 40, "--json"]
+    assert bulk(model, prompts, tmp_path / "plain", *flags).exit_code == 0
+    done = bulk(model, prompts, tmp_path / "drafts", *flags, "--draft", "ngram")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "drafts").read_bytes() == (tmp_path / "plain").read_bytes()
+    assert json.loads(done.stdout)["speculation"]["drafted_tokens"] >= 0
+    table = bulk(model, prompts, tmp_path / "drafts", "--overwrite", "--draft", "ngram").stdout
+    assert "drafts" in table
+
+
+def test_a_draft_is_part_of_a_run(broken_off, model, prompts):
+    done = bulk(model, prompts, broken_off, "--max-tokens", 12, "--draft", "ngram")
+    refused(done, "unfinished run with another draft (None, now ngram)")
+
+
 def test_a_full_disk_keeps_the_answers(model, prompts, tmp_path, monkeypatch):
     def full(self):
         raise OSError(28, "No space left on device")
@@ -289,6 +334,15 @@ def test_chat_takes_each_line_as_a_turn(model, llm):
     assert expected[0] == expected[2]
     assert "'/what' is no command" in done.stderr
     assert "begins anew" in done.stderr
+
+
+def test_chat_with_drafts(model):
+    flags = ["--temperature", 0, "--max-tokens", 30, *FLOAT32]
+    text = "w5 w7\nw3\n"
+    plain = run("chat", model, *flags, text=text)
+    done = run("chat", model, *flags, "--draft", "ngram", text=text)
+    assert done.exit_code == 0, done.output
+    assert done.stdout == plain.stdout
 
 
 def test_chat_that_outgrows_the_context(model):

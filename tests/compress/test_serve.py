@@ -51,6 +51,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded():
         (["--drain-seconds", "-1"], "0<=x<=86400"),
         (["--drain-seconds", "inf"], "0<=x<=86400"),
         (["--max-queued-requests", "-1"], "x>=0"),
+        (["--num-speculative-tokens", "4"], "--num-speculative-tokens goes with --draft"),
     ],
 )
 def test_bad_options(arguments, words):

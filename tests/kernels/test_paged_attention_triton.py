@@ -98,6 +98,21 @@ def test_several_new_tokens_in_splits(window, dtype, guard):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("longest", [9, 17, 40])
+def test_drafts_of_several_lengths(longest, dtype, guard):
+    """Four heads a token: in 16 bits 36 rows are one program's, 68 two programs', and 160 those of
+    two tall ones.  None are listed as tiles; the longest context fills up to three splits."""
+    sequences = [(1100, longest), (0, 2), (30, 1), (511, 5)]
+    if dtype != torch.float32:
+        height = choose(4 * longest, 4, 16, dtype, 90).block_m
+        assert (height, -(-4 * longest // height)) == {9: (64, 1), 17: (64, 2), 40: (128, 2)}[
+            longest
+        ]
+    check(sequences, (4, 1, 16), dtype, None, 3)
+    check(sequences, (4, 1, 16), dtype, 100, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("window", [None, 1150])
 def test_prefill_behind_a_cached_prefix(window, splits, dtype, guard):
@@ -152,12 +167,12 @@ def test_shapes_hold_every_tile(dtype, capability):
 
 
 def test_what_is_compiled_ahead_is_what_is_chosen():
-    """Any number of new tokens of heads in groups up to 16, in 16 bits."""
+    """Any number of new tokens of heads in groups up to 16, in 16 bits, one tile or more."""
     for capability in (80, 90, 100):
         compiled = [entry.constants for entry in kernels.entries(capability)]
         for head_dim in (64, 128):
             for group in range(1, 17):
-                for new in range(1, plan.tile_tokens(group, 1) + 1):
+                for new in range(1, plan.tile_tokens(group, 1) + 2):
                     shape = choose(new * group, group, head_dim, torch.bfloat16, capability)
                     assert kernels.constants(shape, head_dim) in compiled
 

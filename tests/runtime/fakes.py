@@ -72,9 +72,10 @@ class FakeAsyncModel(FakeModel):
 
     drawn: tuple[int, ...] = ()
     unfinished = 0
+    most_unfinished = 2  # of an engine's: one step on its way, and the one after it
 
-    def capture(self, most_sequences: int) -> None:
-        self.most_sequences = most_sequences
+    def capture(self, most_sequences: int, lookahead: int = 0) -> None:
+        self.most_sequences, self.lookahead = most_sequences, lookahead
 
     def forward(self, batch: Batch) -> torch.Tensor:
         tokens = batch.tokens.tolist()
@@ -100,7 +101,7 @@ class FakeAsyncModel(FakeModel):
             for row, uniform, temperature, top_k, top_p, min_p in rows
         )  # fmt: skip
         self.unfinished += bool(self.drawn)
-        assert self.unfinished <= 2, "a step was given before the last but one was waited for"
+        assert self.unfinished <= self.most_unfinished, "too many steps were not waited for"
         return FakeLaunched(self, self.drawn)
 
 

@@ -7,6 +7,7 @@ float32 alone then, which is what the interpreter is right in.
 import json
 import shutil
 from array import array
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from compress.core.source import ModelSource
 from compress.kernels.ahead_of_time import all_entries
 from compress.kernels.eager import Eager
+from compress.kernels.paged_attention import triton as attention
 from compress.loading import load_model
 from compress.pipeline import run_recipe
 from compress.recipe import build_recipe
@@ -23,10 +25,13 @@ from compress.runtime.engine import Engine
 from compress.runtime.gpu_decoder import GpuDecoder
 from compress.runtime.llm import LLM
 from compress.runtime.loading import load_decoder
-from compress.runtime.sampler import SamplingState, draws_of
+from compress.runtime.sampler import SamplingState, draw, draws_of
 from compress.runtime.sampling_params import SamplingParams
 from compress.runtime.scoring import Span, score
+from compress.runtime.speculation.speculator import Speculator
 from compress.runtime.weights import load_weights
+from tests.kernels.guarded import Guard
+from tests.runtime.speculation.test_engine import Always, Oracle
 from tests.runtime.test_generation import prompts
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,12 +129,11 @@ def test_captured_steps_give_what_single_launches_give(quantized, monkeypatch):
     asked = prompts(3, seed=4)
     captured = load(folder)
     found, counts = answers(captured, asked, SAMPLED)
-    sizes = {size for size, _ in captured._graphs}
-    assert sizes == {1, 2, 4}
-    monkeypatch.setattr(GpuDecoder, "capture", lambda self, most: None)
+    assert {size for size, _ in captured._captured} == {(1, 1, 1), (2, 2, 1), (4, 4, 1)}
+    monkeypatch.setattr(GpuDecoder, "capture", lambda self, most, lookahead: None)
     single = load(folder)
     expected, same = answers(single, asked, SAMPLED)
-    assert not single._graphs
+    assert not single._captured
     assert found == expected
     assert counts.steps == same.steps
 
@@ -153,11 +157,84 @@ def test_padding_touches_no_cache(model_folder):
         rows=torch.arange(3),
     )
     states = [(SamplingState(GREEDY, 0, 0, array("q"), frozenset(), 128), 0)] * 3
-    assert decoder._graph_for(batch, draws_of(range(3), states)).size == 4
+    assert decoder._step_for(batch, filtered=False).size.sequences == 4
     assert min(decoder.launch(batch, draws_of(range(3), states)).tokens()) >= 0
-    for part in (part for layer in decoder._cache for part in layer):
-        written = ~part.isnan().any(dim=(1, 3))  # [blocks, 16]
-        assert written.nonzero().tolist() == [[3, 0], [5, 0], [6, 0]]
+    assert written(decoder) == [[3, 0], [5, 0], [6, 0]]
+
+
+def written(decoder):
+    """[block, position] of all that is not NaN; the same in all layers."""
+    found = [
+        (~part.isnan().any(dim=(1, 3))).nonzero().tolist()  # of [blocks, 16]
+        for layer in decoder._cache
+        for part in layer
+    ]
+    assert found == [found[0]] * len(found)
+    return found[0]
+
+
+def test_drafts_of_several_lengths_in_one_captured_step(model_folder):
+    """Three, one and two tokens in a step of four sequences and eight tokens, the first and the
+    last without a draw, as when a draft model catches up: draws are in their order, and of what
+    was not written before, nothing is read."""
+    decoder = load(model_folder("llama"))
+    decoder.allocate(8)
+    decoder.capture(4, 2)
+    for keys, values in decoder._cache:
+        keys.fill_(torch.nan)
+        values.fill_(torch.nan)
+    batch = Batch(
+        tokens=torch.tensor([7, 8, 9, 10, 11, 12]),
+        positions=torch.tensor([0, 1, 2, 0, 0, 1]),
+        slots=torch.tensor([48, 49, 50, 80, 96, 97]),
+        starts=torch.tensor([0, 3, 4, 6], dtype=torch.int32),
+        contexts=torch.tensor([3, 1, 2], dtype=torch.int32),
+        block_tables=torch.tensor([[3], [5], [6]], dtype=torch.int32),
+        rows=torch.tensor([1, 2, 3, 4, 5]),
+    )
+    logits = decoder.forward(batch)
+    states = [(SamplingState(SAMPLED, 0, 0, array("q"), frozenset(), 128), i) for i in range(4)]
+    draws = draws_of(range(4), states)
+    expected = [
+        draw(row.numpy(), SAMPLED, u) for row, u in zip(logits, draws.uniform, strict=False)
+    ]
+    assert decoder._step_for(batch, filtered=False).size == (4, 8, 3)
+    assert decoder.launch(batch, draws).tokens() == expected
+    assert written(decoder) == [[3, 0], [3, 1], [3, 2], [5, 0], [6, 0], [6, 1]]
+
+
+def test_drafts_are_verified_in_captured_steps(model_folder, monkeypatch):
+    """With proposals that are wrong at every other place, with and without filters on the draws.
+
+    The text is that of the plain run of PyTorch's operations, and of attention of rows that are
+    padding nothing is looked at: they are NaN.
+    """
+    guard = Guard()
+    monkeypatch.setattr(attention.torch, "empty_like", guard.empty_like)
+    folder = model_folder("llama")
+    asked = [prompt[:9] for prompt in prompts(3, seed=6)]
+    params = [GREEDY, SAMPLED, replace(FILTERED, max_tokens=3)]
+    expected, plain = answers(load(folder, EagerDecoder), asked, params)
+    known = {(tuple(prompt), 0): out for prompt, (out,) in zip(asked, expected, strict=True)}
+    oracle = Oracle(known, wrong=2)
+    oracle.most = 2
+    decoder, taken = load(folder), []
+    find = decoder._step_for
+
+    def step_for(batch, filtered):
+        step = find(batch, filtered)
+        taken.append((len(batch.contexts), len(batch.tokens), filtered, step and step.size))
+        return step
+
+    monkeypatch.setattr(decoder, "_step_for", step_for)
+    found, counts = answers(decoder, asked, params, speculator=Speculator(oracle, Always()))
+    assert found == expected
+    assert counts.drafted_tokens > counts.accepted_tokens > 0
+    assert counts.steps < plain.steps
+    drafted = [size for sequences, tokens, _, size in taken if sequences < tokens < 4 * sequences]
+    assert drafted
+    assert None not in drafted
+    assert {filtered for *_, filtered, size in taken if size} == {False, True}
 
 
 def test_scores_with_a_window(model_folder, tmp_path):

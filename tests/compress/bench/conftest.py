@@ -12,11 +12,15 @@ from aiohttp import web
 class FakeServer:
     """Answers with `tokens` words: the first after `first` s, each other after `gap` s.
 
+    From the second on they come `together` at a time, all at the end of their gaps, as from a
+    server that drafts.  It counts the tokens so far in every event if asked to.
+
     What a request's text says decides otherwise: see `answer`.
     """
 
-    def __init__(self, first=0.05, gap=0.02, tokens=5, usage=True):
+    def __init__(self, first=0.05, gap=0.02, tokens=5, usage=True, together=1):
         self.first, self.gap, self.tokens, self.usage = first, gap, tokens, usage
+        self.together = together
         self.bodies = []
         self.keys = []
         self.now = self.most = 0  # requests at once
@@ -47,7 +51,12 @@ class FakeServer:
         await response.prepare(request)
         chat = "messages" in body
 
+        counts = {"prompt_tokens": len(text.split()), "completion_tokens": 0}
+        counting = body["stream_options"].get("continuous_usage_stats", False)
+
         async def send(value):
+            if counting and "choices" in value:
+                value = {**value, "usage": counts}
             await response.write(f"data: {json.dumps(value)}\n\n".encode())
 
         def choice(text, finish=None):
@@ -67,10 +76,11 @@ class FakeServer:
             if number == 2 and "fail" in text:
                 await send({"error": {"message": "the engine has failed", "type": "server_error"}})
                 return response
-            await send(choice("word "))
+            counts["completion_tokens"] += 1
+            if number % self.together == 0 or number + 1 == self.tokens:
+                await send(choice("word "))
         await send(choice("", "length"))
         if self.usage:
-            counts = {"prompt_tokens": len(text.split()), "completion_tokens": self.tokens}
             await send({"choices": [], "usage": counts})
         await response.write(b"data: [DONE]\n\n")
         return response

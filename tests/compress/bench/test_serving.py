@@ -55,6 +55,7 @@ def answer(sent, texts, tokens, due=None, error=None):
         due=sent if due is None else due,
         sent=sent,
         texts=texts,
+        counts=[1] * len(texts),
         ended=texts[-1],
         prompt_tokens=10,
         output_tokens=tokens,
@@ -81,6 +82,7 @@ def test_statistics():
     assert found["error_messages"] == {"HTTP 429": "the queue is full"}
     assert (found["total_input_tokens"], found["total_output_tokens"]) == (30, 9)
     assert found["tokens_counted_by"] == "the server"
+    assert found["tokens_per_event"] == 1.5  # 9 in 6 events
     assert found["request_throughput"] == 3 / 5
     assert found["output_throughput"] == 9 / 5
     assert found["total_token_throughput"] == 39 / 5
@@ -167,6 +169,33 @@ def test_times_of_a_server_that_keeps_its_own(fake_server, endpoint):
         assert ("messages" in body) == (endpoint == "chat")
     assert len({json.dumps(body) for body in server.bodies}) == 5  # no prompt twice
     assert set(server.keys) == {"Bearer secret"}
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_events_of_several_tokens(fake_server, counts, tmp_path):
+    """7 tokens in events of 1, 3 and 3, those of an event 60 ms after the event before."""
+    server = fake_server(first=0.01, gap=0.02, tokens=7, together=3)
+    flags = ["--url", server.url, "--dataset", "random:3,7", "--num-prompts", 2]
+    flags += ["--count-events"] if counts else []
+    out = tmp_path / "out.json"
+    (load,) = measured(*flags, "--warmup", 0, "--out", out)["loads"]
+    assert load["total_output_tokens"] == 14
+    assert load["tokens_per_event"] == pytest.approx(7 / 3, abs=1e-4)
+    asked = [body["stream_options"].get("continuous_usage_stats") for body in server.bodies]
+    assert asked == [True if counts else None] * 2
+    for request in json.loads(out.read_text())["loads"][0]["requests"]:
+        gaps = request["itl"]
+        assert len(gaps) == (6 if counts else 2)
+        assert 0.08 < sum(gaps) < request["e2e"]
+        assert not counts or gaps[:3] == [gaps[0]] * 3
+    printed = bench(*flags, "--warmup", 0).stdout
+    assert ("between tokens" in printed) == counts
+    assert ("events bring several tokens (2.33" in printed) != counts
+
+
+def test_tokens_of_an_event_share_its_time():
+    one = Answer(due=0.0, texts=[1.0, 1.3, 1.5], counts=[2, 3, 1])
+    assert one.gaps == pytest.approx([0.1, 0.1, 0.1, 0.2])
 
 
 def test_what_goes_wrong_is_counted_by_kind(fake_server, prompts_file):

@@ -56,13 +56,13 @@ def _made_letters():
     """
     made = []
 
-    def make(delay=0.0, num_blocks=400, max_sequences=64, eos_ids=(), **more):
+    def make(delay=0.0, num_blocks=400, max_sequences=64, eos_ids=(), speculator=None, **more):
         model = SlowModel()
         model.delay = delay
         tokenizer = Letters()
         engine = Engine(
             model, num_blocks, max_sequences=max_sequences, seed=3, tokenizer=tokenizer,
-            eos_ids=eos_ids,
+            eos_ids=eos_ids, speculator=speculator,
         )  # fmt: skip
         assert model.vocab_size == VOCAB
         made.append(LLM.from_engine(engine, tokenizer, **more))
