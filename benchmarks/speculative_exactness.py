@@ -35,7 +35,7 @@ import torch
 from exactness.cases import every
 from exactness.chi_square import ALPHA, compare
 from exactness.distribution import Case, joint, processed
-from exactness.proposers import Draws, FixedGuesses
+from exactness.proposers import Draws, FixedGuesses, Peeking
 from exactness.real_model import draw_second_tokens, logits_after, pooled
 from exactness.sampling import draw_outcomes
 from exactness.tiny_model import FIRST, PROMPT, TinyModel
@@ -98,6 +98,9 @@ def tasks(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Res
             for seed in seeds:
                 task = partial(examine, case.name, how, samples, seed)
                 yield f"joint | {case.name} | {how} | {samples} | {seed}", task
+    for seed in seeds:
+        task = partial(examine, "plain", "samples, lengths from the last draft", samples, seed)
+        yield f"joint | plain | samples, lengths from the last draft | {samples} | {seed}", task
     for rule in RULES:
         for seed in seeds:
             task = partial(examine_wrong, rule, samples, seed)
@@ -113,7 +116,11 @@ def examine(name: str, how: str, samples: int, seed: int) -> Result:
     """Three speculated tokens under a setting."""
     case = next(case for case in every(VOCAB) if case.name == name)
     model = TinyModel(VOCAB, seed)
-    proposer = FixedGuesses(model, seed) if how == "guesses" else Draws(model, seed, samples=True)
+    proposer = {
+        "guesses": FixedGuesses,
+        "samples": partial(Draws, samples=True),
+        "samples, lengths from the last draft": partial(Peeking, samples=True),
+    }[how](model, seed)
     exact = joint(model.logits_of, PROMPT, FIRST, case)
     counts = draw_outcomes(model, proposer, case, samples, seed)
     return asdict(compare(counts, exact)) | {"outcomes": len(exact)}

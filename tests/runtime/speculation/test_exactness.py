@@ -14,7 +14,7 @@ import torch
 from benchmarks.exactness.cases import some
 from benchmarks.exactness.chi_square import compare
 from benchmarks.exactness.distribution import Case, joint, processed
-from benchmarks.exactness.proposers import Draws, FixedGuesses
+from benchmarks.exactness.proposers import Draws, FixedGuesses, Peeking
 from benchmarks.exactness.real_model import draw_second_tokens, logits_after, pooled
 from benchmarks.exactness.sampling import draw_outcomes
 from benchmarks.exactness.tiny_model import FIRST, PROMPT, TinyModel
@@ -47,9 +47,16 @@ def test_guesses_have_no_part_in_what_is_drawn(case):
     assert others == draw_outcomes(model, FixedGuesses(model, 3), case, 300, 3)
 
 
+def test_lengths_may_depend_on_all_that_is_past():
+    """Drafts that nobody looked at included: a sample is drawn by a new number each time."""
+    model = TinyModel(VOCAB, 2)
+    counts = draw_outcomes(model, Peeking(model, 2, samples=True), Case("plain"), SAMPLES, 2)
+    assert not compare(counts, joint(model.logits_of, PROMPT, FIRST, Case("plain"))).rejected
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_wrong_rules_are_rejected(rule):
-    with wrong(rule, VOCAB, seed=1) as (model, proposer):
+    with wrong(rule, VOCAB, seed=2) as (model, proposer):
         exact = joint(model.logits_of, PROMPT, FIRST, Case("plain"))
         counts = draw_outcomes(model, proposer, Case("plain"), SAMPLES, seed=3)
     assert compare(counts, exact).rejected
