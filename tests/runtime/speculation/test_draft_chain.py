@@ -138,7 +138,7 @@ def test_a_draft_model_on_a_device_proposes_what_one_on_the_host_does(
     for draft in (Rough(), RoughAsync()):
         draft.nan_at = nan_at
         target = FakeAsyncModel()
-        speculator = Speculator(DraftModel(draft, target, 3, 16, "a draft"), Always())
+        speculator = Speculator(DraftModel(draft, target, 3, 16, 8, "a draft"), Always())
         engine = Engine(
             target, blocks, max_tokens_per_step=16, max_sequences=8, speculator=speculator
         )
