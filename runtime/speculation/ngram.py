@@ -150,7 +150,10 @@ class _Index:
         self.end = len(tokens)
         self.luck = 0.0  # how much better guesses fare here than elsewhere, in log-odds
         flat = np.array(tokens, np.int64)
-        chains = _chains(flat[:-1], 1, self.end), _chains(_pairs(flat[:-2], flat[1:-1]), 2, self.end)
+        chains = (
+            _chains(flat[:-1], 1, self.end),
+            _chains(_pairs(flat[:-2], flat[1:-1]), 2, self.end),
+        )
         self._heads = [heads for heads, _ in chains]  # the most recent place of each key
         self._earlier = [earlier for _, earlier in chains]  # of each place: the one before, or -1
         self._search()
@@ -191,7 +194,10 @@ class _Index:
     def _add(self, place: int) -> None:
         """Index a place of which the next token is known."""
         tokens = self._tokens
-        keys = (tokens[place - 1], _pairs(tokens[place - 2], tokens[place - 1]) if place > 1 else -1)
+        keys = (
+            tokens[place - 1],
+            _pairs(tokens[place - 2], tokens[place - 1]) if place > 1 else -1,
+        )
         for key, heads, earlier in zip(keys, self._heads, self._earlier, strict=True):
             earlier.append(heads.get(key, -1))
             heads[key] = place

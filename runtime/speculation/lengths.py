@@ -1,0 +1,252 @@
+"""How many tokens to propose: as many as pay, by what was measured of acceptance and of steps.
+
+A step in which S sequences decode and n tokens are proposed takes seconds(S + n) and the time to
+draft, and gives S tokens and as many more as are accepted: the sum of the probabilities that each
+is reached.  The n with the most tokens a second is taken, over the whole batch; tokens of all
+sequences are taken in order of these probabilities.  With prompts in the step, a token is worth
+the time that it takes in a step without them, and the n of the largest profit is taken.
+
+**Estimates may be wrong**, so there is an account of the time gained against plain steps, by what
+was measured.  Every step adds an allowance of 1% of its time, and gains are kept up to a few
+steps' worth; when it is overdrawn nothing is proposed until the allowance has settled it.  So what
+speculation loses is bounded by the allowance, whatever misleads the estimates.  From the same
+account come probes: a few tokens that do not seem to pay, which show when things have changed.
+"""
+
+from __future__ import annotations
+
+import math
+
+from compress.core.errors import InputError
+from compress.runtime.sequence import Sequence
+from compress.runtime.speculation.proposer import Proposer
+from compress.runtime.speculation.step_cost import StepCost
+
+MOST_FIXED = 64
+MARGIN = 0.01  # of expected gain, below which nothing is proposed
+
+# Of the account, in times of plain steps.
+ALLOWANCE = 0.01  # that each step adds
+START, MOST, LEAST = 2.0, 6.0, -20.0
+ENOUGH = 0.5  # to go on after it was overdrawn
+
+MOST_TOGETHER = 256  # tokens proposed in one step
+SIZES = frozenset((*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 224, 256))
+DOUBLES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PLAIN_SOON, PLAIN_LATE = 4, 64  # steps with proposals before a plain one, to see what these take
+REST = 32  # steps for which a batch that no proposal could help is not looked at
+PROBES = (1, 2, 4)  # tokens, in turn
+PROBE_SOON, PROBE_LATE = 16, 256  # steps between probes: doubled, as long as nothing pays
+OVERLAP_RATE = 0.05  # of a surprise
+DEARNESS_RATE, STALLED = 0.02, 8.0  # of a surprise; how large one counts
+
+
+class FixedLength:
+    """Always `tokens`, or as many as there are proposals for."""
+
+    idle = False
+
+    def __init__(self, tokens: int) -> None:
+        if not 1 <= tokens <= MOST_FIXED:
+            raise InputError(
+                f"num_speculative_tokens = {tokens}; allowed is 1 to {MOST_FIXED}, or auto"
+            )
+        self.tokens = tokens
+
+    def plan(
+        self, sequences: list[Sequence], others: int, outlooks: list[list[float]]
+    ) -> list[int]:
+        """Tokens to propose for each sequence."""
+        return [min(self.tokens, len(outlook)) for outlook in outlooks]
+
+    def observe(self, tokens: int, sequences: int, seconds: float, drafting: float) -> None:
+        """Nothing is learned."""
+
+
+class AdaptiveLength:
+    """As many as pay; see the module.
+
+    overlaps  whether a step is faster when it need not be asked about: a model on a device is
+              given one before the tokens of the last are known, unless proposals need them
+    """
+
+    def __init__(self, proposer: Proposer, cost: StepCost, overlaps: bool = False) -> None:
+        self._proposer = proposer
+        self._cost = cost
+        self._account = _Account()
+        self._overlaps = overlaps
+        self._overlap = 1.0  # time of a step that was not asked about, to that of one that was
+        self._largest = 1  # tokens of a step so far
+        self._rest, self._rest_size = 0, 0  # steps left, for at least so many sequences
+        self._since_plain = self._since_probe = self._probes = 0
+        self._plain_after, self._probe_after = PLAIN_SOON, PROBE_SOON
+        self._asked: list[Sequence] | None = None  # whose step is under way
+        self._known = 0  # their tokens before it
+        self._estimate = 0.0  # the proposer's, of the time to draft for it
+        self._dearness = 1.0  # of drafts, to the proposer's estimates
+
+    @property
+    def idle(self) -> bool:
+        """Whether the next step need not be asked about."""
+        return self._account.overdrawn or self._rest > 0
+
+    def plan(
+        self, sequences: list[Sequence], others: int, outlooks: list[list[float]]
+    ) -> list[int]:
+        """Tokens to propose for each sequence that decodes, beside `others` of prompts."""
+        counts = [0] * len(sequences)
+        if not self.idle and self._since_plain < self._plain_after:
+            for place in self._chosen(others, outlooks):
+                counts[place] += 1
+        self._asked, self._known = sequences, _tokens_of(sequences)
+        self._estimate = self._proposer.seconds([n for n in counts if n]) if any(counts) else 0.0
+        return counts
+
+    def observe(self, tokens: int, sequences: int, seconds: float, drafting: float) -> None:
+        """Take note of a step of decodes alone: its tokens, and its time without drafting."""
+        asked, self._asked = self._asked, None
+        proposed = tokens - sequences
+        self._since_probe += 1
+        self._largest = max(self._largest, tokens)
+        if proposed:
+            self._since_plain += 1
+        elif self._since_plain:
+            self._since_plain = 0
+            self._plain_after = min(2 * self._plain_after, PLAIN_LATE)
+        self._rest = self._rest - 1 if sequences >= self._rest_size else 0
+        if asked is None and self._overlaps:
+            usual = self._overlap * self._cost.seconds(sequences)
+            self._overlap *= 1 + OVERLAP_RATE * max(-0.5, min(0.5, math.log(seconds / usual)))
+            self._overlap = min(1.0, self._overlap)
+        else:
+            self._cost.observe(tokens, seconds)
+        plain = self._cost.seconds(sequences) * self._overlap
+        gain = 0.0
+        if asked is not None:
+            produced = _tokens_of(asked) - self._known if proposed else sequences
+            spent = self._cost.seconds(tokens) + self._drafted(drafting)
+            gain = produced * plain / sequences - spent
+        self._account.add(gain, plain)
+        if self._account.overdrawn:
+            self._plain_after = PLAIN_SOON
+
+    def _chosen(self, others: int, outlooks: list[list[float]]) -> list[int]:
+        """Of each token to propose, the place of its sequence."""
+        sequences = len(outlooks)
+        steepness = self._steepness(sequences)
+        if steepness > 1 - MARGIN:
+            self._largest = 1  # tokens of a step so far
+        self._rest, self._rest_size = REST, sequences
+        found = _candidates(outlooks, steepness / 2)
+        del found[2 * max(self._largest, sequences) - sequences :]  # estimates end there
+        number = self._best_number(sequences, others, found)
+        if number:
+            self._probe_after = PROBE_SOON
+            return [place for _, place in found[:number]]
+        return [] if others else self._probe(outlooks)
+
+    def _best_number(self, sequences: int, others: int, found: list[tuple[float, int]]) -> int:
+        """How many of the candidates to propose, for the most profit."""
+        seconds, counts, gained = self._cost.seconds, [0] * sequences, 0.0
+        options: list[tuple[int, float, float]] = []  # number, expected tokens, time to draft
+        worth = seconds(sequences) / sequences  # seconds that a token takes, at best
+        for number, (reach, place) in enumerate(found, 1):
+            gained += reach
+            counts[place] += 1
+            if number in SIZES or number == len(found):
+                drafting = self._price(counts)
+                options.append((number, gained, drafting))
+                together = seconds(sequences + number) + drafting
+                worth = min(worth, together / (sequences + gained))
+        alone = seconds(sequences + others)
+        best, most = 0, MARGIN * worth * sequences
+        for number, gained, drafting in options:
+            taken = seconds(sequences + others + number) - alone + drafting
+            if worth * gained - taken > most:
+                best, most = number, worth * gained - taken
+        return best
+
+    def _steepness(self, sequences: int) -> float:
+        """The least time that a proposed token takes, to that of a token of a plain step.
+
+        From 1 on none can pay, whatever is accepted.
+        """
+        seconds = self._cost.seconds
+        plain, least = seconds(sequences), math.inf
+        for number in DOUBLES:
+            if number > max(MOST_TOGETHER, sequences):
+                break
+            drafting = self._price([max(1, number // sequences)] * min(number, sequences))
+            least = min(least, (seconds(sequences + number) - plain + drafting) / number)
+        return least * sequences / plain
+
+    def _probe(self, outlooks: list[list[float]]) -> list[int]:
+        """A few tokens that do not seem to pay, now and then, if the account has as much."""
+        if self._since_probe < self._probe_after:
+            return []
+        place = max(range(len(outlooks)), key=lambda place: outlooks[place][:1])
+        number = min(PROBES[self._probes % len(PROBES)], len(outlooks[place]))
+        sequences = len(outlooks)
+        taken = self._cost.seconds(sequences + number) - self._cost.seconds(sequences)
+        if not number or not self._account.has(taken + self._price([number])):
+            return []
+        self._probes += 1
+        self._since_probe = 0
+        self._probe_after = min(2 * self._probe_after, PROBE_LATE)
+        return [place] * number
+
+    def _price(self, counts: list[int]) -> float:
+        """Estimated seconds to draft so many tokens for the sequences."""
+        return self._dearness * self._proposer.seconds([count for count in counts if count])
+
+    def _drafted(self, drafting: float) -> float:
+        """What a step's drafting is charged with; learns how good the proposer's estimates are.
+
+        What is done once for a sequence, such as computing its prompt, is spread over its drafts.
+        """
+        if not self._estimate:
+            return drafting
+        took = min(drafting / self._estimate, STALLED * self._dearness)
+        self._dearness += DEARNESS_RATE * (took - self._dearness)
+        return self._estimate * self._dearness
+
+
+class _Account:
+    """Seconds gained against plain steps, and the allowance."""
+
+    def __init__(self) -> None:
+        self._seconds: float | None = None  # until the first step
+        self.overdrawn = False
+
+    def has(self, seconds: float) -> bool:
+        """Whether so much may be lost."""
+        return self._seconds is not None and self._seconds >= seconds
+
+    def add(self, gain: float, plain: float) -> None:
+        """Take note of a step; a plain one takes `plain` seconds."""
+        seconds = START * plain if self._seconds is None else self._seconds
+        seconds += gain + ALLOWANCE * plain
+        self._seconds = max(LEAST * plain, min(MOST * plain, seconds))
+        self.overdrawn = self._seconds < (ENOUGH * plain if self.overdrawn else 0.0)
+
+
+def _candidates(outlooks: list[list[float]], least: float) -> list[tuple[float, int]]:
+    """Of each token worth a thought: how likely it is reached, and the place of its sequence.
+
+    The likeliest come first, so those of one sequence come in order.
+    """
+    most = max(1, MOST_TOGETHER // len(outlooks))
+    found = []
+    for place, outlook in enumerate(outlooks):
+        reach = 1.0
+        for probability in outlook[:most]:
+            reach *= probability
+            if reach < least:
+                break
+            found.append((reach, place))
+    found.sort(reverse=True)
+    return found
+
+
+def _tokens_of(sequences: list[Sequence]) -> int:
+    return sum([len(sequence.tokens) for sequence in sequences])
