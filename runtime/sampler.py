@@ -32,7 +32,8 @@ MOST_TOP_K = 2**31 - 1  # that a device is told; more tokens than any vocabulary
 HOTTEST = 3e38  # and of temperatures, which are float32 there
 NAN = "the model's logits hold NaN"
 INFINITE = "the model's logits hold infinity"
-# What else than a plain draw a uniform number is for.
+# What else than a plain draw a uniform number is for.  The place in the draft is put behind DRAFT:
+# a token that was not reached is drafted again, and may not be by the same number.
 DRAFT, ACCEPT, RESIDUAL = b"draft", b"accept", b"residual"
 NEAR = -8.0  # below this a token has less than 1/2,900 of the likeliest's probability
 
