@@ -45,13 +45,17 @@ class Acceptance:
     def learn(self, record: Record, drafted: int, accepted: int) -> None:
         """Take note of a draft: after the first token that is not accepted, none was tried."""
         keep, keep_own = 1 - 1 / MEMORY, 1 - 1 / OWN_MEMORY
-        for place in range(min(drafted, accepted + 1)):
+        rates, tried = self._rates, min(drafted, accepted + 1)
+        for place in range(tried):
             taken = place < accepted
-            record.expected = record.expected * keep_own + self._rates[place]
+            record.expected = record.expected * keep_own + rates[place]
             record.accepted = record.accepted * keep_own + taken
             self._tried[place] = self._tried[place] * keep + 1
             self._accepted[place] = self._accepted[place] * keep + taken
-        before = PRIOR
-        for place, (tried, taken) in enumerate(zip(self._tried, self._accepted, strict=True)):
-            before = (taken + PRIOR_WEIGHT * before) / (tried + PRIOR_WEIGHT)
-            self._rates[place] = before
+            before = rates[place - 1] if place else PRIOR
+            known = self._accepted[place] + PRIOR_WEIGHT * before
+            rates[place] = known / (self._tried[place] + PRIOR_WEIGHT)
+        for place in range(max(1, tried), len(rates)):
+            if self._tried[place]:
+                break
+            rates[place] = rates[place - 1]  # nothing is known of it

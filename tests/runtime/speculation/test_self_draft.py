@@ -10,7 +10,9 @@ from benchmarks.layers_removed import remove
 from compress.core.source import ModelSource
 from compress.kernels.program.build import reason_against
 from compress.runtime.batch import Batch
+from compress.runtime.decoder import EagerDecoder
 from compress.runtime.engine import Engine
+from compress.runtime.gpu_decoder import GpuDecoder
 from compress.runtime.loading import make_decoder
 from compress.runtime.sampling_params import SamplingParams
 from compress.runtime.speculation.draft_model import SelfDraft
@@ -152,3 +154,29 @@ def test_two_programs_share_their_threads(model_folder, monkeypatch):
     thread.start()
     thread.join()
     assert started == [2, 2, 2]  # beside the thread itself
+
+
+def test_a_draft_of_a_device_is_chained(model_folder, monkeypatch):
+    """Triton's kernels, in the interpreter or on a GPU, against PyTorch's without a draft.
+
+    In float32 the two differ by 1e-6, so that a draw would once in some 10,000.
+    """
+    monkeypatch.setenv("COMPRESS_CPU_KERNELS", "triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = ModelSource("m", model_folder("qwen3"))
+    params = [
+        SamplingParams(max_tokens=6, temperature=0, ignore_eos=True),
+        SamplingParams(max_tokens=6, temperature=0.9, seed=5, ignore_eos=True),
+    ]
+    asked = [TOKENS[:11].tolist(), TOKENS[3:7].tolist()]
+    settings = {"max_tokens_per_step": 16, "max_sequences": 1}
+    plain = EagerDecoder(load_weights(source), device, torch.float32)
+    expected = run(Engine(plain, 4, **settings), asked, params)
+    target = make_decoder(load_weights(source), device, torch.float32, 16)
+    assert isinstance(target, GpuDecoder)
+    proposer = SelfDraft(target.without([0]), target, 2, 16, 1, "a draft")
+    engine = Engine(target, 4, speculator=Speculator(proposer, Always()), **settings)
+    assert run(engine, asked, params) == expected
+    counts = engine.statistics()
+    assert counts.drafted_tokens > 0
+    assert counts.accepted_tokens < counts.drafted_tokens
