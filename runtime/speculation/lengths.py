@@ -135,8 +135,7 @@ class AdaptiveLength:
         sequences = len(outlooks)
         steepness = self._steepness(sequences)
         if steepness > 1 - MARGIN:
-            self._largest = 1  # tokens of a step so far
-        self._rest, self._rest_size = REST, sequences
+            self._rest, self._rest_size = REST, sequences
         found = _candidates(outlooks, steepness / 2)
         del found[2 * max(self._largest, sequences) - sequences :]  # estimates end there
         number = self._best_number(sequences, others, found)

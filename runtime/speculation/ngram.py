@@ -34,6 +34,7 @@ from compress.runtime.speculation.proposer import Draft
 ALONE, AGREES, DIFFERS = range(3)  # the second opinion
 LONGEST = 32  # tokens that are compared
 CANDIDATES = 64  # places that are compared
+NOTHING = -1  # is no token, and no pair of them
 UNLIKELY = 0.02  # an outlook ends where all of it is accepted less often than this
 
 # Buckets of match lengths 1, 2, 3, 4, 5-6, 7-9, 10 and more; an index of this by length.
