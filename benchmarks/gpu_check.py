@@ -48,6 +48,9 @@ def all_stages() -> list[Stage]:
         Stage("lowbit-w4", partial(call, "lowbit", "measure", bits=4), 120),
         Stage("attention", partial(call, "attention", "measure"), 90),
         Stage("model", partial(call, "model", "measure", **decode), 120),
+        Stage("speculation", partial(call, "speculation", "texts"), 120),
+        Stage("speculation-real", partial(call, "speculation", "real"), 120),
+        Stage("verify", partial(call, "speculation", "steps", batches=(1, 4, 16, 64)), 120),
         Stage("model-gemlite", partial(call, "peers", "gemlite"), 150),
         Stage("model-dense", partial(call, "peers", "dense"), 90),
         *(

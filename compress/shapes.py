@@ -197,6 +197,10 @@ def _shape(family: Family, config: Any, name: str) -> ModelShape:
         raise InputError(
             f"'{name}' has {shown(heads)} heads in a width of {shown(hidden)}; give 1 or more"
         )
+    if not isinstance(config.num_hidden_layers, int):
+        raise InputError(
+            f"'{name}' has num_hidden_layers = {shown(config.num_hidden_layers)}; give 1 or more"
+        )
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     return ModelShape(
         name=name,

@@ -54,12 +54,13 @@ def sizes_for(most_sequences: int, lookahead: int) -> list[Size]:
     most = next((size for size in PLAIN_SIZES if size >= most_sequences), MOST_TOKENS)
     counts = [size for size in PLAIN_SIZES if size <= most]
     drafted = [lookahead >> halvings for halvings in range(lookahead.bit_length())]
-    return sorted(
-        Size(count, count * (1 + new), 1 + lookahead if new else 1)
-        for count in counts
-        for new in (0, *drafted)
-        if count * (1 + new) <= MOST_TOKENS
-    )
+    found = {Size(count, count, 1) for count in counts}
+    for count in counts:
+        for new in drafted:
+            tokens = min(count * (1 + new), MOST_TOKENS)
+            if tokens > count:
+                found.add(Size(count, tokens, min(1 + lookahead, tokens)))
+    return sorted(found)
 
 
 def draws_at(batch: Batch, draws: Draws) -> np.ndarray | None:

@@ -1,5 +1,6 @@
 """Tiny models of several families, and what the tests share."""
 
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable
@@ -223,6 +224,19 @@ def write_gguf() -> Callable[..., dict[str, Any]]:
     """`write_tiny_gguf`; the test is skipped where gguf is not installed."""
     pytest.importorskip("gguf")
     return write_tiny_gguf
+
+
+def pytest_configure() -> None:
+    """Leave out what Triton's interpreter computes and throws away: a fifth of its time.
+
+    After each sum and product of integers it works out whether that has overflowed, for an
+    assertion that is made only with its option `debug`, which is off.
+    """
+    if "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton"):
+        from triton.runtime.interpreter import interpreter_builder as builder
+
+        checks = builder.options.debug
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=checks)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

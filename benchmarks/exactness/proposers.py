@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from compress.runtime.sampler import DRAFT, draw_from
+from compress.runtime.sampler import ACCEPT, DRAFT, draw_from
 from compress.runtime.sequence import Sequence
 from compress.runtime.speculation.proposer import Draft
 
@@ -66,21 +66,83 @@ class Draws(Proposer):
 
     def draft(self, sequence: Sequence, most: int) -> Draft:
         known, guesses = known_of(sequence), ()
-        purpose = DRAFT if self.samples else b""
         for place in range(most):
+            purpose = self.purpose(place) if self.samples else b""
             uniform = sequence.sampling.uniform(sequence.produced + place, purpose)
             guesses += (draw_from(self.q[len(known + guesses)][known + guesses], uniform),)
         if not self.samples:
             return Draft(list(guesses))
         return Draft(list(guesses), np.stack([self.told(known + guesses[:i]) for i in range(most)]))
 
+    def purpose(self, place: int) -> bytes:
+        """Of the number that draws a sample: a new one each time that a token is drafted."""
+        return DRAFT + bytes([place])
+
     def told(self, known: Outcome) -> np.ndarray:
         """What it says that it drew from after an output, float64 [V]."""
         return self.q[len(known)][known]
 
 
+class Peeking(Draws):
+    """Proposes nothing where its last draft, which was not accepted so far, held an even token.
+
+    A rule for lengths may look at all that is past.  That this was never looked at by the model
+    must not matter.
+    """
+
+    def __init__(self, model: TinyModel, seed: int, samples: bool) -> None:
+        super().__init__(model, seed, samples)
+        self.q = [np.full_like(q, 1 / model.vocab_size) for q in self.q]  # the same everywhere
+        self.last: dict[Sequence, tuple[int, list[int]]] = {}
+
+    def outlook(self, sequence: Sequence, most: int) -> list[float]:
+        begin, tokens = self.last.get(sequence, (0, []))
+        place = len(known_of(sequence)) - begin
+        even = 0 < place < len(tokens) and tokens[place] % 2 == 0
+        return [] if even else [1.0] * most
+
+    def draft(self, sequence: Sequence, most: int) -> Draft:
+        draft = super().draft(sequence, most)
+        self.last[sequence] = len(known_of(sequence)), draft.tokens
+        return draft
+
+    def forget(self, sequence: Sequence) -> None:
+        self.last.pop(sequence, None)
+
+
+class DrawsAgain(Peeking):
+    """The same, with a number that has drafted a token of the same position before."""
+
+    def purpose(self, place: int) -> bytes:
+        return DRAFT
+
+
+class DropsUnlikely(Draws):
+    """Its drafts end before a token of which it is not sure, as for guesses would be right."""
+
+    def draft(self, sequence: Sequence, most: int) -> Draft:
+        draft = super().draft(sequence, most)
+        assert draft.probabilities is not None
+        likely = [
+            q[token] > 0.4 for token, q in zip(draft.tokens, draft.probabilities, strict=True)
+        ]
+        kept = [*likely, False].index(False)
+        return Draft(draft.tokens[:kept], draft.probabilities[:kept])
+
+
+class DrawsByAccept(Draws):
+    """With the number that will accept."""
+
+    def purpose(self, place: int) -> bytes:
+        return ACCEPT
+
+
 class AtTemperatureOne(Draws):
     """Says the wrong thing: its distribution before its temperature."""
+
+    def purpose(self, place: int) -> bytes:
+        """Of the number that draws a sample: a new one each time that a token is drafted."""
+        return DRAFT + bytes([place])
 
     def told(self, known: Outcome) -> np.ndarray:
         return distribution(self.logits[len(known)][known], 1.0)
@@ -100,7 +162,10 @@ def known_of(sequence: Sequence) -> Outcome:
 
 
 class RandomLengths:
-    """As many tokens as a die of its own says, none included."""
+    """What is sure to be accepted; otherwise all half of the time, or what a die says, even none.
+
+    The die is its own: nothing that is drawn has a part in it.
+    """
 
     idle = False
 
@@ -110,6 +175,9 @@ class RandomLengths:
     def plan(
         self, sequences: list[Sequence], others: int, outlooks: list[list[float]]
     ) -> list[int]:
-        return [int(self._source.integers(len(outlook) + 1)) for outlook in outlooks]
+        most = np.array([len(outlook) for outlook in outlooks])
+        sure = np.array([bool(outlook) and outlook[0] == 1 for outlook in outlooks])
+        dice = self._source.integers(2 * (most + 1))
+        return np.where(sure, most, np.minimum(dice, most)).tolist()
 
     def observe(self, tokens: int, sequences: int, seconds: float, drafting: float) -> None: ...

@@ -31,10 +31,10 @@ class OneToken(Proposer):
         self.q = q
 
     def outlook(self, sequence: Sequence, most: int) -> list[float]:
-        return [0.5] if sequence.produced == 1 else []
+        return [1.0] if sequence.produced == 1 else []
 
     def draft(self, sequence: Sequence, most: int) -> Draft:
-        uniform = sequence.sampling.uniform(sequence.produced, DRAFT)
+        uniform = sequence.sampling.uniform(sequence.produced, DRAFT + bytes([0]))
         return Draft([draw_from(self.q, uniform)], self.q[None])
 
 
@@ -52,15 +52,6 @@ class BeginsWith:
 
     def accept(self, token: int) -> None:
         self.allowed = np.ones(len(self.allowed), bool)
-
-
-class Always(RandomLengths):
-    """All that can be proposed."""
-
-    def plan(
-        self, sequences: list[Sequence], others: int, outlooks: list[list[float]]
-    ) -> list[int]:
-        return [len(outlook) for outlook in outlooks]
 
 
 def logits_after(model: Model, tokens: list[int]) -> np.ndarray:
@@ -89,7 +80,7 @@ def draw_second_tokens(
     seed: int,
 ) -> tuple[Counter, Speculator]:
     """How often each token came after `prompt` and `first`, and what was accepted for it."""
-    speculator = Speculator(OneToken(q), Always(0))
+    speculator = Speculator(OneToken(q), RandomLengths(seed))
     blocks = 8 * TOGETHER
     engine = Engine(model, blocks, max_sequences=TOGETHER, seed=seed, speculator=speculator)
     params = SamplingParams(**settings, max_tokens=3, n=TOGETHER)

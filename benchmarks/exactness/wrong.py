@@ -14,7 +14,7 @@ from compress.runtime import sampler
 from compress.runtime.batch import Batch
 from compress.runtime.sampler import draw_from
 
-from .proposers import AtTemperatureOne, Draws
+from .proposers import AtTemperatureOne, Draws, DrawsAgain, DrawsByAccept, DropsUnlikely
 from .tiny_model import TinyModel
 
 Accept = Callable[[np.ndarray, int, np.ndarray, float, float], int]
@@ -67,17 +67,24 @@ RULES: dict[str, dict[str, Any]] = {
     "residual from p, not p - q": {"draw_or_accept": _not_subtracted},
     "residual from q": {"draw_or_accept": _residual_of_q},
     "residual by the number that rejected": {"RESIDUAL": sampler.ACCEPT},
-    "accept by the number that drafted": {"ACCEPT": sampler.DRAFT},
+    "accept by the number that drafted": {},
     "q before the draft's temperature": {},
+    "numbers that drafted draft again": {},
+    "drafts end before an unlikely token": {},
     "next token from the row before": {},
+}
+PROPOSERS = {
+    "accept by the number that drafted": DrawsByAccept,
+    "q before the draft's temperature": AtTemperatureOne,
+    "numbers that drafted draft again": DrawsAgain,
+    "drafts end before an unlikely token": DropsUnlikely,
 }
 
 
 @contextmanager
 def wrong(rule: str, vocab: int, seed: int) -> Iterator[tuple[TinyModel, Draws]]:
     """The model and a proposer of samples, under a wrong rule."""
-    bonus, temperature = rule == "next token from the row before", rule.startswith("q before")
-    model = (StaleBonus if bonus else TinyModel)(vocab, seed)
-    proposer = (AtTemperatureOne if temperature else Draws)(model, seed, samples=True)
+    model = (StaleBonus if rule == "next token from the row before" else TinyModel)(vocab, seed)
+    proposer = PROPOSERS.get(rule, Draws)(model, seed, samples=True)
     with patch.dict(vars(sampler), RULES[rule]):
         yield model, proposer

@@ -20,7 +20,7 @@ from gpu.stages import Skip
 
 PART = "GPU_CHECK_PART"  # "i/n": of the tests only every n-th, from the i-th on
 FEW = "GPU_CHECK_FEW"  # at most so many tests, 1 or more
-FEW_TESTS = "2"
+FEW_TESTS = "1"
 MOST_PROCESSES = 6  # each has a context on the GPU, of some 500 MB
 COUNTS = re.compile(r"(\d+) (passed|failed|error|skipped)")
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
@@ -65,6 +65,7 @@ def measure(place: Place, path: Path) -> dict[str, Any]:
 def _started(place: Place, path: Path, part: str) -> subprocess.Popen[str]:
     settings = environment(place.stand_in)
     settings[PART] = part
+    settings["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # of none that is needed, and slow to import
     if place.stand_in:
         settings[FEW] = FEW_TESTS
     folders = [str(ROOT / "benchmarks"), settings.get("PYTHONPATH", "")]

@@ -42,7 +42,7 @@ REAL_MODEL = "smollm2"
 
 def families(place: Place) -> dict[str, Any]:
     """Tiny models of every family, plain and in 4 bits, and of one in each width of codes."""
-    conftest = _conftest()
+    tests = conftest()
     count, new = (2, 3) if place.stand_in else (12, 20)
     pairs = [("llama", grid) for grid in GRIDS]
     pairs += [(family, grid) for family in FAMILIES[1:] for grid in GRIDS[:2]]
@@ -53,8 +53,8 @@ def families(place: Place) -> dict[str, Any]:
         for family, grid in pairs:
             plain = Path(name) / family
             if not plain.exists():
-                conftest.make_model(family, plain, torch.bfloat16)
-            folder = plain if grid is None else _quantized(plain, grid)
+                tests.make_model(family, plain, torch.bfloat16)
+            folder = plain if grid is None else quantized(plain, grid)
             source = ModelSource(str(folder), folder)
             row = {"model": f"{family}, {_named(grid)}", "dtype": "float32"}
             rows.append(row | compare(place, source, "float32", token_prompts(count), new))
@@ -82,8 +82,8 @@ def itself(place: Place) -> dict[str, Any]:
     prompts = token_prompts(count)
     rows = []
     with tempfile.TemporaryDirectory() as name:
-        folder = _conftest().make_model("llama", Path(name) / "llama", torch.bfloat16)
-        source = ModelSource(name, _quantized(folder, {"bits": 4, "group_size": 16}))
+        folder = conftest().make_model("llama", Path(name) / "llama", torch.bfloat16)
+        source = ModelSource(name, quantized(folder, {"bits": 4, "group_size": 16}))
         decoder = load_decoder(source, place.device, "float32", most_tokens=64)
         settings: dict[str, SamplingParams] = {
             "greedy": _params(new),
@@ -180,7 +180,8 @@ def _with_problems(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"rows": rows, "problems": problems}
 
 
-def _quantized(folder: Path, grid: dict[str, Any]) -> Path:
+def quantized(folder: Path, grid: dict[str, Any]) -> Path:
+    """Write the model of a folder on a grid, beside it; returns where."""
     out = folder.with_name(f"{folder.name}-{_named(grid).replace(' ', '-')}")
     stage = {"method": "rtn", **grid}
     run_recipe(build_recipe({"model": str(folder), "out": str(out), "stages": [stage]}))
@@ -191,7 +192,7 @@ def _named(grid: dict[str, Any] | None) -> str:
     return "plain" if grid is None else f"w{grid['bits']} g{grid['group_size']}"
 
 
-def _conftest() -> ModuleType:
+def conftest() -> ModuleType:
     """The tests' tiny models."""
     spec = importlib.util.spec_from_file_location("conftest", ROOT / "tests" / "conftest.py")
     assert spec is not None

@@ -89,8 +89,8 @@ def markdown(record: Mapping[str, Any]) -> str:
         said += f"{read / 1e9:,.0f}.  L2 is cold, unless a table says otherwise."
         lines += ["", said]
         lines += [*_lowbit(record["lowbit"]), *_attention(data, copy), *_models(data, copy)]
-        lines += _small(data)
-    lines += _parity(data)
+        lines += [*_verify(data), *_small(data)]
+    lines += [*_parity(data), *_speculation(data)]
     return "\n".join(lines) + "\n"
 
 
@@ -190,6 +190,28 @@ def _parity(data: Mapping[str, Any]) -> Lines:
     ]  # fmt: skip
     columns = ("model", "dtype", "answers equal", "worst gap of logits")
     return table("Greedy answers against transformers, and against other ways", columns, rows)
+
+
+def _speculation(data: Mapping[str, Any]) -> Lines:
+    rows = [
+        [row["model"], row["draft"], row["tokens"], f"{row['equal']} of {row['prompts']}",
+         _number(row["worst_gap"]), f"{row['accepted']} of {row['drafted']}",
+         f"{row['plain_seconds'] / row['seconds']:.2f}"]
+        for name in ("speculation", "speculation-real")
+        for row in data.get(name, {}).get("rows", ())
+    ]  # fmt: skip
+    columns = ("model", "draft", "tokens", "answers equal", "worst gap", "accepted", "times faster")
+    return table("Speculative decoding against the plain run", columns, rows)
+
+
+def _verify(data: Mapping[str, Any]) -> Lines:
+    rows = [
+        [str(row["batch"]), str(row["drafted"]), f"{row['seconds'] * 1e3:.2f}",
+         f"{row['seconds'] / row['plain_seconds']:.2f}"]
+        for row in data.get("verify", {}).get("rows", ())
+    ]  # fmt: skip
+    columns = ("batch", "drafted tokens each", "ms a step", "times a plain step")
+    return table("Verifying drafts: Llama-3-8B's shape, 512 tokens of context", columns, rows)
 
 
 def _number(value: float | None) -> str:

@@ -140,8 +140,8 @@ def expect(plain: Sequence[Step], fast: Sequence[Step], costs: Costs) -> Expecta
     def alone(step: Step, tokens: int) -> float:
         return costs.forward(tokens) + costs.draw * step.tokens
 
-    # scheduler, text and the like; the same for each step
-    rest = sum(step.seconds - alone(step, step.computed) for step in plain) / len(plain)
+    # scheduler, text and the like, the same for each step; less than nothing only by noise
+    rest = max(0.0, sum(step.seconds - alone(step, step.computed) for step in plain) / len(plain))
     plain_draws = sum(step.tokens / step.sequences for step in plain) / len(plain)
     seconds = plain_seconds = tokens = 0.0
     for step in fast:

@@ -22,13 +22,14 @@ from compress.bench.speculative_runs import Arm, Clock, Length, Watched
 from compress.bench.subject import Subject
 from compress.core.errors import InputError
 from compress.core.progress import track
+from compress.core.source import resolve_model
 from compress.core.tokenizer import load_tokenizer
 from compress.runtime.batch import AsynchronousModel
 from compress.runtime.engine import Engine
 from compress.runtime.llm import stop_tokens
 from compress.runtime.loading import MOST_TOKENS
 from compress.runtime.sampling_params import SamplingParams
-from compress.runtime.speculation.making import make_speculator
+from compress.runtime.speculation.making import Choice, choose, make_speculator, settle
 
 # Spec-Bench counts what is of MT-bench as one task (Xia et al. 2024, arXiv:2401.07851, table 1).
 CONVERSATION = "conversation"
@@ -111,10 +112,21 @@ def spread(items: list[str], count: int) -> list[str]:
     return [items[place * len(items) // count] for place in range(count)]
 
 
+def choices(model: str, plan: Plan) -> list[Choice]:
+    """The proposer for each length, before anything is loaded; InputError for what cannot be."""
+    source = resolve_model(model)
+    tokenizer = load_tokenizer(source.folder)
+    found = [choose(plan.draft, length, source, tokenizer) for length in plan.lengths]
+    return [choice for choice in found if choice is not None]
+
+
 def measure_speculation(
-    subject: Subject, texts: dict[str, list[str]], plan: Plan
+    subject: Subject, texts: dict[str, list[str]], plan: Plan, proposers: list[Choice]
 ) -> dict[str, Any]:
-    """Measure; returns the report.  InputError for what does not fit in the model's context."""
+    """Measure; returns the report.  InputError for what does not fit in the model's context.
+
+    `subject` has kept its head, and `proposers` are what `choices` gave for the plan.
+    """
     tokenizer: Any = load_tokenizer(subject.source.folder)
     questions = tokenized(tokenizer, texts)
     longest = max(len(question.tokens) for question in questions) + plan.max_tokens
@@ -125,7 +137,7 @@ def measure_speculation(
             f"model's context is {subject.decoder.max_context}; lower --max-tokens, or take "
             "another dataset"
         )
-    arms = make_arms(subject, tokenizer, plan, longest)
+    arms = make_arms(subject, tokenizer, plan, proposers, longest)
     for arm in arms:
         params = SamplingParams(max_tokens=WARM_UP_TOKENS, temperature=0)
         arm.answer([questions[0].tokens], [params])
@@ -167,16 +179,20 @@ def tokenized(tokenizer: Any, texts: dict[str, list[str]]) -> list[Question]:
     return questions
 
 
-def make_arms(subject: Subject, tokenizer: Any, plan: Plan, longest: int) -> list[Arm]:
+def make_arms(
+    subject: Subject, tokenizer: Any, plan: Plan, proposers: list[Choice], longest: int
+) -> list[Arm]:
     """The plain way of answering, and one for each number of tokens to propose."""
+    model, most_tokens = subject.decoder, MOST_TOKENS[subject.device.type]
     sequences = max(plan.batch, TOGETHER)
-    blocks = sequences * -(-(longest + ROOM) // subject.decoder.block_size)
+    most = most_tokens, sequences
+    blocks = sequences * -(-(longest + ROOM) // model.block_size)
 
     def engine(speculator: Watched | None) -> Engine:
         return Engine(
-            subject.decoder,
+            model,
             blocks,
-            max_tokens_per_step=MOST_TOKENS[subject.device.type],
+            max_tokens_per_step=most_tokens,
             max_sequences=sequences,
             prefix_caching=False,
             tokenizer=tokenizer,
@@ -185,9 +201,16 @@ def make_arms(subject: Subject, tokenizer: Any, plan: Plan, longest: int) -> lis
         )
 
     arms = [Arm("plain", engine(None))]
-    for length in plan.lengths:
-        watched = Watched(make_speculator(plan.draft, length, subject.decoder, subject.source))
+    for length, choice in zip(plan.lengths, proposers, strict=True):
+        assert subject.head is not None
+        watched = Watched(
+            make_speculator(choice, model, subject.head, subject.device, subject.dtype, most)
+        )
         arms.append(Arm(length, engine(watched), watched))
+    for arm, choice in zip(arms[1:], proposers, strict=True):
+        assert arm.watched is not None
+        arm.watched.proposer.allocate(blocks)  # each engine has made the model's cache anew
+        settle(arm.watched, choice, model, blocks, most_tokens)
     return arms
 
 

@@ -128,7 +128,8 @@ class Clock:
 
     def time(self, sizes: Counter[int], prompts: list[list[int]], run: Run) -> None:
         """Time passes of some sizes that steps had: first those timed least, of these the usual."""
-        chosen = sorted(sizes, key=lambda size: (len(self.forwards[size]), -sizes[size]))
+        done = {size: len(times) for size, times in self.forwards.items()}
+        chosen = sorted(sizes, key=lambda size: (done.get(size, 0), -sizes[size]))
         self._time(chosen[0], prompts, run)  # brings the weights back into the processor's caches
         for size in chosen[:FORWARDS] * ROUNDS:
             forward, draw = self._time(size, prompts, run)

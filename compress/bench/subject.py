@@ -8,11 +8,12 @@ from typing import Any
 import psutil
 import torch
 
-from compress.core.device import default_device, fastest_dtype
+from compress.core.device import check_dtype, default_device, fastest_dtype
 from compress.core.errors import InputError
 from compress.core.source import resolve_model
 from compress.runtime.engine import Engine
-from compress.runtime.loading import MOST_TOKENS, load_decoder
+from compress.runtime.loading import MOST_TOKENS, make_decoder
+from compress.runtime.weights import load_weights
 
 PROMPT_SEED = 0
 MOST_SEQUENCES = 256  # so that at least half of a step is left for prompts
@@ -21,11 +22,19 @@ MOST_SEQUENCES = 256  # so that at least half of a step is left for prompts
 class Subject:
     """A model, loaded once; engines with caches of any size are made on it.
 
-    `threads` None leaves PyTorch's number.  Raises InputError for a model that the runtime does
-    not serve.
+    `threads` None leaves PyTorch's number.  With `keep_head` the output layer stays in memory as it
+    is stored, besides, for a draft of the model's own layers.  Raises InputError for a model that
+    the runtime does not serve.
     """
 
-    def __init__(self, model: str, dtype: str, head_bits: int | None, threads: int | None) -> None:
+    def __init__(
+        self,
+        model: str,
+        dtype: str,
+        head_bits: int | None,
+        threads: int | None,
+        keep_head: bool = False,
+    ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         device = default_device()
@@ -34,7 +43,10 @@ class Subject:
         self.dtype = fastest_dtype(device) if dtype == "auto" else dtype
         self.head_bits = head_bits
         started = time.perf_counter()
-        self.decoder = load_decoder(self.source, device, self.dtype, head_bits)
+        check_dtype(self.dtype)
+        weights = load_weights(self.source, head_bits)
+        self.head = weights.head if keep_head else None
+        self.decoder = make_decoder(weights, device, getattr(torch, self.dtype))
         self.load_seconds = time.perf_counter() - started
         self.device = device
 

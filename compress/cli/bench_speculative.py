@@ -144,14 +144,21 @@ def speculative_command(
     if out is not None and not out.parent.is_dir():
         raise click.UsageError(f"--out '{out}': there is no folder '{out.parent}'")
     with contextlib.redirect_stdout(sys.stderr):
-        from compress.bench.speculative import Plan, measure_speculation, read_questions
+        from compress.bench.speculative import (
+            Plan,
+            choices,
+            measure_speculation,
+            read_questions,
+        )
         from compress.bench.subject import Subject
 
         questions = read_questions(dataset, per_category)
         plan = Plan(draft, lengths, temperatures, max_tokens, batch, seed)
+        proposers = choices(model, plan)
         choice = ModelChoice(model, dtype, head_bits)
-        subject = Subject(model, dtype, choice.lm_head_bits, threads)
-        report = {"dataset": dataset.name} | measure_speculation(subject, questions, plan)
+        subject = Subject(model, dtype, choice.lm_head_bits, threads, keep_head=True)
+        report = measure_speculation(subject, questions, plan, proposers)
+        report = {"dataset": dataset.name} | report
     _write(report, out)
     del report["cases"]
     print_json(report) if as_json else print_speculative(report)
@@ -225,15 +232,15 @@ PROPOSALS: Columns = {
     "drafted": lambda row: f"{row['drafted']:,}",
     "accepted": lambda row: f"{row['accepted']:,}",
     "a": lambda row: "" if row["acceptance"] is None else f"{row['acceptance']:.2f}",
-    "by place, %": lambda row: " ".join(f"{100 * part:.0f}" for part in row["accepted_at"][:3]),
-    "tokens a draft": lambda row: f"{row['tokens_per_draft']:.2f}",
-    "tokens a step": lambda row: f"{row['tokens_per_step']:.2f}",
+    "by place,\n%": lambda row: " ".join(f"{100 * part:.0f}" for part in row["accepted_at"][:3]),
+    "tokens\na draft": lambda row: f"{row['tokens_per_draft']:.2f}",
+    "tokens\na step": lambda row: f"{row['tokens_per_step']:.2f}",
 }
 EXPECTED: Columns = {
-    "tokens a step": lambda row: f"{row['expected_tokens_per_step']:.2f}",
+    "tokens\na step": lambda row: f"{row['expected_tokens_per_step']:.2f}",
     "cost": lambda row: f"{row['cost']:.2f}",
     "speed-up": lambda row: f"{row['expected_speed_up']:.2f}",
     "reached": lambda row: f"{row['of_expected']:.0%}",
-    "by true length": lambda row: f"{row['expected_speed_up_by_length']:.2f}",
-    "reached of it": lambda row: f"{row['of_expected_by_length']:.0%}",
+    "by true\nlength": lambda row: f"{row['expected_speed_up_by_length']:.2f}",
+    "reached\nof it": lambda row: f"{row['of_expected_by_length']:.0%}",
 }

@@ -114,6 +114,7 @@ def serve_command(
       compress serve smollm2-w4
       compress serve smollm2-w4 --port 0 --max-queued-requests 64 --json
       compress serve smollm2-w4 --replicas 2
+      compress serve smollm2-w4 --draft ngram
       COMPRESS_API_KEY=secret compress serve smollm2-w4 --host 0.0.0.0
     """
     from compress.runtime.server.listener import LOCAL_HOSTS, bind, is_local, url_of
@@ -173,9 +174,14 @@ def _replicated(
 ) -> tuple[Service, ModelChoice]:
     """The service of several replicas, and the model of each, with its memory for the cache."""
     from compress.core.source import resolve_model
+    from compress.core.tokenizer import load_tokenizer
     from compress.runtime.server.replicas import ReplicatedService, cache_memory_of_each
+    from compress.runtime.speculation.making import choose
 
     service = ReplicatedService(settings, replicas)
-    resolve_model(choice.model)  # a wrong name is known before Ray has started
+    # A wrong name is known before Ray has started.
+    source = resolve_model(choice.model)
+    tokens = choice.num_speculative_tokens or "auto"
+    choose(choice.draft, tokens, source, load_tokenizer(source.folder))
     memory = choice.kv_cache_memory or cache_memory_of_each(replicas)
     return service, replace(choice, kv_cache_memory=memory)

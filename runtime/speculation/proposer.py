@@ -21,10 +21,11 @@ class Draft:
     probability p(d), and otherwise the draw is from p without d.  A proposer may know the number
     that decides the draw (`SamplingState.uniform`) and put it to its own distribution.
 
-    **Samples**, each drawn from a distribution q by a number of its own.  Accepted with probability
-    min(1, p(d) / q(d)), and otherwise replaced by a draw from max(p - q, 0), normalised (Leviathan
-    et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318).  The output has the
-    distribution of one without proposals, but which one is drawn depends on what was proposed.
+    **Samples**, each drawn from a distribution q by a number that has drawn nothing before, so that
+    how much is proposed may depend on all that is past; and proposed whatever it is.  Accepted with
+    probability min(1, p(d) / q(d)), and otherwise replaced by a draw from max(p - q, 0), normalised
+    (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318).  The output has
+    the distribution of one without proposals, but which one is drawn depends on what was proposed.
     """
 
     tokens: list[int]

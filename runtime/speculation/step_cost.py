@@ -130,8 +130,10 @@ def _on_line(sizes: list[int], seconds: list[float], size: int) -> float:
 
 
 def measure_steps(model: Model, num_blocks: int, most_tokens: int) -> dict[int, float]:
-    """Seconds of steps of up to `most_tokens` tokens of one sequence, with logits of all of them.
+    """Seconds of steps of up to `most_tokens` tokens, with logits of all of them.
 
+    They are of one sequence; on a device they are shared out to as many sequences as there are
+    tokens, since its fast way of a step takes only few of each (compress.runtime.captured).
     For a model whose cache of `num_blocks` blocks holds nothing yet.  Takes a second, or as long
     as some four steps where these are long.  Of several times the least is taken.
     """
@@ -142,7 +144,7 @@ def measure_steps(model: Model, num_blocks: int, most_tokens: int) -> dict[int, 
     tokens = array("q", (place % model.vocab_size for place in range(context + most)))
     end = time.perf_counter() + SECONDS
     if context:
-        _seconds(model, _Part(tokens, blocks, 0, min(context, most_tokens)))
+        _seconds(model, [_Part(tokens, blocks, 0, min(context, most_tokens))])
     measured: dict[int, float] = {}
     for size in (size for _ in range(4) for size in SIZES if size <= most):
         if len(measured) > 1:
@@ -152,7 +154,10 @@ def measure_steps(model: Model, num_blocks: int, most_tokens: int) -> dict[int, 
             if measured.get(below, 0) * size / below > SECONDS / 2:
                 continue
         for _ in range(1 if size in measured else 2):  # the first may compile kernels
-            seconds = _seconds(model, _Part(tokens, blocks, context, size))
+            parts = [_Part(tokens, blocks, context, size)]
+            if isinstance(model, AsynchronousModel):  # on the same blocks, at the same positions
+                parts = [_Part(tokens, blocks, context + place, 1) for place in range(size)]
+            seconds = _seconds(model, parts)
             measured[size] = min(measured.get(size, math.inf), seconds)
     return measured
 
@@ -177,14 +182,14 @@ class _Part:
 
 
 @torch.inference_mode()
-def _seconds(model: Model, part: _Part) -> float:
+def _seconds(model: Model, parts: list[_Part]) -> float:
     """How long a step takes; a device draws the likeliest tokens."""
     began = time.perf_counter()
-    batch = build_batch([part], model.block_size)
+    batch = build_batch(parts, model.block_size)
     if isinstance(model, AsynchronousModel):
-        zeros = np.zeros(part.count)
+        zeros = np.zeros(len(batch.tokens))
         single, whole = zeros.astype(np.float32), zeros.astype(np.int32)
-        rows = np.arange(part.count)
+        rows = np.arange(len(batch.tokens))
         model.launch(batch, Draws(rows, zeros, single, whole, single + 1, single)).tokens()
     else:
         model.forward(batch)

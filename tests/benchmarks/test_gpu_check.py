@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 # Not run without a GPU, each for a reason that it gives.
-SKIPPED = {"parity-real", "model-gemlite"}
+SKIPPED = {"parity-real", "speculation-real", "model-gemlite"}
 STATUSES = {"passed", "failed", "skipped"}
 
 
@@ -53,14 +53,19 @@ def test_every_stage_runs_to_its_end(gpu_check, tmp_path):
     record = json.loads((tmp_path / "out" / "triton-s-interpreter.json").read_text())
     text = (tmp_path / "out" / "triton-s-interpreter.md").read_text()
     assert set(record["stages"]) == set(said)
-    for stage, key in (("lowbit-w4", "linears"), ("attention", "cases"), ("small", "launches")):
+    timed = {"lowbit-w4": "linears", "attention": "cases", "small": "launches"}
+    timed |= {"speculation": "rows", "verify": "rows"}
+    for stage, key in timed.items():
         rows = record["data"][stage][key]
         assert rows
         assert all(row["seconds"] > 0 for row in rows)
     assert record["data"]["model"]["prefill_tokens_per_s"] > 0
     assert "no time or share below means anything" in text
     assert "met" not in text.split("## Targets")[1].split("##")[0]
-    for title in ("Low-bit products", "Paged decode", "Other launches", "Greedy answers"):
+    for title in (
+        "Low-bit products", "Paged decode", "Other launches", "Greedy answers",
+        "Verifying drafts", "Speculative decoding",
+    ):  # fmt: skip
         assert f"## {title}" in text
     # and where records of real devices lie, nothing has changed
     after = {path: path.stat().st_mtime_ns for path in (BENCHMARKS / "results").iterdir()}

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -93,12 +94,16 @@ def test_a_model_that_cannot_be_loaded(tmp_path):
 
 
 def test_a_model_is_served(model_folder):
-    """From the first line to the last: ready, answers as `LLM.generate` gives them, the end."""
+    """From the first line to the last: ready, answers as `LLM.generate` gives them, the end.
+
+    It drafts, and they are those of an LLM that does not.
+    """
     from compress.runtime.llm import LLM
     from compress.runtime.sampling_params import SamplingParams
 
     folder = str(model_folder("llama"))
     options = "--port 0 --kv-cache-memory 16MiB --dtype float32 --json --host 0.0.0.0"
+    options += " --draft ngram --num-speculative-tokens 3"
     names = ["--served-model-name", "tiny", "--served-model-name", "other"]
     process = subprocess.Popen(
         [*COMMAND, folder, *options.split(), *names],
@@ -117,19 +122,23 @@ def test_a_model_is_served(model_folder):
             headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
             connection.request(method, path, json.dumps(body) if body else None, headers)
             answer = connection.getresponse()
-            return answer.status, json.loads(answer.read())
+            text = answer.read()
+            return answer.status, text.decode() if path == "/metrics" else json.loads(text)
 
         assert ask("GET", "/v1/models", key="wrong")[0] == 401
         models = ask("GET", "/v1/models")[1]["data"]
         assert [model["id"] for model in models] == ["tiny", "other"]
-        body = {"model": "other", "prompt": "w1 w2 w3", "max_tokens": 20, "temperature": 0}
+        body = {"model": "other", "prompt": "w1 w2 w3", "max_tokens": 60, "temperature": 0}
         status, answer = ask("POST", "/v1/completions", body)
         assert status == 200
         with LLM(folder, dtype="float32", kv_cache_memory="16MiB") as llm:
-            params = SamplingParams(max_tokens=20, temperature=0)
+            params = SamplingParams(max_tokens=60, temperature=0)
             assert (
                 answer["choices"][0]["text"] == llm.generate("w1 w2 w3", params)[0].outputs[0].text
             )
+        accepted = r'^compress:spec_decode_num_accepted_tokens_total{model_name="tiny"} (\S+)$'
+        found = re.search(accepted, ask("GET", "/metrics")[1], re.MULTILINE)
+        assert float(found[1]) > 0
         connection.close()
         process.send_signal(signal.SIGINT)
         output, said = process.communicate(timeout=10)

@@ -159,6 +159,7 @@ def test_latent_attention():
         (small("llama", num_attention_heads=0), "transformers cannot read config.json"),
         (small("gemma", num_attention_heads=0, head_dim=8), "0 heads"),
         (small("llama", vocab_size=-1), "vocab = -1"),
+        (small("gpt2", num_hidden_layers=None), "num_hidden_layers = None"),
         (small("qwen3", layer_types=["linear_attention"] * 4), "linear_attention"),
     ],
 )

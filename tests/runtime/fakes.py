@@ -118,7 +118,7 @@ class FakeLaunched:
         self.model, self.drawn = model, drawn
 
     def tokens(self) -> list[int]:
-        self.model.unfinished -= 1
+        self.model.unfinished -= bool(self.drawn)
         return list(self.drawn)
 
 

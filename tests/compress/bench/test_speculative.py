@@ -2,13 +2,14 @@
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from compress.bench import speculative
+from compress.bench import speculative, speculative_runs
 from compress.bench.speculation import (
     Costs,
     Pair,
@@ -25,11 +26,13 @@ from compress.bench.speculation import (
 )
 from compress.bench.speculative import (
     Plan,
+    choices,
     make_arms,
     measure_speculation,
     read_questions,
     tokenized,
 )
+from compress.bench.speculative_runs import Clock
 from compress.bench.subject import Subject
 from compress.cli import main
 from compress.core.errors import InputError
@@ -102,10 +105,12 @@ def remembers(monkeypatch):
     """Whatever draft is asked for, all lengths share one memory."""
     memory: dict = {}
 
-    def make(draft, length, target, source):
+    def make(length, *rest):
         return Speculator(Remembering(memory), Always(4 if length == "auto" else length))
 
+    monkeypatch.setattr(speculative, "choose", lambda draft, length, *rest: length)
     monkeypatch.setattr(speculative, "make_speculator", make)
+    monkeypatch.setattr(speculative, "settle", lambda *rest: None)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +120,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def subject(model):
-    return Subject(str(model), "float32", None, 1)
+    return Subject(str(model), "float32", None, 1, keep_head=True)
 
 
 @pytest.fixture
@@ -308,7 +313,7 @@ def test_questions(dataset, tmp_path):
 def test_what_is_watched_is_what_the_engine_counts(subject):
     tokenizer = load_tokenizer(subject.source.folder)
     plan = Plan("ngram", [3], [0], 40, 2, None)
-    plain, fast = make_arms(subject, tokenizer, plan, 100)
+    plain, fast = make_arms(subject, tokenizer, plan, plan.lengths, 100)
     questions = [question.tokens for question in tokenized(tokenizer, {"x": ["hello", "you"]})]
     assert tokenizer.decode(questions[0]) == "user: hello\nassistant: "
     params = [SamplingParams(max_tokens=40, temperature=t, seed=1) for t in (0, 0.9)]
@@ -332,12 +337,16 @@ def test_what_is_watched_is_what_the_engine_counts(subject):
     assert fast.engine.pool.in_use == 0
 
 
+def measured(subject, texts, plan):
+    return measure_speculation(subject, texts, plan, choices(subject.model, plan))
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_measured(subject, batch):
     """With seeds texts are known; at temperature 0 this model loops on some of them."""
     texts = {"a": ["one", "two", "three"], "b": ["four", "five"]}
     plan = Plan("some/model", ["auto", 2], [0, 0.9], 48, batch, 7)
-    report = measure_speculation(subject, texts, plan)
+    report = measured(subject, texts, plan)
     rows = {(row["temperature"], row["length"], row["category"]): row for row in report["rows"]}
     assert list(rows) == [
         (t, k, name) for t in (0, 0.9) for k in ("auto", 2) for name in ("a", "b", "all")
@@ -369,16 +378,34 @@ def test_measured(subject, batch):
     assert report["proposer"] == "what was said before"
 
 
+def test_passes_that_were_not_timed_lie_between(subject, monkeypatch):
+    """Of many sizes only some are timed after each group: the others' costs are interpolated."""
+    monkeypatch.setattr(speculative_runs, "FORWARDS", 2)
+    clock = Clock(subject.decoder, 40, temperature=0)
+    subject.decoder.allocate(40)
+    prompts, run = [[5, 6, 7], [8, 9]], Run([[1, 2, 3, 4], [5]], 0.0, [])
+    sizes = Counter({1: 50, 2: 10, 3: 20, 6: 5, 9: 30})
+    clock.time(sizes, prompts, run)
+    assert sorted(clock.forwards) == [1, 9]
+    assert [len(times) for times in clock.forwards.values()] == [2, 2]  # two rounds
+    clock.time(sizes, prompts, run)
+    assert sorted(clock.forwards) == [1, 2, 3, 9]
+    costs = clock.costs()
+    assert costs.draw > 0
+    clock.forwards = {2: [3.0, 1.0, 2.0], 6: [4.0]}
+    assert [clock.costs().forward(size) for size in (1, 2, 4, 6, 7)] == [2, 2, 3, 4, 4]
+
+
 def test_samples_are_not_compared_and_loops_found_afterwards(subject):
     """Without a seed a draft model samples; then no text is known beforehand."""
     plan = Plan("some/model", [2], [1e-6], 48, 1, None)
-    (row,) = measure_speculation(subject, {"a": ["three", "five"]}, plan)["rows"]
+    (row,) = measured(subject, {"a": ["three", "five"]}, plan)["rows"]
     assert row["differing"] is None
     assert row["looping"] == 2
     assert row["prompts"] == 0
     assert "speed_up" not in row
     plan = Plan("ngram", [2], [0.9], 32, 1, None)
-    (row,) = measure_speculation(subject, {"a": ["one", "two"]}, plan)["rows"]
+    (row,) = measured(subject, {"a": ["one", "two"]}, plan)["rows"]
     assert row["differing"] == 0
 
 
@@ -399,7 +426,7 @@ def test_a_text_that_differs_is_counted(subject, monkeypatch):
 
     monkeypatch.setattr(speculative, "make_arms", with_a_fault)
     plan = Plan("ngram", [2], [0.9], 32, 1, 1)
-    (row,) = measure_speculation(subject, {"a": ["one", "two"]}, plan)["rows"]
+    (row,) = measured(subject, {"a": ["one", "two"]}, plan)["rows"]
     assert row["differing"] == 2
 
 

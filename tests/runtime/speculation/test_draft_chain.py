@@ -4,11 +4,17 @@ from array import array
 
 import pytest
 
+from compress.runtime.batch import Batch, Draws
 from compress.runtime.batch_builder import build_batch
+from compress.runtime.engine import Engine
 from compress.runtime.sampler import SamplingState, sample
 from compress.runtime.sampling_params import SamplingParams
 from compress.runtime.speculation.draft_chain import draft_chain
-from tests.runtime.fakes import BLOCK, VOCAB, FakeAsyncModel, FakeModel, logits_of
+from compress.runtime.speculation.draft_model import DraftModel
+from compress.runtime.speculation.speculator import Speculator
+from tests.runtime.fakes import BLOCK, VOCAB, FakeAsyncModel, FakeLaunched, FakeModel, logits_of
+from tests.runtime.speculation.test_draft_model import Rough
+from tests.runtime.speculation.test_engine import Always
 
 PARAMS = [
     SamplingParams(temperature=0),
@@ -104,3 +110,49 @@ def test_a_draft_ends_before_what_cannot_be_drawn(
     monkeypatch.setattr("tests.runtime.fakes.logits_of", broken)
     found = draft_chain(model, parts(), states(), WANTED)
     assert found == [expected[0][:2], *expected[1:]]
+
+
+class RoughAsync(FakeAsyncModel, Rough):
+    """A draft model that draws itself: the same, once it has looked up the tokens to come."""
+
+    most_unfinished = 3
+    chained = 0  # launches that read what the one before draws
+
+    def launch(self, batch: Batch, draws: Draws) -> FakeLaunched:
+        self.chained += bool((batch.tokens < 0).any())
+        return super().launch(batch, draws)
+
+
+@pytest.mark.parametrize("nan_at", [None, 11])
+@pytest.mark.parametrize("blocks", [200, 20])
+def test_a_draft_model_on_a_device_proposes_what_one_on_the_host_does(
+    blocks: int, nan_at: int | None
+) -> None:
+    """Through whole requests: some drafts end at stop tokens, and for NaN."""
+    asked = [
+        SamplingParams(max_tokens=30, temperature=0, stop_token_ids=tuple(range(0, VOCAB, 9))),
+        SamplingParams(max_tokens=25, temperature=0.8, top_p=0.9, seed=3),
+        SamplingParams(max_tokens=20, temperature=1, n=3),
+    ]
+    found = []
+    for draft in (Rough(), RoughAsync()):
+        draft.nan_at = nan_at
+        target = FakeAsyncModel()
+        speculator = Speculator(DraftModel(draft, target, 3, 16, 8, "a draft"), Always())
+        engine = Engine(
+            target, blocks, max_tokens_per_step=16, max_sequences=8, speculator=speculator
+        )
+        for number, params in enumerate(asked):
+            engine.add_request(str(number), list(range(number, number + 11)), params)
+        outputs: dict[tuple[str, int], list[int]] = {}
+        while engine.has_work():
+            for new in engine.step():
+                outputs.setdefault((new.request_id, new.index), []).extend(new.token_ids)
+            engine.check()
+        counts = engine.statistics()
+        assert counts.accepted_tokens > 0
+        found.append((outputs, counts))
+    assert found[0] == found[1]
+    assert isinstance(draft, RoughAsync)
+    assert draft.chained
+    assert draft.unfinished == target.unfinished == 0

@@ -1,0 +1,162 @@
+"""What speculation gains on a CPU, by kind of text, as a page of tables in Markdown.
+
+    python benchmarks/speculative.py WORK_FOLDER --w4 smollm2-w4 --dense smollm2 \\
+        --draft smollm2-draft --dataset spec_bench_question.jsonl
+
+Each case is a `compress bench speculative` in a process of its own: drafts of every kind on a model
+in 4 bits, one prompt at a time; n-grams on the dense model; and many prompts at once, where `auto`
+must see that nothing is to be gained.  WORK_FOLDER keeps each case's JSON; a case that is there is
+not repeated.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from runtime_cpu import processor
+
+TEMPERATURES = "0,0.7"
+
+
+def main() -> None:
+    options = parse()
+    options.work.mkdir(parents=True, exist_ok=True)
+    reports = {name: measured(options, name, flags) for name, flags in cases(options).items()}
+    text = page(options, reports)
+    (options.out or options.work / "speculative.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--w4", required=True, help="a checkpoint in 4 bits")
+    parser.add_argument("--dense", required=True, help="the same model, not quantized")
+    parser.add_argument("--draft", required=True, help="a smaller model of the same vocabulary")
+    parser.add_argument("--dataset", required=True, help="Spec-Bench's questions")
+    parser.add_argument("--per-category", type=int, default=20)
+    parser.add_argument("--fixed", default="4", help="tokens to propose, beside auto")
+    parser.add_argument("--batch", default="8", help="prompts at once in the cases of many")
+    parser.add_argument("--max-tokens", default="128")
+    parser.add_argument("--threads", default="2")
+    parser.add_argument("--out", type=Path, help="[default: speculative.md in WORK_FOLDER]")
+    return parser.parse_args()
+
+
+def cases(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Title of each case, and its flags."""
+    w4 = [options.w4, "--head-bits", "8"]
+    most, fewer = str(options.per_category), str(max(1, options.per_category * 3 // 5))
+    both = ["--num-speculative-tokens", f"auto,{options.fixed}", "--temperature", TEMPERATURES]
+    return {
+        "W4, n-grams": [*w4, "--draft", "ngram", *both, "--per-category", most],
+        "W4, self": [*w4, "--draft", "self", *both, "--per-category", fewer],
+        "W4, a smaller model": [*w4, "--draft", options.draft, *both, "--per-category", fewer],
+        "bfloat16, n-grams": [
+            options.dense, "--draft", "ngram", "--temperature", TEMPERATURES,
+            "--per-category", fewer,
+        ],
+        f"W4, n-grams, {options.batch} prompts at once": [
+            *w4, "--draft", "ngram", "--batch", options.batch, "--per-category", most,
+        ],
+        f"W4, a smaller model, {options.batch} prompts at once": [
+            *w4, "--draft", options.draft, "--batch", options.batch, "--per-category", most,
+        ],
+    }  # fmt: skip
+
+
+def measured(options: argparse.Namespace, name: str, flags: list[str]) -> dict[str, Any]:
+    """The report of a case, kept in the work folder with the flags that it was given."""
+    flags = [*flags, "--dataset", options.dataset, "--dtype", "bfloat16"]
+    flags += ["--threads", options.threads, "--max-tokens", options.max_tokens]
+    stem = name.replace(", ", "--").replace(" ", "-")
+    kept, runs = options.work / f"{stem}.json", options.work / f"{stem}.runs.json"
+    if kept.exists():
+        before = json.loads(kept.read_text(encoding="utf-8"))
+        if before["flags"] == flags:
+            return before["report"]
+    print(f"{name}: compress bench speculative {' '.join(flags)}", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "compress", "bench", "speculative", *flags]
+    done = subprocess.run(
+        [*command, "--json", "--out", str(runs)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    report = json.loads(done.stdout)
+    kept.write_text(json.dumps({"flags": flags, "report": report}, indent=1), encoding="utf-8")
+    return report
+
+
+def page(options: argparse.Namespace, reports: dict[str, dict[str, Any]]) -> str:
+    """The record."""
+    lines = [
+        "# Speculative decoding on a CPU",
+        "",
+        f"{processor()}, {options.threads} threads, PyTorch "
+        f"{version('torch')}; Spec-Bench's first turns through the chat template, answers of up to "
+        f"{options.max_tokens} tokens. Each prompt is answered with and without speculation in "
+        "turn; speed-up is of decoding, after the first token, with 95% of a bootstrap over "
+        "prompts. Answers that end in repeating themselves (loops) are counted and left out.",
+        "",
+        "a: acceptance; tokens: of a step, in the mean; cost: of a step with its drafting, in "
+        "plain steps; expected: (1 - a^(k+1)) / (1 - a) over the cost; reached: measured over "
+        "expected, and in brackets over what the true length calls for.",
+        "",
+    ]
+    for name, report in reports.items():
+        lines += case_lines(name, report)
+    return "\n".join(lines)
+
+
+def case_lines(name: str, report: dict[str, Any]) -> list[str]:
+    """A table for each temperature and number of tokens."""
+    lines = [f"## {name}", "", f"{report['proposer']}.", ""]
+    rows = report["rows"]
+    for temperature, length in dict.fromkeys((row["temperature"], row["length"]) for row in rows):
+        here = [row for row in rows if (row["temperature"], row["length"]) == (temperature, length)]
+        lines += [
+            f"Temperature {temperature:g}, {length} tokens proposed{differing(here)}:",
+            "",
+            "| | n | loops | plain, ms | ms | speed-up | a | tokens | cost | expected | reached |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
+            *map(row_line, here),
+            "",
+        ]
+    return lines
+
+
+def differing(rows: list[dict[str, Any]]) -> str:
+    """What is known of the texts with and without."""
+    found = [row["differing"] for row in rows if row["category"] != "all"]
+    return " (texts of their own)" if None in found else f" ({sum(found)} texts differ)"
+
+
+def row_line(row: dict[str, Any]) -> str:
+    """A category in a table."""
+    cells = [row["category"], row["prompts"], row["looping"]]
+    if row["prompts"]:
+        interval = ""
+        if row["speed_up_low"] is not None:
+            interval = f" ({row['speed_up_low']:.2f} to {row['speed_up_high']:.2f})"
+        acceptance = row["acceptance"]
+        cells += [
+            f"{row['plain_ms_per_token']:.2f}",
+            f"{row['ms_per_token']:.2f}",
+            f"**{row['speed_up']:.2f}**{interval}",
+            "" if acceptance is None else f"{acceptance:.2f}",
+            f"{row['tokens_per_step']:.2f}",
+        ]
+    if "cost" in row:
+        cells += [
+            f"{row['cost']:.2f}",
+            f"{row['expected_speed_up']:.2f}",
+            f"{row['of_expected']:.0%} ({row['of_expected_by_length']:.0%})",
+        ]
+    cells += [""] * (11 - len(cells))
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+if __name__ == "__main__":
+    main()
