@@ -93,6 +93,7 @@ class Engine:
         self._flight: Flight | None = None  # whose tokens are not known yet
         self._ahead = model if isinstance(model, AsynchronousModel) else None
         self._speculator = speculator
+        self._finished = 0.0  # when the last step was
         model.allocate(num_blocks)
         if speculator:
             speculator.proposer.allocate(num_blocks)
@@ -153,32 +154,40 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Increment]:
         """Compute one batch; return what is new of outputs, in no particular order."""
-        began = time.perf_counter()
         increments, self._pending = self._pending, []
         speculator = self._speculator
         if speculator and speculator.lengths.idle:
             speculator = None
         before, self._flight = self._flight, None
         if before and speculator:  # proposals are made from tokens that are known
-            increments += self._collect(before)
+            increments += self._finish(before)
             before = None
+        began = time.perf_counter()
         step = self.scheduler.schedule(speculator.plan if speculator else None)
         flight = self._launch(step) if step else None
         if before:
-            increments += self._collect(before)
+            increments += self._finish(before)
         if flight:
+            flight.began = began
             self._settle(flight)
-            computed = time.perf_counter()
             if flight.launched and not any(sequence.draft for sequence in step):
                 self._flight = flight
             else:
-                increments += self._collect(flight)
-            if self._speculator and flight.decodes:
-                # Draws of the host are left out where that can be: those taken cost what they
-                # do in plain steps, however many are taken at once.
-                on_host = flight.logits is not None and flight.logits.device.type == "cpu"
-                seconds = (computed if on_host else time.perf_counter()) - began
-                self._speculator.observe(flight.tokens, len(step), seconds)
+                increments += self._finish(flight)
+        return increments
+
+    def _finish(self, flight: Flight) -> list[Increment]:
+        """Wait for a step; let the speculator know how long it took since the one before."""
+        computed = time.perf_counter()
+        increments = self._collect(flight)
+        finished = time.perf_counter()
+        if self._speculator and flight.decodes:
+            # Draws of the host are left out where that can be: those taken cost what they do in
+            # plain steps, however many are taken at once.
+            on_host = flight.logits is not None and flight.logits.device.type == "cpu"
+            seconds = (computed if on_host else finished) - max(flight.began, self._finished)
+            self._speculator.observe(flight.tokens, len(flight.step), seconds)
+        self._finished = finished
         return increments
 
     def statistics(self) -> Statistics:

@@ -38,6 +38,7 @@ class Flight:
     """A step that the model has been given, and what will come of it.
 
     draws     who gets tokens, in the order of the rows
+    began     when, on time.perf_counter's clock
     tokens    how many are computed
     decodes   whether no prompt is among them
     prompts   whose prompt's log-probabilities are wanted, from which row on, for which positions
@@ -50,6 +51,7 @@ class Flight:
     draws: list[Draw] = field(default_factory=list)
     prompts: list[tuple[Sequence, int, range]] = field(default_factory=list)
     forks: list[tuple[Sequence, Sequence]] = field(default_factory=list)
+    began: float = 0.0
     tokens: int = 0
     decodes: bool = True
     launched: Launched | None = None

@@ -7,7 +7,7 @@ sequences are taken in order of these probabilities.  With prompts in the step, 
 the time that it takes in a step without them, and the n of the largest profit is taken.
 
 **Estimates may be wrong**, so there is an account of the time gained against plain steps, by what
-was measured.  Every step adds an allowance of 1% of its time, and gains are kept up to a few
+was measured.  Every step adds an allowance of 0.7% of its time, and gains are kept up to a few
 steps' worth; when it is overdrawn nothing is proposed until the allowance has settled it.  So what
 speculation loses is bounded by the allowance, whatever misleads the estimates.  From the same
 account come probes: a few tokens that do not seem to pay, which show when things have changed.
@@ -26,7 +26,7 @@ MOST_FIXED = 64
 MARGIN = 0.01  # of expected gain, below which nothing is proposed
 
 # Of the account, in times of plain steps.
-ALLOWANCE = 0.01  # that each step adds
+ALLOWANCE = 0.007  # that each step adds
 START, MOST, LEAST = 2.0, 6.0, -20.0
 ENOUGH = 0.5  # to go on after it was overdrawn
 
@@ -34,10 +34,13 @@ MOST_TOGETHER = 256  # tokens proposed in one step
 SIZES = frozenset((*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 224, 256))
 DOUBLES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PLAIN_SOON, PLAIN_LATE = 4, 64  # steps with proposals before a plain one, to see what these take
-REST = 32  # steps for which a batch that no proposal could help is not looked at
+GAIN_AT_BEST = 0.05  # for each proposed token; below it a batch is not looked at
+REST = 32  # steps until it is looked at again
 PROBES = (1, 2, 4)  # tokens, in turn
 PROBE_SOON, PROBE_LATE = 16, 256  # steps between probes: doubled, as long as nothing pays
-OVERLAP_RATE = 0.05  # of a surprise
+UNASKED = 4  # steps in a row that are not asked about, to see what they take,
+UNASKED_SOON, UNASKED_LATE = 8, 256  # after so many that were, which are doubled from the first
+OVERLAP_RATE = 0.1  # of a surprise
 DEARNESS_RATE, STALLED = 0.02, 8.0  # of a surprise; how large one counts
 
 
@@ -80,6 +83,7 @@ class AdaptiveLength:
         self._steep, self._steep_size, self._steep_steps = 0.0, 0, 0
         self._rest, self._rest_size = 0, 0  # steps left, for at least so many sequences
         self._since_plain = self._since_probe = self._probes = 0
+        self._since_unasked, self._unasked_after = 0, UNASKED_SOON
         self._plain_after, self._probe_after = PLAIN_SOON, PROBE_SOON
         self._asked: list[Sequence] | None = None  # whose step is under way
         self._known = 0  # their tokens before it
@@ -115,6 +119,10 @@ class AdaptiveLength:
             self._since_plain = 0
             self._plain_after = min(2 * self._plain_after, PLAIN_LATE)
         self._rest = self._rest - 1 if sequences >= self._rest_size else 0
+        self._since_unasked = self._since_unasked + 1 if asked is not None else 0
+        if self._overlaps and self._since_unasked >= self._unasked_after:
+            self._rest, self._rest_size = UNASKED, 1
+            self._unasked_after = min(2 * self._unasked_after, UNASKED_LATE)
         if asked is None and self._overlaps:
             usual = self._overlap * self._cost.seconds(sequences)
             self._overlap *= 1 + OVERLAP_RATE * max(-0.5, min(0.5, math.log(seconds / usual)))
@@ -135,7 +143,7 @@ class AdaptiveLength:
         """Of each token to propose, the place of its sequence."""
         sequences = len(outlooks)
         steepness = self._steepness(sequences)
-        if steepness > 1 - MARGIN:
+        if steepness > 1 - GAIN_AT_BEST:
             self._rest, self._rest_size = REST, sequences
         found = _candidates(outlooks, steepness / 2)
         del found[2 * max(self._largest, sequences) - sequences :]  # estimates end there
@@ -178,6 +186,8 @@ class AdaptiveLength:
         seconds = self._cost.seconds
         plain, least = seconds(sequences), math.inf
         for number in DOUBLES:
+            if number < sequences / 4:  # too few to tell
+                continue
             if number > max(MOST_TOGETHER, sequences):
                 break
             drafting = self._price([max(1, number // sequences)] * min(number, sequences))
