@@ -12,9 +12,11 @@ captures it in CUDA graphs (compress.kernels.launched).  compress.runtime.loadin
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -84,6 +86,22 @@ class Decoder(ABC):
                 )
             )
         self._cache: list[tuple[Tensor, Tensor]] = []
+        self._whole: tuple[Decoder, list[int]] | None = None  # whose layers these are, and which
+
+    def without(self, layers: Collection[int], head: LinearWeight | None = None) -> Self:
+        """This model with some layers left out: the same weights, and the same cache.
+
+        It takes no memory but for what a step computes with, and for a `head` [V, D] of its own.
+        `allocate` takes the cache of this model, which must have one by then.  Its layers see
+        the keys and values that those of this model wrote, and write theirs in the same places.
+        """
+        kept = [index for index in range(len(self._layers)) if index not in layers]
+        part = copy.copy(self)
+        part._layers = [self._layers[index] for index in kept]
+        part._cache, part._whole = [], (self, kept)
+        if head is not None:
+            part._head = self._operations.pack(head)
+        return part
 
     @property
     def description(self) -> str:
@@ -97,7 +115,9 @@ class Decoder(ABC):
 
     @property
     def bytes_per_block(self) -> int:
-        """Keys and values of one block, all layers."""
+        """Keys and values of one block, all layers; 0 for a part of another model."""
+        if self._whole:
+            return 0
         keys, values = self._new_cache(1)
         return len(self._layers) * (keys.nbytes + values.nbytes)
 
@@ -115,7 +135,11 @@ class Decoder(ABC):
 
     def allocate(self, num_blocks: int) -> None:
         """Make the cache."""
-        self._cache = [self._new_cache(num_blocks) for _ in self._layers]
+        if self._whole:
+            model, kept = self._whole
+            self._cache = [model._cache[index] for index in kept]
+        else:
+            self._cache = [self._new_cache(num_blocks) for _ in self._layers]
 
     def _new_cache(self, num_blocks: int) -> tuple[Tensor, Tensor]:
         return self._operations.new_cache(

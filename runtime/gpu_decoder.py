@@ -10,15 +10,17 @@ anybody waits for.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as Items
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from compress.core.progress import track
+from compress.kernels.lowbit_matmul import LinearWeight
 from compress.kernels.launched import DeviceBatch, Launched
 from compress.kernels.paged_attention.plan import splits_of, tiles_of
 from compress.kernels.sampling.triton import draw
@@ -57,6 +59,12 @@ class GpuDecoder(Decoder):
         self._processors = INTERPRETER_PROCESSORS
         if device.type == "cuda":
             self._processors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def without(self, layers: Collection[int], head: LinearWeight | None = None) -> Self:
+        """This model with some layers left out, which draws beside it (see `Decoder.without`)."""
+        part = super().without(layers, head)
+        part._drawn = torch.zeros_like(self._drawn)
+        return part
 
     def allocate(self, num_blocks: int) -> None:
         """Make the cache; steps captured on an earlier one are dropped."""

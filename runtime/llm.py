@@ -42,9 +42,15 @@ class LLM:
     `kv_cache_memory` is in bytes, or text such as "2GiB"; left out, it is a share of the free
     memory, at most what `max_sequences` of full context fill.  `max_tokens_per_step` is by default
     512 on a CPU and 2,048 on a GPU.  With `max_queued_requests`, only so many requests are taken
-    beyond the `max_sequences` that may run at once; the next gets a QueueFullError.  Raises
-    InputError for a model that cannot be loaded.  Use it in a `with` statement, or `close` it, to
-    end its thread early.
+    beyond the `max_sequences` that may run at once; the next gets a QueueFullError.
+
+    `draft` proposes tokens that the model verifies several at a time, which changes no output but
+    the time it takes: "ngram" copies from the text so far, "self" is the model with layers left
+    out ("self:3,7-12" says which), and anything else is a model of the same vocabulary.
+    `num_speculative_tokens` is how many at once, 1 to 64; "auto" follows what pays.
+
+    Raises InputError for a model that cannot be loaded.  Use it in a `with` statement, or `close`
+    it, to end its thread early.
     """
 
     def __init__(
@@ -60,8 +66,12 @@ class LLM:
         lm_head_bits: int | None = None,
         prefix_caching: bool = True,
         max_queued_requests: int | None = None,
+        draft: str | None = None,
+        num_speculative_tokens: int | str = "auto",
     ) -> None:
-        from compress.runtime.loading import MOST_TOKENS, load_decoder
+        from compress.runtime.loading import MOST_TOKENS, make_decoder
+        from compress.runtime.speculation import making
+        from compress.runtime.weights import load_weights
 
         source = resolve_model(model)
         place = _device(device)
@@ -70,17 +80,30 @@ class LLM:
         check_dtype(dtype)
         tokenizer = load_tokenizer(source.folder)
         max_tokens_per_step = max_tokens_per_step or MOST_TOKENS[place.type]
-        decoder = load_decoder(source, place, dtype, lm_head_bits, max_tokens_per_step)
+        choice = making.choose(draft, num_speculative_tokens, source, tokenizer)
+        weights = load_weights(source, lm_head_bits)
+        decoder = make_decoder(weights, place, getattr(torch, dtype), max_tokens_per_step)
+        bytes_per_block, speculator = decoder.bytes_per_block, None
+        if choice is not None:
+            most = (max_tokens_per_step, max_sequences)
+            speculator = making.make_speculator(
+                choice, decoder, weights.head, place, dtype, most
+            )
+            bytes_per_block += speculator.proposer.bytes_per_block
+        num_blocks = _num_blocks(decoder, bytes_per_block, place, kv_cache_memory, max_sequences)
         engine = Engine(
             decoder,
-            _num_blocks(decoder, place, kv_cache_memory, max_sequences),
+            num_blocks,
             max_tokens_per_step=max_tokens_per_step,
             max_sequences=max_sequences,
             seed=seed,
             prefix_caching=prefix_caching,
             tokenizer=tokenizer,
             eos_ids=stop_tokens(source.folder, tokenizer),
+            speculator=speculator,
         )
+        if choice is not None and speculator is not None:
+            making.settle(speculator, choice, decoder, num_blocks, max_tokens_per_step)
         self._set_up(engine, tokenizer, max_queued_requests)
 
     @classmethod
@@ -257,12 +280,16 @@ def _device(name: str) -> torch.device:
 
 
 def _num_blocks(
-    model: Model, device: torch.device, memory: int | str | None, max_sequences: int
+    model: Model,
+    bytes_per_block: int,
+    device: torch.device,
+    memory: int | str | None,
+    max_sequences: int,
 ) -> int:
     """Blocks that fit in `memory`, or in a share of what is free; no more than can be used."""
     size = cache_memory(device) if memory is None else parse_size(memory)
     most = max_sequences * -(-model.max_context // model.block_size)
-    return min(size // model.bytes_per_block, most)
+    return min(size // bytes_per_block, most)
 
 
 def cache_memory(device: torch.device) -> int:

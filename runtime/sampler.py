@@ -12,11 +12,13 @@ Log-probabilities are the model's own: of the logits as they come, before any se
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import struct
 from array import array
 from collections.abc import Sequence as Items
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -83,6 +85,20 @@ class SamplingState:
             self._counts = np.zeros(vocab_size, np.float32)
             self._seen = np.zeros(vocab_size, bool)
             self._seen[prompt] = True
+
+    def fork(self) -> SamplingState:
+        """A state at the same place, which goes on by itself and notes no log-probabilities.
+
+        Cheap where there are neither penalties nor a grammar.
+        """
+        other = copy.copy(self)
+        if self._counts is not None and self._seen is not None:
+            other._counts, other._seen = self._counts.copy(), self._seen.copy()
+        if self._matcher is not None:
+            other._matcher = self._matcher.copy()
+        if self.params.logprobs is not None:
+            other.params = replace(self.params, logprobs=None)
+        return other
 
     @property
     def takes_argmax(self) -> bool:
