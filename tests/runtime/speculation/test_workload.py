@@ -13,8 +13,10 @@ import pytest
 
 from compress.runtime.engine import Engine
 from compress.runtime.sampling_params import SamplingParams
+from compress.runtime.speculation.ngram import NgramProposer
 from compress.runtime.speculation.proposer import Draft
 from compress.runtime.speculation.speculator import Speculator
+from tests.runtime import fakes
 from tests.runtime.fakes import VOCAB, FakeAsyncModel, FakeModel
 
 REQUESTS = int(os.environ.get("RANDOM_REQUESTS", "70"))
@@ -223,8 +225,19 @@ def test_outputs_are_those_of_the_plain_run(habit, seed, kind):
     asked, expected, prompts = workload(seed)
     answers = {key: output[0] for key, output in expected.items()}
     speculator = Speculator(Knows(answers, habit, source.choice([1, 3, 9]), source), Dice(source))
+    served, aborted = serve(kind(), speculator, asked, source)
+    compare(served, aborted, expected, prompts)
+    now = served.engine.statistics()
+    assert now.preemptions > 0
+    assert now.cached_prompt_tokens > 0
+    assert aborted
+    assert (now.accepted_tokens > 0) == (habit != "wrong")
+
+
+def serve(model, speculator, asked, source):
+    """Requests at random times on a tiny cache, some aborted: what came, and who was aborted."""
     served = Served(
-        kind(),
+        model,
         num_blocks=source.choice([18, 24, 40]),
         max_tokens_per_step=source.choice([8, 19, 64]),
         max_sequences=8,
@@ -243,6 +256,11 @@ def test_outputs_are_those_of_the_plain_run(habit, seed, kind):
         served.step()
         orders = [s.order for s in [*engine.scheduler.running, *engine.scheduler.waiting]]
         assert orders == sorted(orders), "a younger sequence is ahead"
+    return served, aborted
+
+
+def compare(served, aborted, expected, prompts):
+    """What came is what the plain run gives, and nothing is left."""
     for key, output in expected.items():
         got = served.output(key)
         if key[0] in aborted and got[3] == [("abort", None)]:
@@ -251,16 +269,24 @@ def test_outputs_are_those_of_the_plain_run(habit, seed, kind):
         else:
             assert got == output
             assert served.requests[key[0]].prompt_logprobs == prompts[key[0]]
-    now = engine.statistics()
+    now = served.engine.statistics()
     assert now.running == now.waiting == now.blocks_in_use == 0
-    assert now.blocks_cached + now.blocks_free == engine.pool.num_blocks
-    assert now.preemptions > 0
-    assert now.cached_prompt_tokens > 0
-    assert aborted
+    assert now.blocks_cached + now.blocks_free == served.engine.pool.num_blocks
     assert now.drafts > 0
-    assert now.accepted_tokens == sum(now.accepted_at)
-    assert (now.accepted_tokens > 0) == (habit != "wrong")
-    assert now.drafted_tokens >= now.accepted_tokens
+    assert now.drafted_tokens >= now.accepted_tokens == sum(now.accepted_at)
+
+
+@pytest.mark.parametrize("kind", [FakeModel, FakeAsyncModel], ids=["host", "device"])
+def test_copies_of_a_text_that_repeats_itself(kind, monkeypatch):
+    """Logits that depend on the last two tokens; the proposer is what users get."""
+    logits_of = fakes.logits_of
+    monkeypatch.setattr(fakes, "logits_of", lambda tokens: logits_of([t % 3 for t in tokens[-2:]]))
+    source = random.Random(0)
+    asked = {str(number): random_request(source, [[1, 2, 3] * 10]) for number in range(REQUESTS)}
+    expected, prompts = plain_run(asked)
+    served, aborted = serve(kind(), Speculator(NgramProposer(), Dice(source)), asked, source)
+    compare(served, aborted, expected, prompts)
+    assert served.engine.statistics().accepted_tokens > 50
 
 
 class Poisoned(FakeModel):
