@@ -77,6 +77,7 @@ class AdaptiveLength:
         self._overlaps = overlaps
         self._overlap = 1.0  # time of a step that was not asked about, to that of one that was
         self._largest = 1  # tokens of a step so far
+        self._steep, self._steep_size, self._steep_steps = 0.0, 0, 0
         self._rest, self._rest_size = 0, 0  # steps left, for at least so many sequences
         self._since_plain = self._since_probe = self._probes = 0
         self._plain_after, self._probe_after = PLAIN_SOON, PROBE_SOON
@@ -147,29 +148,33 @@ class AdaptiveLength:
     def _best_number(self, sequences: int, others: int, found: list[tuple[float, int]]) -> int:
         """How many of the candidates to propose, for the most profit."""
         seconds, counts, gained = self._cost.seconds, [0] * sequences, 0.0
+        free = not self._proposer.seconds([1])
         options: list[tuple[int, float, float]] = []  # number, expected tokens, time to draft
         worth = seconds(sequences) / sequences  # seconds that a token takes, at best
         for number, (reach, place) in enumerate(found, 1):
             gained += reach
             counts[place] += 1
             if number in SIZES or number == len(found):
-                drafting = self._price(counts)
+                drafting = 0.0 if free else self._price(counts)
                 options.append((number, gained, drafting))
                 together = seconds(sequences + number) + drafting
                 worth = min(worth, together / (sequences + gained))
         alone = seconds(sequences + others)
         best, most = 0, MARGIN * worth * sequences
         for number, gained, drafting in options:
-            taken = seconds(sequences + others + number) - alone + drafting
-            if worth * gained - taken > most:
-                best, most = number, worth * gained - taken
+            profit = worth * gained - drafting - seconds(sequences + others + number) + alone
+            if profit > most:
+                best, most = number, profit
         return best
 
     def _steepness(self, sequences: int) -> float:
         """The least time that a proposed token takes, to that of a token of a plain step.
 
-        From 1 on none can pay, whatever is accepted.
+        From 1 on none can pay, whatever is accepted.  It is good for some steps.
         """
+        if sequences == self._steep_size and self._steep_steps:
+            self._steep_steps -= 1
+            return self._steep
         seconds = self._cost.seconds
         plain, least = seconds(sequences), math.inf
         for number in DOUBLES:
@@ -177,7 +182,8 @@ class AdaptiveLength:
                 break
             drafting = self._price([max(1, number // sequences)] * min(number, sequences))
             least = min(least, (seconds(sequences + number) - plain + drafting) / number)
-        return least * sequences / plain
+        self._steep, self._steep_size, self._steep_steps = least * sequences / plain, sequences, 16
+        return self._steep
 
     def _probe(self, outlooks: list[list[float]]) -> list[int]:
         """A few tokens that do not seem to pay, now and then, if the account has as much."""

@@ -6,7 +6,8 @@ The pace is one number for all steps, and wanders fast: other programs on the ma
 steps slower alike.  The levels are particular to a number of tokens and wander slowly; those of
 neighbours go together.  A Kalman filter follows them: with each step it divides the surprise among
 pace and levels by how uncertain each is, and remembers which of their sums are known.  A step that
-is surprisingly long says nothing unless the one before was, too: it may have been interrupted.
+is surprisingly long says nothing unless the last one of its size was, too: it may have been
+interrupted.
 """
 
 from __future__ import annotations
@@ -60,11 +61,14 @@ class StepCost:
         wander = [PACE_WANDERS] + [LEVEL_WANDERS] * len(NODES)
         self._wander = np.diag(np.square(wander))
         self._known = self._state.tolist()
-        self._interrupted = False
+        self._seconds: dict[int, float] = {}  # that were asked for since the last step
+        self._too_long: set[int] = set()  # sizes of which the last step was surprisingly long
 
     def seconds(self, tokens: int) -> float:
         """Estimate for a step of so many tokens."""
-        return math.exp(self._log_seconds(tokens))
+        if tokens not in self._seconds:
+            self._seconds[tokens] = math.exp(self._log_seconds(tokens))
+        return self._seconds[tokens]
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Take note that a step of so many tokens took so long."""
@@ -75,14 +79,16 @@ class StepCost:
         column = covariance[0] + (1 - share) * covariance[place] + share * covariance[place + 1]
         variance = column[0] + (1 - share) * column[place] + share * column[place + 1] + NOISE**2
         most = MOST_SURPRISE * math.sqrt(variance)
-        interrupted = surprise > most and not self._interrupted
-        self._interrupted = surprise > most
-        if interrupted:
+        if surprise <= most:
+            self._too_long.discard(tokens)
+        elif tokens not in self._too_long:
+            self._too_long.add(tokens)
             return
         gain = column / variance
         self._state += max(-most, min(most, surprise)) * gain
         covariance -= np.outer(gain, column)
         self._known = self._state.tolist()
+        self._seconds.clear()
 
     def _log_seconds(self, tokens: int) -> float:
         place, share = _between(tokens)
