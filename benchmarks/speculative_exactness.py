@@ -3,7 +3,7 @@
     python benchmarks/speculative_exactness.py --model SMOLLM2 --draft SMOLLM2_W4 \\
         --out benchmarks/results/speculative-exactness.json
 
-Three parts, each of 100,000 samples and more seeds than one:
+Three parts, 100,000 samples each, by several seeds where the model is tiny:
 
 - three speculated tokens of a model with 12 tokens whose logits depend on the whole output: all
   1,728 outcomes are enumerated, with transformers' processors, under every setting, and compared
@@ -107,9 +107,8 @@ def tasks(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Res
             yield f"wrong | {rule} | samples | {samples} | {seed}", task
     if arguments.model:
         for name in SETTINGS:
-            for seed in seeds:
-                task = partial(examine_real, arguments.model, arguments.draft, name, samples, seed)
-                yield f"real | {name} | samples | {samples} | {seed}", task
+            task = partial(examine_real, arguments.model, arguments.draft, name, samples, 1)
+            yield f"real | {name} | samples | {samples} | 1", task
 
 
 def examine(name: str, how: str, samples: int, seed: int) -> Result:
