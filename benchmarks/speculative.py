@@ -4,8 +4,8 @@
         --draft smollm2-draft --dataset spec_bench_question.jsonl
 
 Each case is a `compress bench speculative` in a process of its own: drafts of every kind on a model
-in 4 bits, one prompt at a time; n-grams on the dense model; and many prompts at once, where `auto`
-must see that nothing is to be gained.  WORK_FOLDER keeps each case's JSON; a case that is there is
+in 4 bits, one prompt at a time; n-grams and the model in 4 bits on the dense one; and many prompts
+at once, where `auto` must see that nothing is to be gained.  WORK_FOLDER keeps each case's JSON; a case that is there is
 not repeated.
 """
 
@@ -59,6 +59,9 @@ def cases(options: argparse.Namespace) -> dict[str, list[str]]:
         "bfloat16, n-grams": [
             options.dense, "--draft", "ngram", "--temperature", TEMPERATURES,
             "--per-category", fewer,
+        ],
+        "bfloat16, its W4": [
+            options.dense, "--draft", options.w4, *both, "--per-category", fewer,
         ],
         f"W4, n-grams, {options.batch} prompts at once": [
             *w4, "--draft", "ngram", "--batch", options.batch, "--per-category", most,

@@ -276,12 +276,7 @@ def draw(row: np.ndarray, params: SamplingParams, uniform: float) -> int:
 
     ArithmeticError for a row with NaN, or whose maximum is infinite; temperature 0 takes infinity.
     """
-    top = int(row.argmax())
-    highest = float(row[top])
-    if math.isnan(highest):
-        raise ArithmeticError(NAN)
-    if highest == -math.inf:
-        raise ArithmeticError("no token that is allowed has a probability above 0")
+    top = _top(row)
     if params.greedy:
         return top
     return draw_from(_weights(row, top, params), uniform)
@@ -299,10 +294,7 @@ def draw_from(weights: np.ndarray, uniform: float) -> int:
 
 def probabilities(row: np.ndarray, params: SamplingParams) -> np.ndarray:
     """The distribution, float64 [V], that `draw` draws from where it is not greedy."""
-    top = int(row.argmax())
-    if not math.isfinite(row[top]):
-        raise ArithmeticError(NAN if math.isnan(row[top]) else INFINITE)
-    weights = _weights(row, top, params).astype(np.float64)
+    weights = _weights(row, _top(row), params).astype(np.float64)
     return weights / weights.sum()
 
 
@@ -323,6 +315,16 @@ def draw_or_accept(
     if not rest.any():  # p and q are equal but for rounding
         rest = p
     return draw_from(rest, residual)
+
+
+def _top(row: np.ndarray) -> int:
+    """The likeliest token, which must have a probability."""
+    top = int(row.argmax())
+    if math.isnan(row[top]):
+        raise ArithmeticError(NAN)
+    if row[top] == -math.inf:
+        raise ArithmeticError("no token that is allowed has a probability above 0")
+    return top
 
 
 def _weights(row: np.ndarray, top: int, params: SamplingParams) -> np.ndarray:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ class Verdict:
         return self.p < ALPHA
 
 
-def compare(counts: Counter, probabilities: Mapping[Hashable, float]) -> Verdict:
+def compare(counts: Counter[Any], probabilities: Mapping[Any, float]) -> Verdict:
     """Compare counts with what is expected, rare outcomes pooled to an expectation of LEAST.
 
     An outcome that cannot be rejects at once.

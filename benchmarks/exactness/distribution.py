@@ -66,7 +66,7 @@ def joint(
     return outcomes
 
 
-def processed(inputs: Tensor, scores: Tensor, prompt: int, case: Case) -> Tensor:
+def processed(inputs: Any, scores: Tensor, prompt: int, case: Case) -> Tensor:
     """Logits, float32 [B, V], after outputs of equal length; `inputs` int64 hold the prompt too."""
     s = {key: value for key, value in case.settings.items() if key not in ("seed", "logprobs")}
     chain = LogitsProcessorList()
@@ -76,7 +76,7 @@ def processed(inputs: Tensor, scores: Tensor, prompt: int, case: Case) -> Tensor
     if presence or frequency:
         chain.append(lambda ids, row: row - _taken(ids[:, prompt:], row, presence, frequency))
     if "logit_bias" in s:
-        bias = {(token,): float(value) for token, value in s.pop("logit_bias").items()}
+        bias: Any = [[[token], float(value)] for token, value in s.pop("logit_bias").items()]
         chain.append(SequenceBiasLogitsProcessor(bias))
     if (rule := case.rule) is not None:
         chain.append(

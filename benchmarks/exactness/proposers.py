@@ -6,6 +6,7 @@ import numpy as np
 
 from compress.runtime.sampler import ACCEPT, DRAFT, draw_from
 from compress.runtime.sequence import Sequence
+from compress.runtime.speculation.draft_model import DraftModel
 from compress.runtime.speculation.proposer import Draft
 
 from .distribution import LENGTH, Outcome
@@ -146,6 +147,13 @@ class AtTemperatureOne(Draws):
 
     def told(self, known: Outcome) -> np.ndarray:
         return distribution(self.logits[len(known)][known], 1.0)
+
+
+def draft_model(model: TinyModel, seed: int) -> DraftModel:
+    """What users get, of another tiny model: it samples where a request has no seed."""
+    draft = TinyModel(model.vocab_size, seed)
+    draft.use(Proposer(model, seed).logits)
+    return DraftModel(draft, model, LENGTH, 512, 64, "tiny")
 
 
 def distribution(logits: np.ndarray, temperature: float) -> np.ndarray:

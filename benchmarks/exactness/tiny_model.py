@@ -31,13 +31,17 @@ class TinyModel:
     def __init__(self, vocab: int, seed: int) -> None:
         self.vocab_size, self.max_context, self.block_size = vocab, 64, BLOCK
         self.bytes_per_block = 8 * BLOCK
-        self.tables = tables(vocab, seed)
-        flat = [table.reshape(-1, vocab) for table in self.tables]
-        self._rows = np.concatenate(flat)
-        self._begins = np.cumsum([0, *(len(table) for table in flat)])
+        self.use(tables(vocab, seed))
         self._places = vocab ** np.arange(LENGTH)[::-1]
         self._certain = np.zeros(vocab, np.float32)
         self._certain[FIRST] = 300  # beyond what any penalty or filter could make up for
+
+    def use(self, logits: list[np.ndarray]) -> None:
+        """Let these be the logits after FIRST and 0, 1, 2, 3 tokens more."""
+        self.tables = logits
+        flat = [table.reshape(-1, self.vocab_size) for table in logits]
+        self._rows = np.concatenate(flat)
+        self._begins = np.cumsum([0, *(len(table) for table in flat)])
 
     def logits_of(self, known: Outcome) -> np.ndarray:
         """float32 [V] after FIRST and `known`."""

@@ -29,7 +29,7 @@ from compress.runtime.engine import Engine
 from compress.runtime.llm import stop_tokens
 from compress.runtime.loading import MOST_TOKENS
 from compress.runtime.sampling_params import SamplingParams
-from compress.runtime.speculation.making import Choice, choose, make_speculator, settle
+from compress.runtime.speculation.making import NGRAM, Choice, choose, make_speculator, settle
 
 # Spec-Bench counts what is of MT-bench as one task (Xia et al. 2024, arXiv:2401.07851, table 1).
 CONVERSATION = "conversation"
@@ -44,7 +44,11 @@ ROOM = 64  # tokens: the most that may be proposed
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.  Without a `seed` requests have none, as most users'."""
+    """What is measured.
+
+    Without a `seed` requests have none where that matters: a draft model then proposes samples, and
+    texts are their own.  N-grams are guesses either way, so theirs are made the same.
+    """
 
     draft: str
     lengths: list[Length]
@@ -55,16 +59,16 @@ class Plan:
 
     def params(self, temperature: float, question: Question) -> SamplingParams:
         """A request's settings."""
-        seed = None if self.seed is None else self.seed + question.number
+        seed = self.seed
+        if seed is None and self.draft == NGRAM:
+            seed = 0
+        if seed is not None:
+            seed += question.number
         return SamplingParams(max_tokens=self.max_tokens, temperature=temperature, seed=seed)
 
     def known_text(self, temperature: float) -> bool:
-        """Whether a question gets the same answer in each plain run."""
-        return temperature == 0 or self.seed is not None
-
-    def same_text(self, temperature: float) -> bool:
-        """Whether it must get that with speculation; a draft model may draw samples of its own."""
-        return self.known_text(temperature) or self.draft == "ngram"
+        """Whether a question gets the same answer in each run, with speculation and without."""
+        return temperature == 0 or self.seed is not None or self.draft == NGRAM
 
 
 @dataclass(frozen=True)
@@ -249,11 +253,11 @@ def _rows(cases: list[Case], plan: Plan) -> list[dict[str, Any]]:
     for temperature in plan.temperatures:
         here = [case for case in cases if case.temperature == temperature]
         for length in plan.lengths:
-            rows += _table(here, length, plan.same_text(temperature))
+            rows += _table(here, length, plan.known_text(temperature))
     return rows
 
 
-def _table(cases: list[Case], length: Length, same_text: bool) -> list[dict[str, Any]]:
+def _table(cases: list[Case], length: Length, known_text: bool) -> list[dict[str, Any]]:
     rows, everything, total = [], [], None
     for case in cases:
         pairs = [pair for pair in case.pairs[length] if not pair.looping]
@@ -261,7 +265,7 @@ def _table(cases: list[Case], length: Length, same_text: bool) -> list[dict[str,
         expected = _expected(case, pairs)
         if expected is not None:
             total = expected if total is None else total + expected
-        rows.append(_counts(case, length, same_text) | summary(pairs, expected))
+        rows.append(_counts(case, length, known_text) | summary(pairs, expected))
     if len(cases) > 1:
         row = {"category": ALL, "temperature": cases[0].temperature, "length": length}
         for name in ("asked", "looping", "differing"):
@@ -271,7 +275,7 @@ def _table(cases: list[Case], length: Length, same_text: bool) -> list[dict[str,
     return rows
 
 
-def _counts(case: Case, length: Length, same_text: bool) -> dict[str, Any]:
+def _counts(case: Case, length: Length, known_text: bool) -> dict[str, Any]:
     """`differing` counts texts that are not what they are without speculation, and should be."""
     pairs = case.pairs[length]
     late = sum(len(pair.plain.outputs) for pair in pairs if pair.looping)
@@ -286,7 +290,7 @@ def _counts(case: Case, length: Length, same_text: bool) -> dict[str, Any]:
         "length": length,
         "asked": case.asked,
         "looping": case.looping + late,
-        "differing": differing if same_text else None,
+        "differing": differing if known_text else None,
     }
 
 

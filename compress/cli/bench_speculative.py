@@ -100,7 +100,7 @@ OPTIONS = [
         "--seed",
         type=click.IntRange(min=0),
         help="Give requests seeds, from this number on: texts then equal the plain run's.  "
-        "[default: none, and a draft model's proposals are samples]",
+        "[default: 0 for n-grams; none else, and a draft model proposes samples]",
     ),
     DTYPE,
     HEAD_BITS,

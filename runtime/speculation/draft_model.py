@@ -364,7 +364,8 @@ def _drawn_sample(row: np.ndarray, one: _Drafting) -> int | Exception:
     except ArithmeticError as error:
         return error
     one.probabilities.append(q)
-    return draw_from(q, state.uniform(state.produced, DRAFT))
+    purpose = DRAFT + bytes([len(one.tokens)])
+    return draw_from(q, state.uniform(state.produced, purpose))
 
 
 class SelfDraft(DraftModel):

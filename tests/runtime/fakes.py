@@ -40,6 +40,9 @@ class FakeModel:
         for source, target in pairs:
             self.cache[target] = self.cache[source]
 
+    def logits_of(self, tokens: list[int]) -> torch.Tensor:
+        return logits_of(tokens)
+
     def forward(self, batch: Batch) -> torch.Tensor:
         check_layout(batch)
         self.batches.append(batch)
@@ -60,7 +63,7 @@ class FakeModel:
                 position = int(batch.positions[row])
                 assert int(read[position, 0]) == int(batch.tokens[row])
                 if row in wanted:
-                    out.append(logits_of(read[: position + 1, 0].tolist()))
+                    out.append(self.logits_of(read[: position + 1, 0].tolist()))
         return torch.stack(out) if out else torch.empty(0, self.vocab_size)
 
 

@@ -15,6 +15,7 @@ from compress.runtime.engine_loop import QueueFullError
 from compress.runtime.llm import LLM, stop_tokens
 from compress.runtime.sampling_params import SamplingParams, SettingError
 from tests.runtime.fakes import VOCAB, FakeModel, naive
+from tests.runtime.server.conftest import until
 
 GREEDY = SamplingParams(max_tokens=10, temperature=0)
 
@@ -113,7 +114,7 @@ def test_a_consumer_that_goes_away_frees_its_blocks(llm, way):
     slow = llm.engine.model.forward
 
     def forward(batch):
-        time.sleep(0.002)
+        time.sleep(0.01)
         return slow(batch)
 
     llm.engine.model.forward = forward
@@ -126,12 +127,14 @@ def test_a_consumer_that_goes_away_frees_its_blocks(llm, way):
         await stream.aclose()
 
     async def is_cancelled():
+        begun = asyncio.Event()
+
         async def consume():
             async for _ in llm.stream([1, 2, 3], endless):
-                pass
+                begun.set()
 
         task = asyncio.create_task(consume())
-        await asyncio.sleep(0.02)
+        await begun.wait()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
@@ -147,7 +150,7 @@ def test_a_consumer_that_goes_away_frees_its_blocks(llm, way):
     llm.engine.check()
     assert llm.statistics().blocks_in_use == 0
     assert 0 < llm.statistics().generated_tokens < 300
-    assert not llm._loop._listeners
+    assert until(lambda: not llm._loop._listeners)  # told first, forgotten then
 
 
 def test_a_broken_model_ends_the_call_and_not_the_engine(llm):
@@ -167,7 +170,7 @@ def test_a_stream_that_is_dropped_is_aborted(llm):
 
     asyncio.run(main())
     llm.generate([1], GREEDY)
-    assert not llm._loop._listeners
+    assert until(lambda: not llm._loop._listeners)  # told first, forgotten then
     assert llm.statistics().generated_tokens < 190
 
 

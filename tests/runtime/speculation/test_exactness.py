@@ -14,7 +14,7 @@ import torch
 from benchmarks.exactness.cases import some
 from benchmarks.exactness.chi_square import compare
 from benchmarks.exactness.distribution import Case, joint, processed
-from benchmarks.exactness.proposers import Draws, FixedGuesses, Peeking
+from benchmarks.exactness.proposers import Draws, FixedGuesses, Peeking, draft_model
 from benchmarks.exactness.real_model import draw_second_tokens, logits_after, pooled
 from benchmarks.exactness.sampling import draw_outcomes
 from benchmarks.exactness.tiny_model import FIRST, PROMPT, TinyModel
@@ -45,6 +45,13 @@ def test_guesses_have_no_part_in_what_is_drawn(case):
     assert not compare(guesses, joint(model.logits_of, PROMPT, FIRST, case)).rejected
     others = draw_outcomes(model, Draws(model, 3, samples=False), case, 300, 3)
     assert others == draw_outcomes(model, FixedGuesses(model, 3), case, 300, 3)
+
+
+@pytest.mark.parametrize("case", some(VOCAB), ids=lambda case: case.name)
+def test_a_draft_model_changes_no_distribution(case):
+    model = TinyModel(VOCAB, 4)
+    counts = draw_outcomes(model, draft_model(model, 4), case, SAMPLES, 4)
+    assert not compare(counts, joint(model.logits_of, PROMPT, FIRST, case)).rejected
 
 
 def test_lengths_may_depend_on_all_that_is_past():

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from compress.runtime.engine import Engine
+from compress.runtime.sampler import probabilities, sample
 from compress.runtime.sampling_params import SamplingParams
+from compress.runtime.speculation.draft_model import DraftModel
 from compress.runtime.speculation.ngram import NgramProposer
 from compress.runtime.speculation.proposer import Draft
 from compress.runtime.speculation.speculator import Speculator
@@ -274,6 +276,57 @@ def compare(served, aborted, expected, prompts):
     assert now.blocks_cached + now.blocks_free == served.engine.pool.num_blocks
     assert now.drafts > 0
     assert now.drafted_tokens >= now.accepted_tokens == sum(now.accepted_at)
+
+
+class Smaller(FakeModel):
+    """Says what the model says after two prefixes of three."""
+
+    def logits_of(self, tokens):
+        row = super().logits_of(tokens)
+        return row if sum(tokens) % 3 else row.roll(1)
+
+
+class SmallerOnDevice(Smaller, FakeAsyncModel):
+    most_unfinished = 9  # a chain of drafts waits once
+
+
+class Checked(DraftModel):
+    """A draft model whose every token is drawn again, from the whole prefix."""
+
+    def propose(self, asked):
+        drafts = super().propose(asked)
+        for (sequence, _), draft in zip(asked, drafts, strict=True):
+            state, prefix = sequence.sampling.fork(), sequence.tokens.tolist()
+            for place, token in enumerate(draft.tokens):
+                row = self._model.logits_of(prefix)
+                if draft.probabilities is None:
+                    assert sample(row[None], [state])[0] == [token]
+                else:
+                    q = probabilities(state.adjusted(row.numpy()), state.params)
+                    assert np.array_equal(draft.probabilities[place], q)
+                state.record(token)
+                prefix.append(token)
+        return drafts
+
+
+@pytest.mark.parametrize("kind", [FakeModel, FakeAsyncModel], ids=["host", "device"])
+@pytest.mark.parametrize("draft_kind", [Smaller, SmallerOnDevice], ids=["drawn", "chained"])
+@pytest.mark.parametrize("seed", [4, 5])
+def test_a_draft_model_reads_the_sequence_and_nothing_else(seed, draft_kind, kind):
+    source = random.Random(seed)
+    asked, expected, prompts = workload(seed)
+    model = kind()
+    proposer = Checked(draft_kind(), model, source.choice([3, 9]), 64, 8, "smaller")
+    served, aborted = serve(model, Speculator(proposer, Dice(source)), asked, source)
+    comparable = {
+        key: output
+        for key, output in expected.items()
+        if (params := asked[key[0]][1]).seed is not None or params.greedy  # the rest are samples
+    }
+    compare(served, aborted, comparable, prompts)
+    now = served.engine.statistics()
+    assert now.drafted_tokens > now.accepted_tokens > 0.3 * now.drafted_tokens
+    assert not proposer._contexts, "a sequence that has ended is remembered"
 
 
 @pytest.mark.parametrize("kind", [FakeModel, FakeAsyncModel], ids=["host", "device"])
