@@ -36,6 +36,7 @@ DOUBLES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PLAIN_SOON, PLAIN_LATE = 4, 64  # steps with proposals before a plain one, to see what these take
 GAIN_AT_BEST = 0.05  # for each proposed token; below it a batch is not looked at
 REST = 32  # steps until it is looked at again
+UNASKED_SEEN = 8  # one step in so many that were not asked about: to see takes up to 2% of a step
 PROBES = (1, 2, 4)  # tokens, in turn
 PROBE_SOON, PROBE_LATE = 16, 256  # steps between probes: doubled, as long as nothing pays
 UNASKED = 4  # steps in a row that are not asked about, to see what they take,
@@ -127,7 +128,7 @@ class AdaptiveLength:
             usual = self._overlap * self._cost.seconds(sequences)
             self._overlap *= 1 + OVERLAP_RATE * max(-0.5, min(0.5, math.log(seconds / usual)))
             self._overlap = min(1.0, self._overlap)
-        else:
+        elif asked is not None or self._since_probe % UNASKED_SEEN == 0:
             self._cost.observe(tokens, seconds)
         plain = self._cost.seconds(sequences) * self._overlap
         gain = 0.0
