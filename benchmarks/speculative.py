@@ -5,21 +5,24 @@
 
 Each case is a `compress bench speculative` in a process of its own: drafts of every kind on a model
 in 4 bits, one prompt at a time; n-grams and the model in 4 bits on the dense one; and many prompts
-at once, where `auto` must see that nothing is to be gained.  WORK_FOLDER keeps each case's JSON; a case that is there is
-not repeated.
+at once, where `auto` must see that nothing is to be gained.  WORK_FOLDER keeps the JSON of each; what
+is there is not measured again.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from runtime_cpu import processor
 
 TEMPERATURES = "0,0.7"
+MOST_SHOWN = 9  # tokens of a pass
 
 
 def main() -> None:
@@ -76,8 +79,8 @@ def measured(options: argparse.Namespace, name: str, flags: list[str]) -> dict[s
     """The report of a case, kept in the work folder with the flags that it was given."""
     flags = [*flags, "--dataset", options.dataset, "--dtype", "bfloat16"]
     flags += ["--threads", options.threads, "--max-tokens", options.max_tokens]
-    stem = name.replace(", ", "--").replace(" ", "-")
-    kept, runs = options.work / f"{stem}.json", options.work / f"{stem}.runs.json"
+    runs = runs_of(options, name)
+    kept = runs.with_name(runs.name.replace(".runs", ""))
     if kept.exists():
         before = json.loads(kept.read_text(encoding="utf-8"))
         if before["flags"] == flags:
@@ -110,7 +113,25 @@ def page(options: argparse.Namespace, reports: dict[str, dict[str, Any]]) -> str
     ]
     for name, report in reports.items():
         lines += case_lines(name, report)
+        runs = runs_of(options, name)
+        if "at once" not in name and runs.exists():
+            lines += [passes_line(runs), ""]
     return "\n".join(lines)
+
+
+def passes_line(runs: Path) -> str:
+    """How long forward passes of one sequence take alone, by their tokens."""
+    times: dict[int, list[float]] = defaultdict(list)
+    for case in json.loads(runs.read_text(encoding="utf-8"))["cases"]:
+        for size, found in case["forward_ms"].items():
+            times[int(size)] += found
+    medians = (f"{size}: {median(times[size]):.2f}" for size in sorted(times) if size <= MOST_SHOWN)
+    return f"Forward passes alone, median ms by tokens: {', '.join(medians)}."
+
+
+def runs_of(options: argparse.Namespace, name: str) -> Path:
+    """The file of a case's single runs."""
+    return options.work / f"{name.replace(', ', '--').replace(' ', '-')}.runs.json"
 
 
 def case_lines(name: str, report: dict[str, Any]) -> list[str]:

@@ -124,14 +124,15 @@ def test_speeds(script, model_folder, dataset, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module.subprocess, "run", small)
     module.main()
-    assert len(calls) == 6
+    assert len(calls) == 7
     page = (tmp_path / "speculative.md").read_text()
-    assert page.count("(0 texts differ)") == 6 * 4  # two temperatures, two lengths
+    assert page.count("(0 texts differ)") == 7 * 4  # two temperatures, two lengths
     rows = json.loads(small.stdout)["rows"]
     lines = [line for line in page.splitlines() if line.startswith("| rag ")]
-    assert len(lines) == 6 * 4
+    assert len(lines) == 7 * 4
     assert all(line.count("|") == 12 for line in lines)
+    assert page.count("Forward passes alone, median ms by tokens: 1: ") == 1
     row = next(row for row in rows if row["category"] == "rag")
     assert lines[0].startswith(f"| rag | {row['prompts']} | {row['looping']} |")
     module.main()
-    assert len(calls) == 6  # nothing is measured again
+    assert len(calls) == 7  # nothing is measured again
