@@ -5,8 +5,8 @@
 
 Each case is a `compress bench speculative` in a process of its own: drafts of every kind on a model
 in 4 bits, one prompt at a time; n-grams and the model in 4 bits on the dense one; and many prompts
-at once, where `auto` must see that nothing is to be gained.  WORK_FOLDER keeps the JSON of each; what
-is there is not measured again.
+at once, where `auto` must see that nothing is to be gained.  WORK_FOLDER keeps the JSON of each;
+what is there is not measured again.
 """
 
 import argparse
