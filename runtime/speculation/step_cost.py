@@ -162,7 +162,7 @@ def measure_steps(model: Model, num_blocks: int, most_tokens: int) -> dict[int, 
     return measured
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Part:
     """Tokens of one sequence in a step (compress.runtime.batch_builder.Part)."""
 
