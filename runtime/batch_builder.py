@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +29,25 @@ class Part(Protocol):
     def more_rows(self) -> range:
         """Positions in this step whose logits are wanted besides that of the last token."""
         ...
+
+
+@dataclass
+class Stretch:
+    """A `Part` of whose `count` tokens, the last that are known, all logits are wanted."""
+
+    tokens: array[int]  # int64, from the sequence's first
+    blocks: array[int]
+    computed: int
+    count: int
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens that are not in the cache."""
+        return self.count
+
+    def more_rows(self) -> range:
+        """Positions of all but the last."""
+        return range(self.computed, self.computed + self.count - 1)
 
 
 def build_batch(step: Items[Part], block_size: int) -> Batch:

@@ -14,7 +14,6 @@ import statistics
 import tempfile
 import time
 from array import array
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 
 from compress.core.source import resolve_model
 from compress.loading import load_model
-from compress.runtime.batch_builder import build_batch
+from compress.runtime.batch_builder import Stretch, build_batch
 from compress.runtime.llm import LLM
 from compress.runtime.loading import make_decoder
 from compress.runtime.sampler import SamplingState, draws_of
@@ -144,23 +143,6 @@ def _problems(rows: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-@dataclass
-class _Part:
-    """A sequence of a step, of which the logits of all new tokens are wanted."""
-
-    tokens: array[int]
-    blocks: array[int]
-    computed: int
-    count: int
-
-    @property
-    def remaining(self) -> int:
-        return self.count
-
-    def more_rows(self) -> range:
-        return range(self.computed, self.computed + self.count - 1)
-
-
 def steps(place: Place, batches: tuple[int, ...]) -> dict[str, Any]:
     """Seconds of a step in the shape of Llama-3-8B in W4, at 512 tokens of context."""
     context, drafted, times = 512, DRAFTED, 30
@@ -188,7 +170,7 @@ def steps(place: Place, batches: tuple[int, ...]) -> dict[str, Any]:
 def _seconds(decoder: Any, batch: int, each: int, context: int, drafted: int, times: int) -> float:
     """Median seconds of a step of 1 + `drafted` tokens a sequence; drawn with a temperature."""
     parts = [
-        _Part(
+        Stretch(
             array("q", [7] * (context + 1 + drafted)),
             array("i", range(place * each, (place + 1) * each)), context, 1 + drafted,
         )

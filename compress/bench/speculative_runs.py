@@ -14,7 +14,7 @@ import numpy as np
 from compress.bench.speculation import Costs, Run, Step
 from compress.core.errors import InputError
 from compress.runtime.batch import Model
-from compress.runtime.batch_builder import build_batch
+from compress.runtime.batch_builder import Stretch, build_batch
 from compress.runtime.engine import Engine
 from compress.runtime.sampler import SamplingState, sample
 from compress.runtime.sampling_params import SamplingParams
@@ -95,25 +95,6 @@ class Arm:
 
 
 @dataclass
-class Piece:
-    """A sequence in a batch that is timed alone (`compress.runtime.batch_builder.Part`)."""
-
-    tokens: array[int]
-    blocks: array[int]
-    computed: int
-    count: int
-
-    @property
-    def remaining(self) -> int:
-        """All that is known; so the last token's logits are wanted."""
-        return self.count
-
-    def more_rows(self) -> range:
-        """Those of all others."""
-        return range(self.computed, self.computed + self.count - 1)
-
-
-@dataclass
 class Clock:
     """Times forward passes and draws alone, between runs, in the cache's `blocks`, which are free.
 
@@ -147,7 +128,7 @@ class Clock:
         sample(logits[:1], [state])
         return done - began, time.perf_counter() - drawing
 
-    def _pieces(self, size: int, prompts: list[list[int]], run: Run) -> list[Piece]:
+    def _pieces(self, size: int, prompts: list[list[int]], run: Run) -> list[Stretch]:
         """`size` tokens, of as many sequences as there are tokens for."""
         sequences = min(size, len(prompts))
         room = self.blocks // sequences
@@ -158,7 +139,7 @@ class Clock:
             count = size // sequences + (place < size % sequences)
             tokens = array("q", (prompt + output + prompt * count)[: context + count])
             blocks = array("i", range(place * room, (place + 1) * room))
-            pieces.append(Piece(tokens, blocks, context, count))
+            pieces.append(Stretch(tokens, blocks, context, count))
         return pieces
 
     def costs(self) -> Costs:

@@ -17,13 +17,12 @@ import time
 from array import array
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from compress.runtime.batch import AsynchronousModel, Draws, Model
-from compress.runtime.batch_builder import build_batch
+from compress.runtime.batch_builder import Stretch, build_batch
 
 # Numbers of tokens that are told apart: each where kernels change their way, then coarser.
 NODES = (*range(1, 11), 12, 14, 16, 17, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
@@ -144,7 +143,7 @@ def measure_steps(model: Model, num_blocks: int, most_tokens: int) -> dict[int, 
     tokens = array("q", (place % model.vocab_size for place in range(context + most)))
     end = time.perf_counter() + SECONDS
     if context:
-        _seconds(model, [_Part(tokens, blocks, 0, min(context, most_tokens))])
+        _seconds(model, [Stretch(tokens, blocks, 0, min(context, most_tokens))])
     measured: dict[int, float] = {}
     for size in (size for _ in range(4) for size in SIZES if size <= most):
         if len(measured) > 1:
@@ -154,35 +153,16 @@ def measure_steps(model: Model, num_blocks: int, most_tokens: int) -> dict[int, 
             if measured.get(below, 0) * size / below > SECONDS / 2:
                 continue
         for _ in range(1 if size in measured else 2):  # the first may compile kernels
-            parts = [_Part(tokens, blocks, context, size)]
+            parts = [Stretch(tokens, blocks, context, size)]
             if isinstance(model, AsynchronousModel):  # on the same blocks, at the same positions
-                parts = [_Part(tokens, blocks, context + place, 1) for place in range(size)]
+                parts = [Stretch(tokens, blocks, context + place, 1) for place in range(size)]
             seconds = _seconds(model, parts)
             measured[size] = min(measured.get(size, math.inf), seconds)
     return measured
 
 
-@dataclass
-class _Part:
-    """Tokens of one sequence in a step (compress.runtime.batch_builder.Part)."""
-
-    tokens: array[int]
-    blocks: array[int]
-    computed: int
-    count: int
-
-    @property
-    def remaining(self) -> int:
-        """The step's tokens are the last."""
-        return self.count
-
-    def more_rows(self) -> range:
-        """All others than the last."""
-        return range(self.computed, self.computed + self.count - 1)
-
-
 @torch.inference_mode()
-def _seconds(model: Model, parts: list[_Part]) -> float:
+def _seconds(model: Model, parts: list[Stretch]) -> float:
     """How long a step takes; a device draws the likeliest tokens."""
     began = time.perf_counter()
     batch = build_batch(parts, model.block_size)
