@@ -17,9 +17,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,demo]'
 	touch $@
 
-# In two processes, since most tests keep one core busy.  A file's tests stay together, in order.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest
 
 lint: install
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from gpu.stages import Skip
 
 PART = "GPU_CHECK_PART"  # "i/n": of the tests only every n-th, from the i-th on
 FEW = "GPU_CHECK_FEW"  # at most so many tests, 1 or more
-FEW_TESTS = "1"
+FEW_TESTS = "2"  # the last of a file may be for a GPU alone
 MOST_PROCESSES = 6  # each has a context on the GPU, of some 500 MB
 COUNTS = re.compile(r"(\d+) (passed|failed|error|skipped)")
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)

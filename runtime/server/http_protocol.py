@@ -24,9 +24,10 @@ def http_protocol() -> type[asyncio.Protocol]:
         """Refuses a head that is too long."""
 
         head: int | None = None  # bytes so far of a head that is not whole
+        began = False  # with the data that came last, which may hold others' bytes too
 
         def on_message_begin(self) -> None:
-            self.head = 0
+            self.head, self.began = 0, True
             super().on_message_begin()
 
         def on_headers_complete(self) -> None:
@@ -34,8 +35,9 @@ def http_protocol() -> type[asyncio.Protocol]:
             super().on_headers_complete()
 
         def data_received(self, data: bytes) -> None:
+            self.began = False
             super().data_received(data)
-            if self.head is None or self.transport.is_closing():
+            if self.head is None or self.began or self.transport.is_closing():
                 return
             self.head += len(data)
             if self.head > LONGEST_HEAD:
