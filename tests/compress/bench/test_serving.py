@@ -269,9 +269,7 @@ def test_requests_come_by_themselves(fake_server, tmp_path):
         sent = sorted(request["sent"] for request in load["requests"])
         times = arrivals(20, rate, seed=0)
         meant = [time - times[0] for time in times]
-        assert all(
-            0 <= a - b + 0.05 < 2.05 for a, b in zip(sent, meant, strict=True)
-        )
+        assert all(0 <= a - b + 0.05 < 2.05 for a, b in zip(sent, meant, strict=True))
         assert all(request["output_tokens"] == 5 for request in load["requests"])
     assert server.most >= 10
 
