@@ -83,6 +83,9 @@ class OneOfSeveral:
     def seconds(self, counts: list[int]) -> float:
         return self.now.seconds(counts)
 
+    def behind(self, sequence: Sequence) -> float:
+        return self.now.behind(sequence)
+
 
 def main() -> None:
     options = parse()

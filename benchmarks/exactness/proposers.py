@@ -43,6 +43,9 @@ class Proposer:
     def seconds(self, counts: list[int]) -> float:
         return 0.0
 
+    def behind(self, sequence: Sequence) -> float:
+        return 0.0
+
 
 class FixedGuesses(Proposer):
     """Guesses without chance: the draft's likeliest token."""

@@ -244,6 +244,7 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
 
 
 def _rounded(value: Any) -> Any:
+    """Six significant digits: times of small models are small."""
     if isinstance(value, list):
         return [_rounded(entry) for entry in value]
-    return round(value, 4) if isinstance(value, float) else value
+    return float(f"{value:.6g}") if isinstance(value, float) else value

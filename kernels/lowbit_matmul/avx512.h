@@ -27,6 +27,7 @@ namespace compress {
 
 constexpr int TILE = 2 * LANES;
 constexpr int MAX_ROWS = 8;      // of a block: sums and what decoding needs are registers
+constexpr int DIRECT_ROWS = 8;   // that are read where they are: packing them takes a barrier
 constexpr int MAX_DECODED = 12;  // of a block where the weights are decoded already
 constexpr int DECODE_FIRST = 64;  // rows from which a tile is decoded once, not for each block
 
@@ -93,7 +94,7 @@ struct LinearArguments {
 struct Linear : Operation, LinearArguments {
   using Arguments = LinearArguments;
   int elements, chunk_elements, chunks, tiles;
-  std::vector<uint32_t> packed;  // x as [blocks of rows][elements][rows], for more than one row
+  std::vector<uint32_t> packed;  // x as [blocks of rows][elements][rows], for many rows
   std::vector<float> sums;       // sum of x by row and chunk, for shifts
   std::vector<std::vector<uint8_t>> decoded;  // a thread's tiles in bfloat16
 
@@ -118,7 +119,7 @@ struct Linear : Operation, LinearArguments {
   int phases() const override { return 2; }
   bool needed(const Batch& batch, Worker, int phase) const override {
     int m = rows(batch);  // 0: a chunk in the middle of a prompt wants no logits
-    return phase == 0 ? m > 1 || (m == 1 && shift) : m > 0;
+    return phase == 0 ? m > DIRECT_ROWS || (m > 0 && shift) : m > 0;
   }
   void run(const Batch& batch, Worker worker, int phase) override {
     int m = rows(batch);
@@ -132,13 +133,13 @@ struct Linear : Operation, LinearArguments {
   }
 
  private:
-  // Blocks of rows beside each other, so that a block is one stream; a lone row is one already.
+  // Blocks of rows beside each other, so that a block is one stream.
   void pack(int m, Worker worker) {
     int size = rows_of_block(m), blocks = (m + size - 1) / size;
     if (shift)
       for (int row = worker.begin(m); row < worker.end(m); row++)
         for (int c = 0; c < chunks; c++) sums[row * chunks + c] = sum_of(row, c);
-    if (m == 1) return;
+    if (m <= DIRECT_ROWS) return;
     for (int block = worker.begin(blocks); block < worker.end(blocks); block++) {
       int first = block * size, count = std::min(size, m - first);
       uint32_t* to = packed.data() + int64_t(first) * elements;
@@ -183,8 +184,8 @@ struct Linear : Operation, LinearArguments {
         _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 2 * at)));
   }
 
-  // COUNT rows by TILES tiles, into out [COUNT][TILES * 32].
-  template <class Weight, int COUNT, int TILES>
+  // COUNT rows by TILES tiles, into out [COUNT][TILES * 32]; rows are packed, or as in x if DIRECT.
+  template <class Weight, int COUNT, int TILES, bool DIRECT>
   void block(const uint8_t* const* weights, const uint32_t* rows, int first_row, int tile,
              float* out) const {
     constexpr int VECTORS = 2 * TILES;
@@ -211,7 +212,8 @@ struct Linear : Operation, LinearArguments {
           for (int v = 0; v < VECTORS; v++) w[v] = Weight::element(raw[v], i);
 #pragma GCC unroll 12
           for (int r = 0; r < COUNT; r++) {
-            __m512i value = _mm512_set1_epi32(int(rows[(e + i) * COUNT + r]));
+            int at = DIRECT ? r * elements + e + i : (e + i) * COUNT + r;
+            __m512i value = _mm512_set1_epi32(int(rows[at]));
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++)
               sum[r][v] = multiply_add<Weight>(sum[r][v], value, w[v]);
@@ -242,12 +244,13 @@ struct Linear : Operation, LinearArguments {
         _mm512_storeu_ps(out + (r * VECTORS + v) * LANES, total[r][v]);
   }
 
-  template <class Weight, int TILES, int COUNT>
+  template <class Weight, int TILES, bool DIRECT, int COUNT>
   void block_of(int count, const uint8_t* const* weights, const uint32_t* rows, int first_row,
                 int tile, float* out) const {
-    if (count == COUNT) return block<Weight, COUNT, TILES>(weights, rows, first_row, tile, out);
+    if (count == COUNT)
+      return block<Weight, COUNT, TILES, DIRECT>(weights, rows, first_row, tile, out);
     if constexpr (COUNT > 1)
-      block_of<Weight, TILES, COUNT - 1>(count, weights, rows, first_row, tile, out);
+      block_of<Weight, TILES, DIRECT, COUNT - 1>(count, weights, rows, first_row, tile, out);
   }
 
   template <class Weight>
@@ -287,24 +290,28 @@ struct Linear : Operation, LinearArguments {
   template <class Weight>
   void multiply_tiles(const Batch& batch, int m, int tile, int count,
                       const uint8_t* const* weights) const {
-    alignas(64) float out[2 * MAX_DECODED * TILE];
+    if (m <= DIRECT_ROWS)
+      return multiply_rows<Weight, true, DIRECT_ROWS>(batch, 0, m, x, tile, count, weights);
     int size = rows_of_block(m);
-    for (int first = 0; first < m; first += size) {
-      int rows = std::min(size, m - first);
-      const uint32_t* from = rows_at(m, first);
-      if (count == 2 && rows <= 2) {
-        block_of<Weight, 2, 2>(rows, weights, from, first, tile, out);
-        put(batch, first, rows, tile, 2, out, 2 * TILE, TILE);
-        continue;
-      }
-      for (int t = 0; t < count; t++)
-        block_of<Weight, 1, MAX_DECODED>(rows, weights + t, from, first, tile + t, out + t * rows * TILE);
-      put(batch, first, rows, tile, count, out, TILE, rows * TILE);
-    }
+    for (int first = 0; first < m; first += size)
+      multiply_rows<Weight, false, MAX_DECODED>(batch, first, std::min(size, m - first),
+                                                packed.data() + int64_t(first) * elements, tile,
+                                                count, weights);
   }
 
-  const uint32_t* rows_at(int m, int row) const {
-    return m == 1 ? x : packed.data() + int64_t(row) * elements;
+  // A block of at most MOST rows.
+  template <class Weight, bool DIRECT, int MOST>
+  void multiply_rows(const Batch& batch, int first, int rows, const uint32_t* from, int tile,
+                     int count, const uint8_t* const* weights) const {
+    alignas(64) float out[2 * MAX_DECODED * TILE];
+    if (count == 2 && rows <= 2) {
+      block_of<Weight, 2, DIRECT, 2>(rows, weights, from, first, tile, out);
+      return put(batch, first, rows, tile, 2, out, 2 * TILE, TILE);
+    }
+    for (int t = 0; t < count; t++)
+      block_of<Weight, 1, DIRECT, MOST>(rows, weights + t, from, first, tile + t,
+                                        out + t * rows * TILE);
+    put(batch, first, rows, tile, count, out, TILE, rows * TILE);
   }
 
   // Totals of `count` tiles, `next_row` and `next_tile` floats apart.

@@ -34,8 +34,6 @@ from compress.runtime.speculation.proposer import Draft
 from compress.runtime.speculation.step_cost import StepCost, measure_steps
 
 ROOT = 0  # number of what comes before a sequence's first block
-BEHIND = 4.0  # tokens of prompts for each draft, before it is known how many these are
-BEHIND_RATE = 0.005  # of the average, what a draft counts for
 MANY = 64  # tokens of a batch whose time is by their number
 
 
@@ -140,7 +138,6 @@ class DraftModel:
         self._next_number = ROOT + 1
         self._acceptance = {greedy: Acceptance(most) for greedy in (False, True)}
         self._cost: StepCost | None = None  # of a batch, draws included
-        self._behind = BEHIND  # tokens that a draft computes besides, on the average
 
     @property
     def bytes_per_block(self) -> int:
@@ -169,7 +166,7 @@ class DraftModel:
 
     def outlook(self, sequence: Sequence, most: int) -> list[float]:
         """How likely each token of a draft would be accepted."""
-        context = self._contexts.get(sequence) or self._contexts.setdefault(sequence, _Context())
+        context = self._context(sequence)
         if context.broken:
             return []
         most = min(most, self._model.max_context + 1 - len(sequence.tokens))
@@ -212,12 +209,10 @@ class DraftModel:
     def seconds(self, counts: list[int]) -> float:
         """Estimated time to draft so many tokens for so many sequences; `measure` comes first.
 
-        A batch for each place in the drafts.  What prompts take is spread over all drafts.
+        A batch for each place in the drafts.
         """
         assert self._cost is not None
-        seconds, going, drafted = self._cost.seconds, len(counts), 0
-        prompts = going * self._behind / MANY * seconds(MANY)
-        total = prompts
+        seconds, going, drafted, total = self._cost.seconds, len(counts), 0, 0.0
         for count in sorted(counts):
             if count > drafted:
                 total += (count - drafted) * seconds(going)
@@ -225,23 +220,44 @@ class DraftModel:
             going -= 1
         return total
 
+    def behind(self, sequence: Sequence) -> float:
+        """Estimated time to compute what the cache lacks of it, but for the last token."""
+        assert self._cost is not None
+        context = self._context(sequence)
+        if not context.computed:
+            self._take(context, sequence)  # another sequence may have filled its blocks
+        lacking = len(sequence.tokens) - 1 - context.computed
+        if lacking <= 0:
+            return 0.0
+        if lacking >= MANY:
+            return lacking / MANY * self._cost.seconds(MANY)
+        return self._cost.seconds(1 + lacking) - self._cost.seconds(1)
+
+    def _context(self, sequence: Sequence) -> _Context:
+        return self._contexts.get(sequence) or self._contexts.setdefault(sequence, _Context())
+
     def _begin(self, sequence: Sequence, most: int) -> _Drafting:
         """A draft that lacks all its tokens, of a context that has all of the sequence's."""
-        context = self._contexts.get(sequence) or self._contexts.setdefault(sequence, _Context())
+        context = self._context(sequence)
         params = sequence.request.params
         samples = not params.greedy and params.seed is None
         samples = samples and (not self._device_draws or sequence.draws_on_host)
+        self._take(context, sequence)
+        room = self._model.max_context + 1 - context.known
+        most = 0 if context.broken else min(most, room)
+        return _Drafting(context, sequence.sampling.fork(), most, samples)
+
+    def _take(self, context: _Context, sequence: Sequence) -> None:
+        """Bring a context up to the sequence's tokens, and to what its blocks hold of them."""
         context.blocks = sequence.blocks
         self._roll_back(context, sequence)
         new = sequence.tokens[len(context.tokens) :]
         context.tokens.extend(new)
         context.known = len(context.tokens)
-        if self._model.vocab_size < self._vocab_size and max(new) >= self._model.vocab_size:
+        size = self._model.vocab_size
+        if size < self._vocab_size and max(new, default=0) >= size:
             context.broken = True  # a token that the draft model has no embedding for
         self._find(context)
-        room = self._model.max_context + 1 - context.known
-        most = 0 if context.broken else min(most, room)
-        return _Drafting(context, sequence.sampling.fork(), most, samples)
 
     def _roll_back(self, context: _Context, sequence: Sequence) -> None:
         """Drop what was drafted and is not the sequence's."""
@@ -292,7 +308,6 @@ class DraftModel:
                 continue
             shared.add(first)
             room -= context.count
-            self._behind += BEHIND_RATE * (context.count - 1 - self._behind)
             step.append(one)
         return step
 
@@ -386,6 +401,10 @@ class SelfDraft(DraftModel):
 
     def _find(self, context: _Context) -> None:
         """All is there."""
+
+    def behind(self, sequence: Sequence) -> float:
+        """Nothing to compute."""
+        return 0.0
 
     def _note(self, context: _Context) -> None:
         """Nothing is there but what is the target's."""

@@ -7,10 +7,16 @@ sequences are taken in order of these probabilities.  With prompts in the step, 
 the time that it takes in a step without them, and the n of the largest profit is taken.
 
 **Estimates may be wrong**, so there is an account of the time gained against plain steps, by what
-was measured.  Every step adds an allowance of 0.7% of its time, and gains are kept up to a few
+was measured.  Every step adds an allowance of 0.7% of its time, and gains are kept up to some
 steps' worth; when it is overdrawn nothing is proposed until the allowance has settled it.  So what
 speculation loses is bounded by the allowance, whatever misleads the estimates.  From the same
 account come probes: a few tokens that do not seem to pay, which show when things have changed.
+
+**A proposer may be behind**: a draft model has to compute a sequence's prompt before its first
+draft.  That is done where what drafts save pays for it within as many tokens as the sequence has
+by now, and before these within EXPECTED; a sequence that goes on without drafts proves to be long.
+The time is lent: gains pay it back, and the rest is charged when the sequence ends or the account
+is overdrawn, as far as all gains so far do not cover it.  No more is lent than these and LENT.
 """
 
 from __future__ import annotations
@@ -27,8 +33,14 @@ MARGIN = 0.01  # of expected gain, below which nothing is proposed
 
 # Of the account, in times of plain steps.
 ALLOWANCE = 0.007  # that each step adds
-START, MOST, LEAST = 2.0, 6.0, -20.0
+START, MOST, LEAST = 4.0, 6.0, -64.0
+SOUND = 3.0  # for any to be lent: the first drafts may be refused
+LENT = 24.0  # at most, above what was gained so far
 ENOUGH = 0.5  # to go on after it was overdrawn
+SLIGHTLY = 0.5  # behind: that needs no thought
+
+EXPECTED = 128  # tokens of a sequence that has fewer
+WAIT = 8  # steps until it is looked at again
 
 MOST_TOGETHER = 256  # tokens proposed in one step
 SIZES = frozenset((*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 224, 256))
@@ -43,6 +55,7 @@ UNASKED = 4  # steps in a row that are not asked about, to see what they take,
 UNASKED_SOON, UNASKED_LATE = 8, 256  # after so many that were, which are doubled from the first
 OVERLAP_RATE = 0.1  # of a surprise
 DEARNESS_RATE, STALLED = 0.02, 8.0  # of a surprise; how large one counts
+BEHIND_RATE, BEHIND_STALLED = 0.3, 2.0
 
 
 class FixedLength:
@@ -83,13 +96,15 @@ class AdaptiveLength:
         self._largest = 1  # tokens of a step so far
         self._steep, self._steep_size, self._steep_steps = 0.0, 0, 0
         self._rest, self._rest_size = 0, 0  # steps left, for at least so many sequences
+        self._wait, self._wait_size = 0, 0  # the same, for who is behind
         self._since_plain = self._since_probe = self._probes = 0
         self._since_unasked, self._unasked_after = 0, UNASKED_SOON
         self._plain_after, self._probe_after = PLAIN_SOON, PROBE_SOON
         self._asked: list[Sequence] | None = None  # whose step is under way
         self._known = 0  # their tokens before it
-        self._estimate = 0.0  # the proposer's, of the time to draft for it
-        self._dearness = 1.0  # of drafts, to the proposer's estimates
+        self._estimate = 0.0  # the proposer's, of the time to draft for it,
+        self._behind = 0.0  # and of what it does before
+        self._dearness = self._behind_dearness = 1.0  # of either, to the proposer's estimates
 
     @property
     def idle(self) -> bool:
@@ -101,11 +116,22 @@ class AdaptiveLength:
     ) -> list[int]:
         """Tokens to propose for each sequence that decodes, beside `others` of prompts."""
         counts = [0] * len(sequences)
+        self._estimate = self._behind = 0.0
+        self._account.settle(sequences)
         if not self.idle and self._since_plain < self._plain_after:
-            for place in self._chosen(others, outlooks):
+            behind = [
+                self._proposer.behind(sequence) if outlook else 0.0
+                for sequence, outlook in zip(sequences, outlooks, strict=True)
+            ]
+            for place in self._chosen(sequences, others, outlooks, behind):
                 counts[place] += 1
+            for place, count in enumerate(counts):
+                if count and behind[place]:
+                    self._behind += behind[place]
+                    self._account.lend(sequences[place], behind[place] * self._behind_dearness)
+            if any(counts):
+                self._estimate = self._proposer.seconds([count for count in counts if count])
         self._asked, self._known = sequences, _tokens_of(sequences)
-        self._estimate = self._proposer.seconds([n for n in counts if n]) if any(counts) else 0.0
         return counts
 
     def observe(self, tokens: int, sequences: int, seconds: float, drafting: float) -> None:
@@ -140,34 +166,88 @@ class AdaptiveLength:
         if self._account.overdrawn:
             self._plain_after = PLAIN_SOON
 
-    def _chosen(self, others: int, outlooks: list[list[float]]) -> list[int]:
+    def _chosen(
+        self,
+        asked: list[Sequence],
+        others: int,
+        outlooks: list[list[float]],
+        behind: list[float],
+    ) -> list[int]:
         """Of each token to propose, the place of its sequence."""
         sequences = len(outlooks)
         steepness = self._steepness(sequences)
         if steepness > 1 - GAIN_AT_BEST:
             self._rest, self._rest_size = REST, sequences
-        found = _candidates(outlooks, steepness / 2)
+        least = steepness / 2
+        ready = self._worth_it(asked, outlooks, behind, least) if any(behind) else outlooks
+        found = _candidates(ready, least)
         del found[2 * max(self._largest, sequences) - sequences :]  # estimates end there
         number = self._best_number(sequences, others, found)
         if number:
             self._probe_after = PROBE_SOON
             return [place for _, place in found[:number]]
-        return [] if others else self._probe(outlooks)
+        return [] if others else self._probe(outlooks, behind)
+
+    def _worth_it(
+        self,
+        asked: list[Sequence],
+        outlooks: list[list[float]],
+        behind: list[float],
+        least: float,
+    ) -> list[list[float]]:
+        """The outlooks; [] where drafts do not pay for what comes before the first.
+
+        Drafting takes hardly longer for several sequences than for one, so that all that are behind
+        are looked at together, and otherwise the half of them that is least behind, and so on.
+        """
+        sequences, plain = len(asked), self._cost.seconds(len(asked))
+        late = [seconds * self._behind_dearness for seconds in behind]
+        ready = [
+            outlook if seconds <= SLIGHTLY * plain else []
+            for outlook, seconds in zip(outlooks, late, strict=True)
+        ]
+        waiting = sorted(
+            (late[place], place)
+            for place, outlook in enumerate(outlooks)
+            if outlook and not ready[place]
+        )
+        self._wait = self._wait - 1 if sequences == self._wait_size else 0
+        if not waiting or self._wait > 0:
+            return ready
+        saved = self._saved(ready, least)
+        while waiting:
+            lent, worth, tokens = 0.0, list(ready), 0
+            for seconds, place in waiting:
+                lent += seconds
+                worth[place] = outlooks[place]
+                sequence = asked[place]
+                room = sequence.request.limit - sequence.produced
+                tokens += min(room, max(EXPECTED, sequence.produced))
+            more = self._saved(worth, least) - saved
+            if lent < more * tokens * sequences / len(waiting) and self._account.lends(lent, plain):
+                return worth
+            del waiting[len(waiting) // 2 :]
+        self._wait, self._wait_size = WAIT, sequences
+        return ready
+
+    def _saved(self, outlooks: list[list[float]], least: float) -> float:
+        """Seconds that drafts save for each token of the batch."""
+        seconds, sequences = self._cost.seconds, len(outlooks)
+        plain = seconds(sequences) / sequences
+        options = self._options(sequences, _candidates(outlooks, least))
+        times = [
+            (seconds(sequences + number) + drafting) / (sequences + gained)
+            for number, gained, drafting in options
+        ]
+        return max(0.0, plain - min(times, default=plain))
 
     def _best_number(self, sequences: int, others: int, found: list[tuple[float, int]]) -> int:
         """How many of the candidates to propose, for the most profit."""
-        seconds, counts, gained = self._cost.seconds, [0] * sequences, 0.0
-        free = not self._proposer.seconds([1])
-        options: list[tuple[int, float, float]] = []  # number, expected tokens, time to draft
+        seconds, options = self._cost.seconds, self._options(sequences, found)
         worth = seconds(sequences) / sequences  # seconds that a token takes, at best
-        for number, (reach, place) in enumerate(found, 1):
-            gained += reach
-            counts[place] += 1
-            if number in SIZES or number == len(found):
-                drafting = 0.0 if free else self._price(counts)
-                options.append((number, gained, drafting))
-                together = seconds(sequences + number) + drafting
-                worth = min(worth, together / (sequences + gained))
+        for number, gained, drafting in options:
+            together = seconds(sequences + number) + drafting
+            worth = min(worth, together / (sequences + gained))
         alone = seconds(sequences + others)
         best, most = 0, MARGIN * worth * sequences
         for number, gained, drafting in options:
@@ -175,6 +255,19 @@ class AdaptiveLength:
             if profit > most:
                 best, most = number, profit
         return best
+
+    def _options(
+        self, sequences: int, found: list[tuple[float, int]]
+    ) -> list[tuple[int, float, float]]:
+        """How many of the candidates there may be: number, tokens to expect, time to draft."""
+        counts, gained, options = [0] * sequences, 0.0, []
+        free = not self._proposer.seconds([1])
+        for number, (reach, place) in enumerate(found, 1):
+            gained += reach
+            counts[place] += 1
+            if number in SIZES or number == len(found):
+                options.append((number, gained, 0.0 if free else self._price(counts)))
+        return options
 
     def _steepness(self, sequences: int) -> float:
         """The least time that a proposed token takes, to that of a token of a plain step.
@@ -196,14 +289,18 @@ class AdaptiveLength:
         self._steep, self._steep_size, self._steep_steps = least * sequences / plain, sequences, 16
         return self._steep
 
-    def _probe(self, outlooks: list[list[float]]) -> list[int]:
+    def _probe(self, outlooks: list[list[float]], behind: list[float]) -> list[int]:
         """A few tokens that do not seem to pay, now and then, if the account has as much."""
         if self._since_probe < self._probe_after:
             return []
-        place = max(range(len(outlooks)), key=lambda place: outlooks[place][:1])
+        place = max(
+            range(len(outlooks)),
+            key=lambda place: (bool(outlooks[place]), -behind[place], outlooks[place][:1]),
+        )
         number = min(PROBES[self._probes % len(PROBES)], len(outlooks[place]))
         sequences = len(outlooks)
         taken = self._cost.seconds(sequences + number) - self._cost.seconds(sequences)
+        taken += self._behind_dearness * behind[place]
         if not number or not self._account.has(taken + self._price([number])):
             return []
         self._probes += 1
@@ -216,34 +313,79 @@ class AdaptiveLength:
         return self._dearness * self._proposer.seconds([count for count in counts if count])
 
     def _drafted(self, drafting: float) -> float:
-        """What a step's drafting is charged with; learns how good the proposer's estimates are.
+        """What a step's drafting is charged with, but for what was lent.
 
-        What is done once for a sequence, such as computing its prompt, is spread over its drafts.
+        Learns how good the proposer's estimates are: of what comes before drafts, where that is
+        most of the time, and otherwise of drafts.
         """
         if not self._estimate:
             return drafting
-        took = min(drafting / self._estimate, STALLED * self._dearness)
+        drafts, before = self._estimate * self._dearness, self._behind * self._behind_dearness
+        if before > drafts:
+            most = BEHIND_STALLED * self._behind_dearness
+            took = min(max(0.0, drafting - drafts) / self._behind, most)
+            self._behind_dearness += BEHIND_RATE * (took - self._behind_dearness)
+            return drafts
+        took = min(max(0.0, drafting - before) / self._estimate, STALLED * self._dearness)
         self._dearness += DEARNESS_RATE * (took - self._dearness)
         return self._estimate * self._dearness
 
 
 class _Account:
-    """Seconds gained against plain steps, and the allowance."""
+    """Seconds gained against plain steps, the allowance, and what is lent."""
 
     def __init__(self) -> None:
         self._seconds: float | None = None  # until the first step
+        self._balance = 0.0  # without bounds, and as if all that is lent were lost
+        self._owed: dict[Sequence, float] = {}
         self.overdrawn = False
 
     def has(self, seconds: float) -> bool:
         """Whether so much may be lost."""
         return self._seconds is not None and self._seconds >= seconds
 
+    def lends(self, seconds: float, plain: float) -> bool:
+        """Whether so much may be lent."""
+        sound = self._seconds is None or self._seconds >= SOUND * plain
+        return sound and self._balance - seconds >= -LENT * plain
+
+    def lend(self, sequence: Sequence, seconds: float) -> None:
+        """For a sequence, until gains have paid it back or it is due."""
+        self._balance -= seconds
+        self._owed[sequence] = self._owed.get(sequence, 0.0) + seconds
+
+    def settle(self, sequences: list[Sequence]) -> None:
+        """What was lent for others than these is due."""
+        if self._owed:
+            present = set(sequences)
+            gone = [sequence for sequence in self._owed if sequence not in present]
+            self._claim(sum([self._owed.pop(sequence) for sequence in gone]))
+
     def add(self, gain: float, plain: float) -> None:
         """Take note of a step; a plain one takes `plain` seconds."""
-        seconds = START * plain if self._seconds is None else self._seconds
-        seconds += gain + ALLOWANCE * plain
-        self._seconds = max(LEAST * plain, min(MOST * plain, seconds))
+        self._balance += gain + ALLOWANCE * plain
+        if self._seconds is None:
+            self._seconds = START * plain
+        for sequence in list(self._owed) if gain > 0 else []:
+            paid = min(gain, self._owed[sequence])
+            gain -= paid
+            self._owed[sequence] -= paid
+            if not self._owed[sequence]:
+                del self._owed[sequence]
+        self._charge(-gain - ALLOWANCE * plain)
+        if self._seconds < 0:
+            self._claim(sum(self._owed.values()))
+            self._owed.clear()
+        self._seconds = max(LEAST * plain, min(MOST * plain, self._seconds))
         self.overdrawn = self._seconds < (ENOUGH * plain if self.overdrawn else 0.0)
+
+    def _claim(self, owed: float) -> None:
+        """Charge what is due, as far as all that was gained so far does not cover it."""
+        self._charge(min(owed, max(0.0, -self._balance)))
+
+    def _charge(self, seconds: float) -> None:
+        if self._seconds is not None:
+            self._seconds -= seconds
 
 
 def _candidates(outlooks: list[list[float]], least: float) -> list[tuple[float, int]]:

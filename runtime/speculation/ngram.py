@@ -95,6 +95,10 @@ class NgramProposer:
         """A copy takes no time that could be told from that of a step."""
         return 0.0
 
+    def behind(self, sequence: Sequence) -> float:
+        """An index of the prompt takes none, either."""
+        return 0.0
+
     def _index(self, sequence: Sequence) -> _Index:
         index = self._indices.get(sequence)
         if index is None:

@@ -79,5 +79,12 @@ class Proposer(Protocol):
         ...
 
     def seconds(self, counts: list[int]) -> float:
-        """Estimated time to propose so many tokens for so many sequences."""
+        """Estimated time to propose so many tokens for so many sequences that it has caught up."""
+        ...
+
+    def behind(self, sequence: Sequence) -> float:
+        """Estimated time to catch up with one that it has an outlook for; 0 if there is none.
+
+        Takes microseconds, too.
+        """
         ...

@@ -86,6 +86,9 @@ class Remembering:
     def seconds(self, counts):
         return 0.0
 
+    def behind(self, sequence):
+        return 0.0
+
 
 class Always:
     idle = False

@@ -51,6 +51,9 @@ class Foresight:
     def seconds(self, counts):
         return 0.0
 
+    def behind(self, sequence):
+        return 0.0
+
     def _tokens(self, sequence, count):
         state, text, found = sequence.sampling, sequence.tokens.tolist(), []
         for produced in range(sequence.produced, sequence.produced + count):

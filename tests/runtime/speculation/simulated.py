@@ -8,6 +8,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 # Milliseconds of a step by its tokens: a 135M model in int4 and in bfloat16 on two cores, where a
 # step of two tokens of the latter takes longer than one of three: that is left out.
@@ -39,8 +40,15 @@ def seconds_on(milliseconds: dict[int, float]) -> Callable[[int], float]:
 class Text:
     """As much of a sequence as lengths look at."""
 
-    def __init__(self) -> None:
-        self.tokens = array("q", [0])
+    def __init__(self, prompt: int = 1, limit: int = 1 << 20) -> None:
+        self.tokens = array("q", [0]) * prompt
+        self.prompt = prompt
+        self.drafted = 0  # tokens that a proposer with a cache has of it
+        self.request = SimpleNamespace(limit=limit)
+
+    @property
+    def produced(self) -> int:
+        return len(self.tokens) - self.prompt
 
 
 @dataclass
@@ -51,12 +59,16 @@ class Guesser:
     right: Callable[[int, int], float]  # (step, sequence): of each token, if those before were
     each: float = 0.0  # seconds to draft one token of any number of sequences
     learn: Callable[[int, int], None] = lambda count, accepted: None  # of each draft
+    reading: float = 0.0  # seconds for a token that it has not seen yet
 
     bytes_per_block = 0
     most = 16
 
     def seconds(self, counts: list[int]) -> float:
         return self.each * max(counts, default=0)
+
+    def behind(self, sequence: Text) -> float:
+        return self.reading * (len(sequence.tokens) - 1 - sequence.drafted)
 
 
 @dataclass
@@ -90,17 +102,29 @@ class Outcome:
         return self.plain / self.seconds
 
 
-def run(lengths, guesser: Guesser, machine: Machine, steps: int, size) -> Outcome:
-    """So many steps with `size(step)` sequences, which never end."""
-    outcome, texts = Outcome(), [Text() for _ in range(256)]
+def endless() -> list[Text]:
+    return [Text() for _ in range(256)]
+
+
+def run(lengths, guesser: Guesser, machine: Machine, steps: int, size, texts=None) -> Outcome:
+    """So many steps with the first `size(step)` of the sequences; those that end are taken out."""
+    outcome, texts = Outcome(), endless() if texts is None else texts
     for step in range(steps):
+        texts[:] = [text for text in texts if text.produced < text.request.limit]
         present = texts[: size(step)]
+        if not present:
+            break
         counts, asking = [0] * len(present), 0.0
         if not lengths.idle:
             asking = machine.asking
             outlooks = [guesser.claimed(step, place) for place in range(len(present))]
             counts = lengths.plan(present, 0, outlooks)
             assert all(0 <= n <= len(o) for n, o in zip(counts, outlooks, strict=True))
+        drafting = guesser.seconds([n for n in counts if n])
+        for text, count in zip(present, counts, strict=True):
+            if count:
+                drafting += guesser.behind(text)
+                text.drafted = len(text.tokens) - 1
         produced = 0
         for place, (text, count) in enumerate(zip(present, counts, strict=True)):
             accepted = 0
@@ -112,7 +136,7 @@ def run(lengths, guesser: Guesser, machine: Machine, steps: int, size) -> Outcom
             produced += accepted + 1
         load, tokens = machine.load(step), len(present) + sum(counts)
         seconds = (machine.seconds(tokens) + asking) * load
-        drafting = guesser.seconds([n for n in counts if n]) * load
+        drafting *= load
         lengths.observe(tokens, len(present), machine.seen(seconds), machine.seen(drafting))
         outcome.tokens += produced
         outcome.seconds += seconds + drafting

@@ -13,6 +13,7 @@ from compress.runtime.sampling_params import SamplingParams
 from compress.runtime.speculation.draft_model import DraftModel
 from compress.runtime.speculation.proposer import Draft
 from compress.runtime.speculation.speculator import Speculator
+from compress.runtime.speculation.step_cost import StepCost
 from tests.runtime.fakes import BLOCK, VOCAB, FakeAsyncModel, FakeModel
 from tests.runtime.speculation.test_engine import Always
 
@@ -122,6 +123,50 @@ def test_samples_of_a_prompt_and_later_requests_find_it_computed():
     assert first < len(prompt) + 4 * (2 + 12 + K)  # the prompt once, then drafts
     run(engine, [prompt], [replace(params, n=1)])
     assert sum(len(batch.tokens) for batch in draft.batches) - first < BLOCK + 12 + K
+
+
+class Asking(Always):
+    """Notes, of each sequence that decodes, how many tokens the proposer says it is behind."""
+
+    def __init__(self, proposer, quiet):
+        self.proposer, self.quiet, self.behind = proposer, quiet, []
+
+    def plan(self, sequences, others, outlooks):
+        self.behind.append([round(self.proposer.behind(one) / TOKEN) for one in sequences])
+        counts = super().plan(sequences, others, outlooks)
+        return [0] * len(counts) if len(self.behind) <= self.quiet else counts
+
+
+TOKEN = 1e-3  # seconds that a batch takes for each
+
+
+def asking(draft: FakeModel, quiet: int) -> tuple[Engine, Asking]:
+    engine = with_draft(draft, max_tokens_per_step=512)
+    speculator = engine._speculator
+    speculator.proposer._cost = StepCost({size: TOKEN * size for size in (1, 64, 512)})
+    speculator.lengths = Asking(speculator.proposer, quiet)
+    return engine, speculator.lengths
+
+
+@pytest.mark.parametrize("length", [11, 150])
+def test_how_far_it_is_behind(length):
+    """The prompt and tokens that came since, until it has drafted; then what was accepted last."""
+    engine, lengths = asking(FakeModel(), quiet=4)
+    prompt = [token % VOCAB for token in range(length)]
+    run(engine, [prompt], [SamplingParams(max_tokens=20, temperature=0)])
+    assert [one for (one,) in lengths.behind[:5]] == [length + place for place in range(5)]
+    # all K are accepted: the last of them, which was not read, and the model's own behind it
+    assert {one for (one,) in lengths.behind[5:]} == {1}
+
+
+def test_who_shares_a_computed_prompt_is_hardly_behind():
+    engine, lengths = asking(FakeModel(), quiet=0)
+    prompt = [token % VOCAB for token in range(4 * BLOCK + 1)]
+    params = SamplingParams(max_tokens=3 * K, temperature=0)
+    run(engine, [prompt], [params])
+    lengths.behind.clear()
+    run(engine, [prompt], [params])
+    assert lengths.behind[0] == [1]
 
 
 def test_a_prompt_is_computed_in_parts_and_holds_up_nobody():

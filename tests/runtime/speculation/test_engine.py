@@ -56,6 +56,9 @@ class Oracle:
     def seconds(self, counts: list[int]) -> float:
         return 0.0
 
+    def behind(self, sequence: Sequence) -> float:
+        return 0.0
+
     def _next(self, sequence: Sequence, count: int) -> list[int]:
         answer = self.answers[tuple(sequence.request.prompt), sequence.index]
         tokens = answer[sequence.produced : sequence.produced + count]

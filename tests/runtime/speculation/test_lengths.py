@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from compress.core.errors import InputError
+from compress.runtime.speculation.acceptance import Acceptance, Record
 from compress.runtime.speculation.lengths import MARGIN, AdaptiveLength, FixedLength
 from compress.runtime.speculation.step_cost import (
     LEVEL_WANDERS,
@@ -158,6 +159,76 @@ def test_comes_back_when_load_falls() -> None:
     assert many.speculated < 0.1 * many.steps
     one = run(lengths, guesser, machine, 200, lambda step: 1)
     assert one.speedup > 0.9 * best_speedup(machine, [0.8])
+
+
+def reader(right: float, *, reading: float = 0.08, each: float = 0.2) -> Guesser:
+    """A draft model whose tokens are right so often: plain steps to read one, and to draft one."""
+    acceptance, record = Acceptance(8), Record()
+    return Guesser(
+        lambda step, place: acceptance.rates(record, 8),
+        lambda step, place: right,
+        each * INT4[1] / 1000,
+        lambda drafted, accepted: acceptance.learn(record, drafted, accepted),
+        reading * INT4[1] / 1000,
+    )
+
+
+def answers(guesser: Guesser, prompt: int, limit: int, count: int, size: int = 1) -> Outcome:
+    """Answers of `limit` tokens, one after the other, or so many at once."""
+    lengths, machine = AdaptiveLength(guesser, cost_of(INT4)), machine_of(INT4)
+    whole = Outcome()
+    for _ in range(count // size):
+        texts = [Text(prompt, limit) for _ in range(size)]
+        outcome = run(lengths, guesser, machine, limit + 1, lambda step: size, texts)
+        assert not texts
+        for name, value in vars(outcome).items():
+            setattr(whole, name, getattr(whole, name) + value)
+    return whole
+
+
+@pytest.mark.parametrize("size", [1, 8])
+@pytest.mark.parametrize("limit", [16, 128])
+@pytest.mark.parametrize("reading", [0.02, 0.08, 0.5])  # of 150 tokens: 3, 12 and 75 steps
+@pytest.mark.parametrize("right", [0.0, 0.16, 0.5])
+def test_what_comes_before_bad_drafts_is_counted(right, reading, limit, size) -> None:
+    """Read for nothing, a prompt costs a tenth of an answer or more: few are."""
+    outcome = answers(reader(right, reading=reading, each=0.5), 150, limit, 96, size)
+    assert outcome.speedup > 0.97
+
+
+def test_a_prompt_is_read_for_drafts_that_pay_for_it() -> None:
+    """12 steps' worth of reading, of answers that take 40 or 60 steps less then."""
+    for right, at_best in ((0.7, 1.34), (0.9, 1.79)):
+        outcome = answers(reader(right), 150, 128, 48)
+        assert 1 + 0.4 * (at_best - 1) < outcome.speedup < at_best
+
+
+def test_a_long_prompt_is_read_for_a_long_answer() -> None:
+    """80 steps' worth: more than 128 tokens save, so only who goes on pays for it."""
+    assert answers(reader(0.9), 1000, 128, 48).speculated == 0
+    good = reader(0.9)
+    lengths, machine = AdaptiveLength(good, cost_of(INT4)), machine_of(INT4)
+    run(lengths, good, machine, 500, lambda step: 1, [Text(1, 1500)])  # shows that drafts are good
+    outcome = run(lengths, good, machine, 2000, lambda step: 1, [Text(1000, 2000)])
+    assert outcome.speedup > 1.4
+
+
+def test_what_was_lent_is_due_when_the_sequence_ends() -> None:
+    guesser, step = reader(1.0), INT4[1] / 1000
+    lengths = AdaptiveLength(guesser, cost_of(INT4))
+    lengths.observe(1, 1, step, 0)
+    text = Text(150, 200)
+    assert lengths.plan([text], 0, [[0.9] * 8]) == [1]
+    text.tokens.extend([0, 0])
+    text.drafted = 150
+    lengths.observe(2, 1, INT4[2] / 1000, guesser.seconds([1]) + 12 * step)
+    assert not lengths.idle  # it may still pay
+    lengths.plan([Text(150, 200)], 0, [[0.9] * 8])
+    lengths.observe(1, 1, step, 0)
+    assert lengths.idle  # it did not, and others have to wait
+    for _ in range(1800):  # times 0.7%
+        lengths.observe(1, 1, step, 0)
+    assert not lengths.idle
 
 
 def test_is_idle_where_nothing_can_pay() -> None:

@@ -116,6 +116,9 @@ class Knows:
     def seconds(self, counts):
         return 0.0
 
+    def behind(self, sequence):
+        return 0.0
+
 
 class Dice:
     """Random lengths, idle now and then."""
