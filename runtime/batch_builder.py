@@ -93,5 +93,5 @@ def build_batch(step: Items[Part], block_size: int) -> Batch:
         starts=lengths[: len(step) + 1],
         contexts=lengths[len(step) + 1 :],
         block_tables=torch.from_numpy(tables),
-        rows=torch.tensor(rows, dtype=torch.int64),
+        rows=torch.from_numpy(np.array(rows, np.int64)),
     )

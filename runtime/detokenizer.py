@@ -12,6 +12,8 @@ import itertools
 from array import array
 from typing import Any
 
+from compress.core.tokenizer import decoder_of
+
 INCOMPLETE = "\ufffd"
 MOST_HELD = 8  # tokens; no character is longer, so what they spell is not UTF-8
 CONTEXT = 6  # tokens of the prompt that the first window begins with
@@ -22,7 +24,7 @@ class Detokenizer:
     """Gives out one sequence's text; leaves out special tokens and what stops it."""
 
     def __init__(self, tokenizer: Any, prompt: array[int], stop: tuple[str, ...]) -> None:
-        self._tokenizer = tokenizer
+        self._decode = decoder_of(tokenizer)
         self._stop = stop
         # the window; how many of its tokens have their text out; and that text
         self._window, self._known, self._known_text = self._end_of(prompt)
@@ -82,8 +84,3 @@ class Detokenizer:
                     break
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]
-
-    def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )

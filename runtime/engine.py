@@ -278,7 +278,7 @@ class Engine:
             self._speculator.propose(step)
         flight = self._plan(step)
         batch = build_batch(step, self.pool.block_size)
-        flight.tokens = len(batch.tokens)
+        flight.tokens = batch.tokens.shape[0]
         self._steps += 1
         self._computed += flight.tokens
         if self._ahead and not any(sequence.draws_on_host for sequence in step):

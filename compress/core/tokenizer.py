@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import InputError, reason_of
 
@@ -23,3 +24,22 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise InputError(
             f"'{folder}' has no usable tokenizer: {reason_of(error)}; copy the original's there"
         ) from error
+
+
+def decoder_of(tokenizer: Any) -> Callable[[list[int]], str]:
+    """Tokens to text, without special tokens and with spaces as they are.
+
+    Where transformers' class only passes tokens on to the tokenizers library, that is asked at
+    once: the way through the class takes four times as long.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    made = type(tokenizer)
+    if all(
+        getattr(made, name, None) is getattr(PreTrainedTokenizerFast, name)
+        for name in ("decode", "_decode")
+    ):
+        return tokenizer.backend_tokenizer.decode  # leaves out special tokens by itself
+    return lambda tokens: tokenizer.decode(
+        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )

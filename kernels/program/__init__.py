@@ -189,7 +189,7 @@ class Recorder:
 
     def run(self, batch: Any) -> Tensor:
         """Carry the recorded operations out on a `Batch`: logits float32 [rows, V]."""
-        tokens, rows = len(batch.tokens), len(batch.rows)
+        tokens, rows = batch.tokens.shape[0], batch.rows.shape[0]  # `len` takes longer
         if tokens > self._most[False] or rows > self._most[True]:
             raise ValueError(
                 f"{tokens} tokens with {rows} logits in a batch; room is for {self._most[False]} "
@@ -197,7 +197,7 @@ class Recorder:
             )
         logits = torch.empty(rows, self._vocabulary)
         arguments = _BATCH(
-            tokens, len(batch.contexts), rows, batch.block_tables.shape[1],
+            tokens, batch.contexts.shape[0], rows, batch.block_tables.shape[1],
             batch.tokens.data_ptr(), batch.positions.data_ptr(), batch.slots.data_ptr(),
             batch.starts.data_ptr(), batch.contexts.data_ptr(), batch.block_tables.data_ptr(),
             batch.rows.data_ptr(), logits.data_ptr(),

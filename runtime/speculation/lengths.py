@@ -22,6 +22,7 @@ is overdrawn, as far as all gains so far do not cover it.  No more is lent than 
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from compress.core.errors import InputError
 from compress.runtime.sequence import Sequence
@@ -49,6 +50,8 @@ PLAIN_SOON, PLAIN_LATE = 4, 64  # steps with proposals before a plain one, to se
 GAIN_AT_BEST = 0.05  # for each proposed token; below it a batch is not looked at
 REST = 32  # steps until it is looked at again
 UNASKED_SEEN = 8  # one step in so many that were not asked about: to see takes up to 2% of a step
+NEW = 4  # steps of a size that are seen at once; the others so many together:
+TOGETHER = 8  # one alone takes many times as long, its code and numbers not being in caches
 PROBES = (1, 2, 4)  # tokens, in turn
 PROBE_SOON, PROBE_LATE = 16, 256  # steps between probes: doubled, as long as nothing pays
 UNASKED = 4  # steps in a row that are not asked about, to see what they take,
@@ -97,6 +100,8 @@ class AdaptiveLength:
         self._steep, self._steep_size, self._steep_steps = 0.0, 0, 0
         self._rest, self._rest_size = 0, 0  # steps left, for at least so many sequences
         self._wait, self._wait_size = 0, 0  # the same, for who is behind
+        self._unseen: list[tuple[int, float]] = []  # tokens and seconds of steps
+        self._steps: Counter[int] = Counter()  # by their tokens
         self._since_plain = self._since_probe = self._probes = 0
         self._since_unasked, self._unasked_after = 0, UNASKED_SOON
         self._plain_after, self._probe_after = PLAIN_SOON, PROBE_SOON
@@ -155,7 +160,7 @@ class AdaptiveLength:
             self._overlap *= 1 + OVERLAP_RATE * max(-0.5, min(0.5, math.log(seconds / usual)))
             self._overlap = min(1.0, self._overlap)
         elif asked is not None or self._since_probe % UNASKED_SEEN == 0:
-            self._cost.observe(tokens, seconds)
+            self._see(tokens, seconds)
         plain = self._cost.seconds(sequences) * self._overlap
         gain = 0.0
         if asked is not None:
@@ -165,6 +170,15 @@ class AdaptiveLength:
         self._account.add(gain, plain)
         if self._account.overdrawn:
             self._plain_after = PLAIN_SOON
+
+    def _see(self, tokens: int, seconds: float) -> None:
+        """Learn what a step takes."""
+        self._steps[tokens] += 1
+        self._unseen.append((tokens, seconds))
+        if self._steps[tokens] <= NEW or len(self._unseen) == TOGETHER:
+            for step in self._unseen:
+                self._cost.observe(*step)
+            self._unseen.clear()
 
     def _chosen(
         self,

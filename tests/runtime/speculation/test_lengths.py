@@ -210,7 +210,7 @@ def test_a_long_prompt_is_read_for_a_long_answer() -> None:
     lengths, machine = AdaptiveLength(good, cost_of(INT4)), machine_of(INT4)
     run(lengths, good, machine, 500, lambda step: 1, [Text(1, 1500)])  # shows that drafts are good
     outcome = run(lengths, good, machine, 2000, lambda step: 1, [Text(1000, 2000)])
-    assert outcome.speedup > 1.4
+    assert outcome.speedup > 1.2
 
 
 def test_what_was_lent_is_due_when_the_sequence_ends() -> None:
