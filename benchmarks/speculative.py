@@ -22,6 +22,7 @@ from typing import Any
 from runtime_cpu import processor
 
 TEMPERATURES = "0,0.7"
+REPEATS = "4"  # of groups of prompts, which are few
 MOST_SHOWN = 9  # tokens of a pass
 
 
@@ -55,6 +56,7 @@ def cases(options: argparse.Namespace) -> dict[str, list[str]]:
     w4 = [options.w4, "--head-bits", "8"]
     most, fewer = str(options.per_category), str(max(1, options.per_category * 3 // 5))
     both = ["--num-speculative-tokens", f"auto,{options.fixed}", "--temperature", TEMPERATURES]
+    many = ["--batch", options.batch, "--repeat", REPEATS]
     return {
         "W4, n-grams": [*w4, "--draft", "ngram", *both, "--per-category", most],
         "W4, self": [*w4, "--draft", "self", *both, "--per-category", fewer],
@@ -67,10 +69,10 @@ def cases(options: argparse.Namespace) -> dict[str, list[str]]:
             options.dense, "--draft", options.w4, *both, "--per-category", fewer,
         ],
         f"W4, n-grams, {options.batch} prompts at once": [
-            *w4, "--draft", "ngram", "--batch", options.batch, "--per-category", most,
+            *w4, "--draft", "ngram", *many, "--per-category", most,
         ],
         f"W4, a smaller model, {options.batch} prompts at once": [
-            *w4, "--draft", options.draft, "--batch", options.batch, "--per-category", most,
+            *w4, "--draft", options.draft, *many, "--per-category", most,
         ],
     }  # fmt: skip
 

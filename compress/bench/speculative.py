@@ -56,6 +56,7 @@ class Plan:
     max_tokens: int
     batch: int
     seed: int | None
+    repeats: int = 1  # how often each prompt is answered in each way
 
     def params(self, temperature: float, question: Question) -> SamplingParams:
         """A request's settings."""
@@ -82,7 +83,7 @@ class Question:
 
 @dataclass
 class Case:
-    """All that is measured of a category at a temperature."""
+    """All that is measured of a category at a temperature; repeated answers count, too."""
 
     category: str
     temperature: float
@@ -146,14 +147,15 @@ def measure_speculation(
         params = SamplingParams(max_tokens=WARM_UP_TOKENS, temperature=0)
         arm.answer([questions[0].tokens], [params])
     cases = [
-        Case(category, temperature, len(texts[category]))
+        Case(category, temperature, len(texts[category]) * plan.repeats)
         for temperature in plan.temperatures
         for category in texts
     ]
     for case in track(cases, "Looking for loops"):
         case.groups = _groups(case, arms[0], questions, plan)
     work = [(case, group) for case in cases for group in case.groups]
-    for turn, (case, group) in enumerate(track(work, "Measuring")):
+    turns = [(*pair, at + again) for again in range(plan.repeats) for at, pair in enumerate(work)]
+    for case, group, turn in track(turns, "Measuring"):
         _measure(case, group, arms if turn % 2 else arms[::-1], plan)
     return {
         **subject.facts,
@@ -162,6 +164,7 @@ def measure_speculation(
         "proposer": next(arm.watched for arm in arms if arm.watched).proposer.description,
         "max_tokens": plan.max_tokens,
         "batch": plan.batch,
+        "repeats": plan.repeats,
         "seed": plan.seed,
         "rows": _rows(cases, plan),
         "cases": [_details(case) for case in cases],
@@ -225,7 +228,7 @@ def _groups(case: Case, plain: Arm, questions: list[Question], plan: Plan) -> li
         params = [plan.params(case.temperature, question) for question in kept]
         outputs = plain.answer([question.tokens for question in kept], params).outputs
         kept = [q for q, output in zip(kept, outputs, strict=True) if not loops(output)]
-        case.looping = case.asked - len(kept)
+        case.looping = case.asked - len(kept) * plan.repeats
     return [kept[at : at + plan.batch] for at in range(0, len(kept), plan.batch)]
 
 

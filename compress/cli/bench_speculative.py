@@ -97,6 +97,10 @@ OPTIONS = [
         "--batch", default=1, show_default=True, type=COUNT, help="Prompts answered together."
     ),
     click.option(
+        "--repeat", "repeats", default=1, show_default=True, type=COUNT,
+        help="Answer everything so many times in each way.",
+    ),
+    click.option(
         "--seed",
         type=click.IntRange(min=0),
         help="Give requests seeds, from this number on: texts then equal the plain run's.  "
@@ -122,6 +126,7 @@ def speculative_command(
     max_tokens: int,
     temperatures: list[float],
     batch: int,
+    repeats: int,
     seed: int | None,
     dtype: str,
     head_bits: str | None,
@@ -153,7 +158,7 @@ def speculative_command(
         from compress.bench.subject import Subject
 
         questions = read_questions(dataset, per_category)
-        plan = Plan(draft, lengths, temperatures, max_tokens, batch, seed)
+        plan = Plan(draft, lengths, temperatures, max_tokens, batch, seed, repeats)
         proposers = choices(model, plan)
         choice = ModelChoice(model, dtype, head_bits)
         subject = Subject(model, dtype, choice.lm_head_bits, threads, keep_head=True)

@@ -344,11 +344,11 @@ def measured(subject, texts, plan):
     return measure_speculation(subject, texts, plan, choices(subject.model, plan))
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_measured(subject, batch):
+@pytest.mark.parametrize(("batch", "repeats"), [(1, 1), (3, 2)])
+def test_measured(subject, batch, repeats):
     """With seeds texts are known; at temperature 0 this model loops on some of them."""
     texts = {"a": ["one", "two", "three"], "b": ["four", "five"]}
-    plan = Plan("some/model", ["auto", 2], [0, 0.9], 48, batch, 7)
+    plan = Plan("some/model", ["auto", 2], [0, 0.9], 48, batch, 7, repeats)
     report = measured(subject, texts, plan)
     rows = {(row["temperature"], row["length"], row["category"]): row for row in report["rows"]}
     assert list(rows) == [
@@ -361,7 +361,7 @@ def test_measured(subject, batch):
     for length in ("auto", 2):
         row = rows[0.9, length, "all"]
         assert row["looping"] == 0
-        assert row["prompts"] == row["asked"] == 5
+        assert row["prompts"] == row["asked"] == 5 * repeats
         assert row["drafted"] == sum(rows[0.9, length, name]["drafted"] for name in "ab") > 0
         assert 0 < row["speed_up_low"] <= row["speed_up"] <= row["speed_up_high"]
         assert 1 < row["tokens_per_step"] <= 1 + 4 * row["acceptance"]
@@ -375,6 +375,7 @@ def test_measured(subject, batch):
         )
     case = report["cases"][2]
     assert case["questions"] == ([[0], [1], [2]] if batch == 1 else [[0, 1, 2]])
+    assert len(case["runs"]["auto"]) == len(case["questions"]) * repeats
     assert {len(run["plain"]["steps_ms"]) for run in case["runs"]["auto"]} == {47}
     assert sum(case["runs"][2][0]["fast"]["tokens"]) == 47 * batch
     assert 1 * batch in case["forward_ms"]
