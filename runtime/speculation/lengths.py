@@ -7,16 +7,13 @@ sequences are taken in order of these probabilities.  With prompts in the step, 
 the time that it takes in a step without them, and the n of the largest profit is taken.
 
 **Estimates may be wrong**, so there is an account of the time gained against plain steps, by what
-was measured.  Every step adds an allowance of 0.7% of its time, and gains are kept up to some
-steps' worth; when it is overdrawn nothing is proposed until the allowance has settled it.  So what
-speculation loses is bounded by the allowance, whatever misleads the estimates.  From the same
-account come probes: a few tokens that do not seem to pay, which show when things have changed.
+was measured; when it is overdrawn nothing is proposed for some time.  From it come probes: a few
+tokens that do not seem to pay, which show when things have changed.
 
 **A proposer may be behind**: a draft model has to compute a sequence's prompt before its first
 draft.  That is done where what drafts save pays for it within as many tokens as the sequence has
 by now, and before these within EXPECTED; a sequence that goes on without drafts proves to be long.
-The time is lent: gains pay it back, and the rest is charged when the sequence ends or the account
-is overdrawn, as far as all gains so far do not cover it.  No more is lent than these and LENT.
+The account lends the time.
 """
 
 from __future__ import annotations
@@ -26,22 +23,16 @@ from collections import Counter
 
 from compress.core.errors import InputError
 from compress.runtime.sequence import Sequence
+from compress.runtime.speculation.account import Account
 from compress.runtime.speculation.proposer import Proposer
 from compress.runtime.speculation.step_cost import StepCost
 
 MOST_FIXED = 64
 MARGIN = 0.01  # of expected gain, below which nothing is proposed
 
-# Of the account, in times of plain steps.
-ALLOWANCE = 0.007  # that each step adds
-START, MOST, LEAST = 4.0, 6.0, -64.0
-SOUND = 3.0  # for any to be lent: the first drafts may be refused
-LENT = 24.0  # at most, above what was gained so far
-ENOUGH = 0.5  # to go on after it was overdrawn
-SLIGHTLY = 0.5  # behind: that needs no thought
-
+SLIGHTLY = 0.5  # plain steps behind: that needs no thought
 EXPECTED = 128  # tokens of a sequence that has fewer
-WAIT = 8  # steps until it is looked at again
+WAIT = 8  # steps until those behind are looked at again
 
 MOST_TOGETHER = 256  # tokens proposed in one step
 SIZES = frozenset((*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 224, 256))
@@ -93,7 +84,7 @@ class AdaptiveLength:
     def __init__(self, proposer: Proposer, cost: StepCost, overlaps: bool = False) -> None:
         self._proposer = proposer
         self._cost = cost
-        self._account = _Account()
+        self._account = Account()
         self._overlaps = overlaps
         self._overlap = 1.0  # time of a step that was not asked about, to that of one that was
         self._largest = 1  # tokens of a step so far
@@ -343,63 +334,6 @@ class AdaptiveLength:
         took = min(max(0.0, drafting - before) / self._estimate, STALLED * self._dearness)
         self._dearness += DEARNESS_RATE * (took - self._dearness)
         return self._estimate * self._dearness
-
-
-class _Account:
-    """Seconds gained against plain steps, the allowance, and what is lent."""
-
-    def __init__(self) -> None:
-        self._seconds: float | None = None  # until the first step
-        self._balance = 0.0  # without bounds, and as if all that is lent were lost
-        self._owed: dict[Sequence, float] = {}
-        self.overdrawn = False
-
-    def has(self, seconds: float) -> bool:
-        """Whether so much may be lost."""
-        return self._seconds is not None and self._seconds >= seconds
-
-    def lends(self, seconds: float, plain: float) -> bool:
-        """Whether so much may be lent."""
-        sound = self._seconds is None or self._seconds >= SOUND * plain
-        return sound and self._balance - seconds >= -LENT * plain
-
-    def lend(self, sequence: Sequence, seconds: float) -> None:
-        """For a sequence, until gains have paid it back or it is due."""
-        self._balance -= seconds
-        self._owed[sequence] = self._owed.get(sequence, 0.0) + seconds
-
-    def settle(self, sequences: list[Sequence]) -> None:
-        """What was lent for others than these is due."""
-        if self._owed:
-            present = set(sequences)
-            gone = [sequence for sequence in self._owed if sequence not in present]
-            self._claim(sum([self._owed.pop(sequence) for sequence in gone]))
-
-    def add(self, gain: float, plain: float) -> None:
-        """Take note of a step; a plain one takes `plain` seconds."""
-        self._balance += gain + ALLOWANCE * plain
-        if self._seconds is None:
-            self._seconds = START * plain
-        for sequence in list(self._owed) if gain > 0 else []:
-            paid = min(gain, self._owed[sequence])
-            gain -= paid
-            self._owed[sequence] -= paid
-            if not self._owed[sequence]:
-                del self._owed[sequence]
-        self._charge(-gain - ALLOWANCE * plain)
-        if self._seconds < 0:
-            self._claim(sum(self._owed.values()))
-            self._owed.clear()
-        self._seconds = max(LEAST * plain, min(MOST * plain, self._seconds))
-        self.overdrawn = self._seconds < (ENOUGH * plain if self.overdrawn else 0.0)
-
-    def _claim(self, owed: float) -> None:
-        """Charge what is due, as far as all that was gained so far does not cover it."""
-        self._charge(min(owed, max(0.0, -self._balance)))
-
-    def _charge(self, seconds: float) -> None:
-        if self._seconds is not None:
-            self._seconds -= seconds
 
 
 def _candidates(outlooks: list[list[float]], least: float) -> list[tuple[float, int]]:
