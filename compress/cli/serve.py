@@ -157,7 +157,8 @@ def serve_command(
         )
 
     def announce() -> None:
-        say(f"Serving {settings.model_names[0]} at {url}")
+        drafts = f", drafts by {draft}" if draft else ""
+        say(f"Serving {settings.model_names[0]} at {url}{drafts}")
         if as_json:
             ready = {"url": url, "model": settings.model_names[0], "pid": os.getpid()}
             print(json.dumps(ready), file=output, flush=True)

@@ -40,9 +40,18 @@ class Account:
         return sound and self._balance - seconds >= -LENT * plain
 
     def lend(self, sequence: Sequence, seconds: float) -> None:
-        """For a sequence, until gains have paid it back or it is due."""
-        self._balance -= seconds
-        self._owed[sequence] = self._owed.get(sequence, 0.0) + seconds
+        """For a sequence, until gains have paid it back or it is due.
+
+        What it owes already is part of it: a long prompt is read in several steps.
+        """
+        more = seconds - self.owed(sequence)
+        if more > 0:
+            self._balance -= more
+            self._owed[sequence] = seconds
+
+    def owed(self, sequence: Sequence) -> float:
+        """What is lent for a sequence."""
+        return self._owed.get(sequence, 0.0)
 
     def settle(self, sequences: list[Sequence]) -> None:
         """What was lent for others than these is due."""

@@ -208,8 +208,8 @@ class AdaptiveLength:
         sequences, plain = len(asked), self._cost.seconds(len(asked))
         late = [seconds * self._behind_dearness for seconds in behind]
         ready = [
-            outlook if seconds <= SLIGHTLY * plain else []
-            for outlook, seconds in zip(outlooks, late, strict=True)
+            outlook if seconds <= max(SLIGHTLY * plain, self._account.owed(sequence)) else []
+            for sequence, outlook, seconds in zip(asked, outlooks, late, strict=True)
         ]
         waiting = sorted(
             (late[place], place)

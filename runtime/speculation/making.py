@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from compress.core.errors import InputError, shown
+from compress.core.errors import InputError, nearest, shown
 from compress.core.source import ModelSource, read_config, resolve_model
 from compress.core.tokenizer import load_tokenizer
 from compress.kernels.lowbit_matmul import LinearWeight
@@ -89,7 +89,11 @@ def choose(
                 f"own takes a model of {LEAST_LAYERS} or more; give draft = ngram"
             )
         return Choice(SELF, number, left_out=_left_out(draft, count))
-    drafting = resolve_model(draft)
+    try:
+        drafting = resolve_model(draft)
+    except InputError as error:
+        meant = nearest(draft.partition(":")[0], (NGRAM, SELF))
+        raise InputError(f"draft: {error}{meant}") from None
     check_served(drafting)
     _check_vocabulary(drafting, source, tokenizer)
     return Choice("model", number, source=drafting)

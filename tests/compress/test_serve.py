@@ -148,7 +148,8 @@ def test_a_model_is_served(model_folder):
     assert process.returncode == 0, said
     assert not output
     lines = said.splitlines()
-    assert lines[0] == f"Serving tiny at {ready['url']}"  # a key is set, so no warning
+    # a key is set, so no warning
+    assert lines[0] == f"Serving tiny at {ready['url']}, drafts by ngram"
     assert len(lines) == 4  # and one a request
     assert "environment" not in said
 

@@ -213,6 +213,21 @@ def test_a_long_prompt_is_read_for_a_long_answer() -> None:
     assert outcome.speedup > 1.2
 
 
+def test_a_prompt_that_is_read_in_parts_is_read_to_its_end() -> None:
+    """The second part needs no loan of its own: there is none to be had any more."""
+    guesser, step = reader(1.0), INT4[1] / 1000
+    lengths = AdaptiveLength(guesser, cost_of(INT4))
+    lengths.observe(1, 1, step, 0)
+    text = Text(250, 2000)  # 20 steps' worth
+    assert lengths.plan([text], 0, [[0.9] * 8]) == [1]
+    text.tokens.append(0)
+    text.drafted = 125
+    lengths.observe(1, 1, step, 10 * step)
+    assert lengths.plan([text], 0, [[0.9] * 8]) == [1]
+    other = Text(250, 2000)
+    assert lengths.plan([text, other], 0, [[0.9] * 8] * 2)[1] == 0
+
+
 def test_what_was_lent_is_due_when_the_sequence_ends() -> None:
     guesser, step = reader(1.0), INT4[1] / 1000
     lengths = AdaptiveLength(guesser, cost_of(INT4))

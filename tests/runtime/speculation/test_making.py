@@ -74,6 +74,12 @@ def test_the_rule_for_layers(tmp_path):
         (None, 4, "num_speculative_tokens = 4 without a draft; give one"),
         ("/no/such/folder", 4, "model folder '/no/such/folder' does not exist"),
         ("", 4, "model '' is empty"),
+        (
+            "./ngrm",
+            4,
+            "model folder './ngrm' does not exist; check the path; did you mean 'ngram'?",
+        ),
+        ("./selff:3", 4, "'./selff:3' does not exist; check the path; did you mean 'self'?"),
         ("self:6", 4, "layers '6' to leave out: allowed are numbers and ranges of 0 to 5"),
         ("self:4-2", 4, "layers '4-2' to leave out: allowed"),
         ("self:", 4, "layers '' to leave out: allowed"),
