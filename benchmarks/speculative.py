@@ -45,6 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--per-category", type=int, default=20)
     parser.add_argument("--fixed", default="4", help="tokens to propose, beside auto")
     parser.add_argument("--batch", default="8", help="prompts at once in the cases of many")
+    parser.add_argument("--repeat", default="2", help="of cases of one prompt at a time")
     parser.add_argument("--max-tokens", default="128")
     parser.add_argument("--threads", default="2")
     parser.add_argument("--out", type=Path, help="[default: speculative.md in WORK_FOLDER]")
@@ -55,15 +56,18 @@ def cases(options: argparse.Namespace) -> dict[str, list[str]]:
     """Title of each case, and its flags."""
     w4 = [options.w4, "--head-bits", "8"]
     most, fewer = str(options.per_category), str(max(1, options.per_category * 3 // 5))
-    both = ["--num-speculative-tokens", f"auto,{options.fixed}", "--temperature", TEMPERATURES]
+    again = ["--repeat", options.repeat]
+    at = ["--temperature", TEMPERATURES]
+    both = ["--num-speculative-tokens", f"auto,{options.fixed}", *at]
     many = ["--batch", options.batch, "--repeat", REPEATS]
     return {
-        "W4, n-grams": [*w4, "--draft", "ngram", *both, "--per-category", most],
-        "W4, self": [*w4, "--draft", "self", *both, "--per-category", fewer],
-        "W4, a smaller model": [*w4, "--draft", options.draft, *both, "--per-category", fewer],
+        "W4, n-grams": [*w4, "--draft", "ngram", *both, *again, "--per-category", most],
+        "W4, self": [*w4, "--draft", "self", *both, *again, "--per-category", fewer],
+        "W4, a smaller model": [
+            *w4, "--draft", options.draft, *both, *again, "--per-category", fewer,
+        ],
         "bfloat16, n-grams": [
-            options.dense, "--draft", "ngram", "--temperature", TEMPERATURES,
-            "--per-category", fewer,
+            options.dense, "--draft", "ngram", *at, *again, "--per-category", fewer,
         ],
         "bfloat16, its W4": [
             options.dense, "--draft", options.w4, *both, "--per-category", fewer,
@@ -105,8 +109,9 @@ def page(options: argparse.Namespace, reports: dict[str, dict[str, Any]]) -> str
         f"{processor()}, {options.threads} threads, PyTorch "
         f"{version('torch')}; Spec-Bench's first turns through the chat template, answers of up to "
         f"{options.max_tokens} tokens. Each prompt is answered with and without speculation in "
-        "turn; speed-up is of decoding, after the first token, with 95% of a bootstrap over "
-        "prompts. Answers that end in repeating themselves (loops) are counted and left out.",
+        "turn, and some cases several times; speed-up is of decoding, after the first token, with "
+        "95% of a bootstrap over answers. Answers that end in repeating themselves (loops) are "
+        "counted and left out.",
         "",
         "a: acceptance; tokens: of a step, in the mean; cost: of a step with its drafting, in "
         "plain steps; expected: (1 - a^(k+1)) / (1 - a) over the cost; reached: measured over "
