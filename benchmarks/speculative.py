@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--per-category", type=int, default=20)
     parser.add_argument("--fixed", default="4", help="tokens to propose, beside auto")
     parser.add_argument("--batch", default="8", help="prompts at once in the cases of many")
-    parser.add_argument("--repeat", default="2", help="of cases of one prompt at a time")
+    parser.add_argument("--repeat", default="2", help="of n-grams, one prompt at a time")
     parser.add_argument("--max-tokens", default="128")
     parser.add_argument("--threads", default="2")
     parser.add_argument("--out", type=Path, help="[default: speculative.md in WORK_FOLDER]")
@@ -62,10 +62,8 @@ def cases(options: argparse.Namespace) -> dict[str, list[str]]:
     many = ["--batch", options.batch, "--repeat", REPEATS]
     return {
         "W4, n-grams": [*w4, "--draft", "ngram", *both, *again, "--per-category", most],
-        "W4, self": [*w4, "--draft", "self", *both, *again, "--per-category", fewer],
-        "W4, a smaller model": [
-            *w4, "--draft", options.draft, *both, *again, "--per-category", fewer,
-        ],
+        "W4, self": [*w4, "--draft", "self", *both, "--per-category", fewer],
+        "W4, a smaller model": [*w4, "--draft", options.draft, *both, "--per-category", fewer],
         "bfloat16, n-grams": [
             options.dense, "--draft", "ngram", *at, *again, "--per-category", fewer,
         ],

@@ -5,8 +5,12 @@
 // with G = N / K query heads a key head, and first = position - window + 1 under a sliding window.
 // One pass over the blocks with a running maximum (Milakov and Gimelshein, 2018, arXiv:1805.02867),
 // 16 keys, a vector, at a time. The context is cut into parts of 256 positions, each with sums of its
-// own, which are then added up in order (Dao et al., Flash-Decoding, 2023). Probabilities are rounded to the values' dtype, and it is the rounded
-// ones that the sum below the line adds up. Layouts: rope/avx512.h.
+// own, which are then added up in order (Dao et al., Flash-Decoding, 2023). Probabilities are rounded
+// to the values' dtype, and it is the rounded ones that the sum below the line adds up. A token's sums
+// and their order are the same whatever else is in the batch. Layouts: rope/avx512.h.
+//
+// Heads of a key head, and those of neighbouring tokens with them, go through the keys together: what
+// bounds one alone is how long each step waits for the one before it.
 #pragma once
 
 #include <algorithm>
@@ -35,37 +39,43 @@ struct PagedAttention : Operation, PagedAttentionArguments<T> {
   using Arguments::values, Arguments::parts, Arguments::out;
 
   // With few tokens threads share out parts of the context, and put them together afterwards;
-  // with many a thread does all parts of a token's head. The sums and their order are the same.
+  // with many a thread does all parts of some heads. The sums and their order are the same.
   int phases() const override { return 2; }
   bool needed(const Batch& batch, Worker worker, int phase) const override {
     return phase == 0 || shared_out(batch, worker);
   }
   void run(const Batch& batch, Worker worker, int phase) override {
-    int items = int(batch.tokens_count) * shape.kv_heads, most = most_parts(batch);
+    if (phase == 1) return merge_shared(batch, worker);
     bool shared = shared_out(batch, worker);
-    int sequence = 0;
-    // Items go round the threads, since later tokens have more keys.
-    for (int item = worker.index; item < items * (phase == 0 && shared ? most : 1); item += worker.count) {
-      int part = phase == 0 && shared ? item % most : -1, at = part < 0 ? item : item / most;
-      int row = at / shape.kv_heads, kv_head = at % shape.kv_heads;
-      while (row >= batch.starts[sequence + 1]) sequence++;
-      int position = int(batch.positions[row]);
-      Query query{batch.block_tables + sequence * batch.table_width, row, position,
-                  window && position >= window ? position - window + 1 : 0, kv_head, 0,
-                  shared ? parts + int64_t(at) * most * part_size() : nullptr, part};
-      if (phase == 1)
-        merge_shared(query);
-      else if (part < 0 || (part <= position / PART && part >= query.first / PART))
-        all_heads(query);
-    }
+    int most = most_parts(batch), together = tokens_together();
+    int item = 0;  // items go round the threads, since later tokens have more keys
+    for (int s = 0; s < batch.sequences; s++)
+      for (int row = batch.starts[s]; row < batch.starts[s + 1]; row += together) {
+        int tokens = std::min(together, batch.starts[s + 1] - row);
+        Query query{batch.block_tables + s * batch.table_width, row, tokens,
+                    int(batch.positions[row]), 0, most, -1};
+        int last_part = (query.position + tokens - 1) / PART;
+        for (query.kv_head = 0; query.kv_head < shape.kv_heads; query.kv_head++) {
+          if (!shared && item++ % worker.count == worker.index) all_heads(query);
+          if (!shared) continue;
+          for (query.part = first_of(query.position) / PART; query.part <= last_part; query.part++)
+            if (item++ % worker.count == worker.index) all_heads(query);
+        }
+      }
   }
 
  private:
   struct Query {
     const int32_t* table;
-    int row, position, first, kv_head, head;
-    float* shared;  // parts of this token and key head, or null
-    int part;       // the one to compute, or -1 for all
+    int row, tokens, position;  // the first of some neighbours, and its position
+    int kv_head;
+    int most;  // parts that there is room for
+    int part;  // the one to compute, or -1 for all
+  };
+
+  struct Head {  // of one token
+    const T* query;
+    int row, head, position, first;
   };
 
   static int most_parts(const Batch& batch) {
@@ -78,6 +88,18 @@ struct PagedAttention : Operation, PagedAttentionArguments<T> {
   bool shared_out(const Batch& batch, Worker worker) const {
     int items = int(batch.tokens_count) * shape.kv_heads, most = most_parts(batch);
     return items < 8 * worker.count && most > 1 && items * most <= MOST_PARTS;
+  }
+
+  int first_of(int position) const {
+    return window && position >= window ? position - window + 1 : 0;
+  }
+
+  // Heads whose sums fit into registers, with what they are multiplied with.
+  static constexpr int most_heads(int vectors) {
+    return vectors == 4 ? 6 : vectors == 5 ? 5 : vectors == 6 ? 4 : vectors == 8 ? 3 : 1;
+  }
+  int tokens_together() const {
+    return std::max(1, std::min(4, most_heads(vectors_of_head()) / group()));
   }
 
   int vectors_of_head() const { return shape.padded_dim / LANES; }
@@ -101,48 +123,57 @@ struct PagedAttention : Operation, PagedAttentionArguments<T> {
     }
   };
 
-  // Query heads of one key head, as many at a time as their sums fit into registers.
-  void all_heads(Query query) const {
-    query.head = query.kv_head * group();
-    int end = query.head + group();
-    while (query.head < end) {
-      int left = end - query.head;
-      switch (vectors_of_head()) {
-        case 4: query.head += up_to<4, 4>(left, query); break;
-        case 5: query.head += up_to<3, 5>(left, query); break;
-        case 6: query.head += up_to<3, 6>(left, query); break;
-        case 8: query.head += up_to<2, 8>(left, query); break;
-        case 16: query.head += up_to<1, 16>(left, query); break;
-        default: query.head += up_to<1, 0>(left, query);
+  // Heads of one key head, in groups of about one size.
+  void all_heads(const Query& query) const {
+    int vectors = vectors_of_head(), heads = query.tokens * group();
+    int groups = (heads + most_heads(vectors) - 1) / most_heads(vectors);
+    int size = (heads + groups - 1) / groups;
+    for (int begin = 0; begin < heads; begin += size) {
+      int count = std::min(size, heads - begin);
+      switch (vectors) {
+        case 4: up_to<most_heads(4), 4>(count, query, begin); break;
+        case 5: up_to<most_heads(5), 5>(count, query, begin); break;
+        case 6: up_to<most_heads(6), 6>(count, query, begin); break;
+        case 8: up_to<most_heads(8), 8>(count, query, begin); break;
+        case 16: up_to<1, 16>(count, query, begin); break;
+        default: up_to<1, 0>(count, query, begin);
       }
     }
   }
 
   template <int HEADS, int VECTORS>
-  int up_to(int left, const Query& query) const {
-    if constexpr (HEADS > 1)
-      if (left < HEADS) return up_to<HEADS - 1, VECTORS>(left, query);
-    some<HEADS, VECTORS>(query);
-    return HEADS;
+  void up_to(int count, const Query& query, int begin) const {
+    if (count == HEADS) return some<HEADS, VECTORS>(query, begin);
+    if constexpr (HEADS > 1) up_to<HEADS - 1, VECTORS>(count, query, begin);
   }
 
-  // HEADS query heads; VECTORS of 16 dimensions, 0 when that is known only at run time.
+  // HEADS heads, counted from the first token's first; VECTORS of 16 dimensions, 0 when that is
+  // known only at run time.
   template <int HEADS, int VECTORS>
-  void some(const Query& query) const {
+  void some(const Query& query, int begin) const {
     constexpr int MOST = VECTORS ? VECTORS : WIDEST / LANES;
     const int vectors = VECTORS ? VECTORS : vectors_of_head();
+    Head heads[HEADS];
+    for (int h = 0; h < HEADS; h++) {
+      int token = (begin + h) / group(), head = query.kv_head * group() + (begin + h) % group();
+      int row = query.row + token, position = query.position + token;
+      heads[h] = {queries + (int64_t(row) * shape.heads + head) * shape.padded_dim, row, head,
+                  position, first_of(position)};
+    }
     Found<MOST> all[HEADS], part[HEADS];
     bool one = query.part >= 0;
-    int from = one ? query.part : query.first / PART;
-    int to = one ? query.part : query.position / PART;
+    int from = one ? query.part : heads[0].first / PART;
+    int to = one ? query.part : heads[HEADS - 1].position / PART;
     for (int p = from; p <= to; p++) {
-      one_part<HEADS, MOST>(query, p, vectors, part);
+      one_part<HEADS, MOST>(query, heads, p, vectors, part);
       for (int h = 0; h < HEADS; h++) {
+        const Head& head = heads[h];
+        if (p < head.first / PART || p > head.position / PART) continue;
         if (one) {
-          float* room = room_of(query, p, query.head % group() + h);
+          float* room = room_of(head.row, query.kv_head, query.most, p, head.head % group());
           for (int v = 0; v < vectors; v++) _mm512_storeu_ps(room + v * LANES, part[h].sum[v]);
           room[shape.padded_dim] = part[h].below, room[shape.padded_dim + 1] = part[h].maximum;
-        } else if (p == from) {
+        } else if (p == head.first / PART) {
           all[h] = part[h];
         } else {
           all[h].add(part[h].sum, part[h].below, part[h].maximum, vectors);
@@ -150,38 +181,45 @@ struct PagedAttention : Operation, PagedAttentionArguments<T> {
       }
     }
     if (one) return;
-    for (int h = 0; h < HEADS; h++) write(query.row, query.head + h, all[h].sum, 1.f / all[h].below);
+    for (int h = 0; h < HEADS; h++)
+      write(heads[h].row, heads[h].head, all[h].sum, 1.f / all[h].below);
   }
 
-  float* room_of(const Query& query, int part, int head) const {
-    return query.shared + part * part_size() + head * int64_t(shape.padded_dim + 2);
+  // Where a part of a token's head is kept for `merge_shared`.
+  float* room_of(int row, int kv_head, int most, int part, int head) const {
+    int64_t of_row = (int64_t(row) * shape.kv_heads + kv_head) * most + part;
+    return parts + (of_row * group() + head) * (shape.padded_dim + 2);
   }
 
-  void merge_shared(const Query& query) const {
+  void merge_shared(const Batch& batch, Worker worker) const {
     constexpr int MOST = WIDEST / LANES;
-    const int vectors = vectors_of_head();
-    for (int h = 0; h < group(); h++) {
+    const int vectors = vectors_of_head(), most = most_parts(batch);
+    int items = int(batch.tokens_count) * shape.heads;
+    for (int item = worker.index; item < items; item += worker.count) {
+      int row = item / shape.heads, head = item % shape.heads;
+      int position = int(batch.positions[row]), from = first_of(position) / PART;
       Found<MOST> all;
-      for (int p = query.first / PART; p <= query.position / PART; p++) {
-        const float* room = room_of(query, p, h);
+      for (int p = from; p <= position / PART; p++) {
+        const float* room = room_of(row, head / group(), most, p, head % group());
         __m512 sum[MOST];
         for (int v = 0; v < vectors; v++) sum[v] = load(room + v * LANES);
         float below = room[shape.padded_dim], maximum = room[shape.padded_dim + 1];
-        if (p > query.first / PART) {
+        if (p > from) {
           all.add(sum, below, maximum, vectors);
           continue;
         }
         for (int v = 0; v < vectors; v++) all.sum[v] = sum[v];
         all.below = below, all.maximum = maximum;
       }
-      write(query.row, query.kv_head * group() + h, all.sum, 1.f / all.below);
+      write(row, head, all.sum, 1.f / all.below);
     }
   }
 
-  // The keys of part `p` that the query sees.
+  // The keys of part `p` that the heads see; where one sees none its sums are 0.
   template <int HEADS, int MOST>
-  void one_part(const Query& query, int p, int vectors, Found<MOST>* found) const {
-    const T* q = queries + (int64_t(query.row) * shape.heads + query.head) * shape.padded_dim;
+  void one_part(const Query& query, const Head* heads, int p, int vectors,
+                Found<MOST>* found) const {
+    const Head &earliest = heads[0], &latest = heads[HEADS - 1];
     __m512 below[HEADS];  // the sum below the line, by lane
     __m512 sum[HEADS][MOST];
     float maximum[HEADS];
@@ -190,19 +228,25 @@ struct PagedAttention : Operation, PagedAttentionArguments<T> {
       for (int v = 0; v < vectors; v++) sum[h][v] = _mm512_setzero_ps();
     }
     int64_t stride = int64_t(vectors) * LANES * BLOCK;
-    int block = std::max(query.first, p * PART) / BLOCK;
-    int end = std::min(query.position + 1, (p + 1) * PART);
+    int block = std::max(earliest.first, p * PART) / BLOCK;
+    int end = std::min(latest.position + 1, (p + 1) * PART);
     for (; block * BLOCK < end; block++) {
+      int begin = block * BLOCK;
       int64_t at = (int64_t(query.table[block]) * shape.kv_heads + query.kv_head) * stride;
-      if ((block + 1) * BLOCK <= query.position) prefetch(query, block + 1, stride);
+      if (begin + BLOCK <= latest.position) prefetch(query, block + 1, stride);
       __m512 score[HEADS];
-      scores<HEADS>(q, keys + at, vectors, score);
-      __mmask16 seen = first_lanes(query.position + 1 - block * BLOCK);
-      if (query.first > block * BLOCK) seen &= ~first_lanes(query.first - block * BLOCK);
+      scores<HEADS>(heads, keys + at, vectors, score);
+      bool whole = begin >= latest.first && begin + BLOCK <= earliest.position + 1;
+      __mmask16 seen[HEADS];
       alignas(64) T weight[HEADS][LANES];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int h = 0; h < HEADS; h++) {
-        score[h] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, score[h]);
+        seen[h] = 0xffff;
+        if (!whole) {
+          seen[h] = first_lanes(heads[h].position + 1 - begin);
+          seen[h] &= ~first_lanes(heads[h].first - begin);
+          score[h] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen[h], score[h]);
+        }
         if (_mm512_cmp_ps_mask(score[h], _mm512_set1_ps(maximum[h]), _CMP_GT_OQ)) {
           float highest = _mm512_reduce_max_ps(score[h]);
           __m512 shrink = exponential(_mm512_set1_ps(maximum[h] - highest));
@@ -211,21 +255,29 @@ struct PagedAttention : Operation, PagedAttentionArguments<T> {
           maximum[h] = highest;
         }
         __m512 weights = exponential(_mm512_sub_ps(score[h], _mm512_set1_ps(maximum[h])));
-        store(0xffff, weight[h], _mm512_maskz_mov_ps(seen, weights));
+        store(0xffff, weight[h], _mm512_maskz_mov_ps(seen[h], weights));
         below[h] = _mm512_add_ps(below[h], load(weight[h]));
       }
-      if (seen == 0xffff) {
+      if (whole)
         add_values<HEADS, MOST>(values + at, weight, vectors, sum);
-      } else {
-        alignas(64) T clean[MOST * LANES * BLOCK];
-        only_seen(values + at, seen, vectors, clean);
-        add_values<HEADS, MOST>(clean, weight, vectors, sum);
-      }
+      else
+        for (int h = 0; h < HEADS; h++) add_seen(values + at, weight[h], seen[h], vectors, &sum[h]);
     }
     for (int h = 0; h < HEADS; h++) {
       for (int v = 0; v < vectors; v++) found[h].sum[v] = sum[h][v];
       found[h].below = _mm512_reduce_add_ps(below[h]), found[h].maximum = maximum[h];
     }
+  }
+
+  // One head's values of a block of which it sees some.
+  template <int MOST>
+  void add_seen(const T* block, const T* weight, __mmask16 seen, int vectors,
+                __m512 (*sum)[MOST]) const {
+    if (seen == 0) return;
+    alignas(64) T clean[MOST * LANES * BLOCK];
+    if (seen != 0xffff) only_seen(block, seen, vectors, clean);
+    add_values<1, MOST>(seen == 0xffff ? block : clean,
+                        reinterpret_cast<const T(*)[LANES]>(weight), vectors, sum);
   }
 
   // A weight of 0 does not take away what another request left here: it may be NaN.
@@ -251,20 +303,20 @@ struct PagedAttention : Operation, PagedAttentionArguments<T> {
   }
 
   template <int HEADS>
-  static inline __attribute__((always_inline)) void scores(const T* q, const T* block, int vectors,
-                                                           __m512* score) {
+  static inline __attribute__((always_inline)) void scores(const Head* heads, const T* block,
+                                                           int vectors, __m512* score) {
     const int elements = vectors * LANES * int(sizeof(T)) / 4;
     __m512 odd[HEADS];  // two sums a head, since a multiplication waits for the one before it
     for (int h = 0; h < HEADS; h++) score[h] = odd[h] = _mm512_setzero_ps();
-    const auto* words = reinterpret_cast<const int32_t*>(q);
+    const int32_t* words[HEADS];
+    for (int h = 0; h < HEADS; h++) words[h] = reinterpret_cast<const int32_t*>(heads[h].query);
     const auto* bytes = reinterpret_cast<const uint8_t*>(block);
     for (int e = 0; e < elements; e += 2) {
       __m512i key[2] = {_mm512_loadu_si512(bytes + e * 64), _mm512_loadu_si512(bytes + e * 64 + 64)};
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int h = 0; h < HEADS; h++) {
-        const int32_t* word = words + h * elements + e;
-        score[h] = product(score[h], _mm512_set1_epi32(word[0]), key[0]);
-        odd[h] = product(odd[h], _mm512_set1_epi32(word[1]), key[1]);
+        score[h] = product(score[h], _mm512_set1_epi32(words[h][e]), key[0]);
+        odd[h] = product(odd[h], _mm512_set1_epi32(words[h][e + 1]), key[1]);
       }
     }
     for (int h = 0; h < HEADS; h++) score[h] = _mm512_add_ps(score[h], odd[h]);
@@ -283,7 +335,7 @@ struct PagedAttention : Operation, PagedAttentionArguments<T> {
 #pragma GCC unroll 16
       for (int v = 0; v < vectors; v++) {
         __m512i value = _mm512_loadu_si512(bytes + (int64_t(s) * vectors + v) * 64);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int h = 0; h < HEADS; h++) sum[h][v] = product(sum[h][v], factor[h], value);
       }
     }

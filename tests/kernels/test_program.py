@@ -315,6 +315,45 @@ def test_attention_has_the_same_bits_alone_and_shared_out(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+def attention_of(inputs, program, qkv, out, begin: int, end: int) -> Tensor:
+    """Outputs of some tokens of one sequence, in one step; the cache has those before."""
+    places = torch.arange(begin, end)
+    qkv[: end - begin] = inputs[begin:end]
+    batch = batch_of([(begin, end - begin)])
+    table = torch.arange(-(-end // BLOCK), dtype=torch.int32)[None]
+    run(program, Batch(**{**vars(batch), "slots": places, "block_tables": table}))
+    return out[: end - begin].clone()
+
+
+@pytest.mark.parametrize("window", [None, 20, 300])
+@pytest.mark.parametrize("sizes", [(9, 3, 64), (4, 4, 64), (8, 1, 80), (3, 3, 96), (6, 3, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tokens_have_the_same_bits_beside_their_neighbours(sizes, dtype, window) -> None:
+    """Neighbours go through the keys together, in groups that depend on how many there are."""
+    program, qkv, out, _ = attention_program(dtype, sizes, window, (None, None), 64)
+    torch.manual_seed(0)
+    inputs = torch.randn(600, qkv.shape[1])
+    last = (inputs, program, qkv, out)
+    alone = torch.cat([attention_of(*last, place, place + 1) for place in range(600)])
+    for begin in (0, 14, 15, 29, 253, 255, 508, 511, 590):  # around blocks, parts, windows
+        for count in (2, 3, 4, 5, 8, 10):
+            together = attention_of(*last, begin, begin + count)
+            assert torch.equal(together, alone[begin : begin + count]), (begin, count)
+
+
+@pytest.mark.parametrize("sizes", [(9, 3, 64), (4, 4, 64)])
+def test_what_comes_later_may_be_nan(sizes) -> None:
+    """A refused proposal is beside the tokens before it, which do not see it."""
+    program, qkv, out, _ = attention_program(torch.bfloat16, sizes, None, (None, None), 64)
+    inputs = torch.randn(40, qkv.shape[1])
+    expected = attention_of(inputs, program, qkv, out, 0, 40)
+    inputs[37:] = math.nan
+    for begin in (30, 35, 36):
+        found = attention_of(inputs, program, qkv, out, begin, 40)
+        assert torch.equal(found[: 37 - begin], expected[begin:37])
+        assert found[37 - begin :].isnan().all()
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_any_thread_may_run_a_program(threads: int) -> None:
     """OpenMP would give a thread that is not the one of set_num_threads all processors."""
