@@ -232,7 +232,10 @@ class AdaptiveLength:
             if lent < more * tokens * sequences / len(waiting) and self._account.lends(lent, plain):
                 return worth
             del waiting[len(waiting) // 2 :]
-        self._wait, self._wait_size = WAIT, sequences
+        if any(ready):
+            self._wait, self._wait_size = WAIT, sequences
+        else:
+            self._rest, self._rest_size = WAIT, sequences
         return ready
 
     def _saved(self, outlooks: list[list[float]], least: float) -> float:

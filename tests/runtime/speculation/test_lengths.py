@@ -256,6 +256,17 @@ def test_is_idle_where_nothing_can_pay() -> None:
     assert asked < 40
 
 
+def test_is_idle_while_no_prompt_pays() -> None:
+    """To ask takes up to 3% of a step."""
+    guesser = reader(0.9, reading=0.5)
+    lengths, machine = AdaptiveLength(guesser, cost_of(INT4)), machine_of(INT4)
+    texts, asked = [Text(1000, 400)], 0
+    for _ in range(300):
+        asked += not lengths.idle
+        run(lengths, guesser, machine, 1, lambda step: 1, texts)
+    assert 30 < asked < 40
+
+
 @pytest.mark.parametrize("right", [0.0, 0.9])
 def test_a_device_is_not_kept_waiting_for_nothing(right: float) -> None:
     """Where a step that is asked about takes a quarter longer, asking itself must pay."""
