@@ -142,3 +142,18 @@ def test_what_could_become_a_stop_string_is_held_back():
     tokenizer = TOKENIZERS["byte level"]
     tokens = tokenizer("xabac", add_special_tokens=False)["input_ids"]
     assert pieces_of(tokenizer, tokens[:1], tokens[1:], ("abad",)) == ["", "", "", "abac", ""]
+
+
+def test_a_tokenizer_with_a_way_of_its_own_is_asked():
+    """The library beneath it is asked at once only where its class adds nothing."""
+
+    class Loud(PreTrainedTokenizerFast):
+        def _decode(self, *args, **kwargs):
+            return super()._decode(*args, **kwargs).upper()
+
+    plain = TOKENIZERS["byte level"]
+    loud = Loud(tokenizer_object=plain.backend_tokenizer)
+    tokens = plain("hello")["input_ids"]
+    for tokenizer, text in ((plain, "hello"), (loud, "HELLO")):
+        detokenizer = Detokenizer(tokenizer, array("q", []), ())
+        assert "".join([*map(detokenizer.push, tokens), detokenizer.finish()]) == text
