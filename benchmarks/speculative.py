@@ -55,7 +55,8 @@ def parse() -> argparse.Namespace:
 def cases(options: argparse.Namespace) -> dict[str, list[str]]:
     """Title of each case, and its flags."""
     w4 = [options.w4, "--head-bits", "8"]
-    most, fewer = str(options.per_category), str(max(1, options.per_category * 3 // 5))
+    most = str(options.per_category)
+    fewer, few = (str(max(1, options.per_category * share // 5)) for share in (3, 2))
     again = ["--repeat", options.repeat]
     at = ["--temperature", TEMPERATURES]
     both = ["--num-speculative-tokens", f"auto,{options.fixed}", *at]
@@ -68,7 +69,7 @@ def cases(options: argparse.Namespace) -> dict[str, list[str]]:
             options.dense, "--draft", "ngram", *at, *again, "--per-category", fewer,
         ],
         "bfloat16, its W4": [
-            options.dense, "--draft", options.w4, *both, "--per-category", fewer,
+            options.dense, "--draft", options.w4, *both, "--per-category", few,
         ],
         f"W4, n-grams, {options.batch} prompts at once": [
             *w4, "--draft", "ngram", *many, "--per-category", most,
