@@ -110,7 +110,8 @@ def page(options: argparse.Namespace, reports: dict[str, dict[str, Any]]) -> str
         f"{options.max_tokens} tokens. Each prompt is answered with and without speculation in "
         "turn, and some cases several times; speed-up is of decoding, after the first token, with "
         "95% of a bootstrap over answers. Answers that end in repeating themselves (loops) are "
-        "counted and left out.",
+        "counted and left out. Of prompts that are answered at once, steps count as long as all of "
+        "them decode, as on a server with a queue.",
         "",
         "a: acceptance; tokens: of a step, in the mean; cost: of a step with its drafting, in "
         "plain steps; expected: (1 - a^(k+1)) / (1 - a) over the cost; reached: measured over "
@@ -154,6 +155,9 @@ def case_lines(name: str, report: dict[str, Any]) -> list[str]:
             *map(row_line, here),
             "",
         ]
+        if report["batch"] > 1:
+            whole = (f"{row['category']} {row['whole_speed_up']:.2f}" for row in here)
+            lines += [f"From the first prompt to the last answer's end: {', '.join(whole)}.", ""]
     return lines
 
 

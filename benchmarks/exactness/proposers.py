@@ -191,4 +191,6 @@ class RandomLengths:
         dice = self._source.integers(2 * (most + 1))
         return np.where(sure, most, np.minimum(dice, most)).tolist()
 
-    def observe(self, tokens: int, sequences: int, seconds: float, drafting: float) -> None: ...
+    def observe(
+        self, tokens: int, sequences: int, seconds: float, drafting: float, asking: float
+    ) -> None: ...

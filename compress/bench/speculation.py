@@ -21,7 +21,7 @@ See `loops`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -50,11 +50,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Run:
-    """Prompts answered together: seconds to the last one's first token, and the steps after it."""
+    """Prompts answered together.
+
+    prefill  seconds until the last one had its first token
+    steps    after that, as long as all of them decode: what a server with a queue does all day
+    tail     the steps after those, with fewer and fewer sequences
+    """
 
     outputs: list[list[int]]
     prefill: float
     steps: list[Step]
+    tail: list[Step] = field(default_factory=list)
 
     @property
     def decode(self) -> float:
@@ -229,9 +235,10 @@ def interval(pairs: Sequence[Pair]) -> tuple[float | None, float | None]:
 
 
 def _whole(runs: Sequence[Run]) -> float:
-    """Seconds a token with all that is before decoding: the prompts, and the first tokens."""
+    """Seconds a token of the runs from their beginning to their end."""
     tokens = sum(len(output) for run in runs for output in run.outputs)
-    return sum(run.prefill + run.decode for run in runs) / tokens
+    tails = sum(step.seconds for run in runs for step in run.tail)
+    return (sum(run.prefill + run.decode for run in runs) + tails) / tokens
 
 
 def _sums(pairs: Sequence[Pair]) -> np.ndarray:

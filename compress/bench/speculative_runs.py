@@ -65,6 +65,7 @@ class Arm:
             self.engine.add_request(str(number), *pair)
         outputs: list[list[int]] = [[] for _ in prompts]
         steps: list[Step] = []
+        tail: list[Step] = []
         prefill = seconds = 0.0
         decoding = False
         while self.engine.has_work():
@@ -77,15 +78,17 @@ class Arm:
                 if increment.error:
                     raise InputError(f"the model cannot be timed: {increment.error}")
                 outputs[int(increment.request_id)] += increment.token_ids
-            if decoding and increments:
-                tokens = sum(len(increment.token_ids) for increment in increments)
-                steps.append(self._step(seconds, len(increments), tokens))
-                seconds = 0.0
-            elif not decoding:
+            if not decoding:
                 prefill += seconds
-                seconds = 0.0
                 decoding = all(outputs)
-        return Run(outputs, prefill, steps)
+            elif not increments:
+                continue  # of a step that is under way
+            else:
+                tokens = sum(len(increment.token_ids) for increment in increments)
+                step = self._step(seconds, len(increments), tokens)
+                (steps if step.sequences == len(prompts) else tail).append(step)
+            seconds = 0.0
+        return Run(outputs, prefill, steps, tail)
 
     def _step(self, seconds: float, sequences: int, tokens: int) -> Step:
         if self.watched is None:

@@ -70,7 +70,9 @@ class FixedLength:
         """Tokens to propose for each sequence."""
         return [min(self.tokens, len(outlook)) for outlook in outlooks]
 
-    def observe(self, tokens: int, sequences: int, seconds: float, drafting: float) -> None:
+    def observe(
+        self, tokens: int, sequences: int, seconds: float, drafting: float, asking: float
+    ) -> None:
         """Nothing is learned."""
 
 
@@ -130,8 +132,10 @@ class AdaptiveLength:
         self._asked, self._known = sequences, _tokens_of(sequences)
         return counts
 
-    def observe(self, tokens: int, sequences: int, seconds: float, drafting: float) -> None:
-        """Take note of a step of decodes alone: its tokens, and its time without drafting."""
+    def observe(
+        self, tokens: int, sequences: int, seconds: float, drafting: float, asking: float
+    ) -> None:
+        """Take note of a step of decodes alone (see Lengths)."""
         asked, self._asked = self._asked, None
         proposed = tokens - sequences
         self._since_probe += 1
@@ -156,7 +160,7 @@ class AdaptiveLength:
         gain = 0.0
         if asked is not None:
             produced = _tokens_of(asked) - self._known if proposed else sequences
-            spent = self._cost.seconds(tokens) + self._drafted(drafting)
+            spent = self._cost.seconds(tokens) + self._drafted(drafting) + asking
             gain = produced * plain / sequences - spent
         self._account.add(gain, plain)
         if self._account.overdrawn:

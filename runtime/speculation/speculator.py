@@ -27,8 +27,14 @@ class Lengths(Protocol):
         """
         ...
 
-    def observe(self, tokens: int, sequences: int, seconds: float, drafting: float) -> None:
-        """Take note of a step of decodes alone: its tokens, and the time without drafting."""
+    def observe(
+        self, tokens: int, sequences: int, seconds: float, drafting: float, asking: float
+    ) -> None:
+        """Take note of a step of decodes alone: its tokens, and its time without these two.
+
+        drafting  time to make the proposals
+        asking    time to find out how many there should be, 0 when nobody was asked
+        """
         ...
 
 
@@ -42,19 +48,22 @@ class Speculator:
         self.drafted = 0
         self.accepted = 0
         self.accepted_at: list[int] = []  # of how many drafts this token was accepted
-        self._drafting = 0.0
+        self._drafting = self._asking = 0.0
 
     def plan(self, sequences: list[Sequence], others: int) -> list[int]:
         """Tokens to propose for each; never more than the request may still get, less one.
 
         None for the last token of a prompt, from whose row all n sequences begin.
         """
+        began = time.perf_counter()
         most, outlooks = self.proposer.most, []
         for sequence in sequences:
             room = sequence.request.limit - sequence.produced - 1
             room = 0 if sequence.stands_for_all else room
             outlooks.append(self.proposer.outlook(sequence, min(room, most)) if room > 0 else [])
-        return self.lengths.plan(sequences, others, outlooks)
+        counts = self.lengths.plan(sequences, others, outlooks)
+        self._asking = time.perf_counter() - began
+        return counts
 
     def propose(self, step: Items[Sequence]) -> None:
         """Put proposals behind the tokens of the step's sequences that have `lookahead`."""
@@ -72,8 +81,10 @@ class Speculator:
         self._drafting = time.perf_counter() - began
 
     def observe(self, tokens: int, sequences: int, seconds: float) -> None:
-        """Take note of how long a step of decodes alone took, drafting included."""
-        self.lengths.observe(tokens, sequences, seconds - self._drafting, self._drafting)
+        """Take note of how long a step of decodes alone took, all included."""
+        asking, self._asking = self._asking, 0.0
+        seconds -= self._drafting + asking
+        self.lengths.observe(tokens, sequences, seconds, self._drafting, asking)
 
     def count(self, drafted: int, accepted: int) -> None:
         """Take note of what became of a draft."""

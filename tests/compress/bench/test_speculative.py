@@ -99,7 +99,7 @@ class Always:
     def plan(self, sequences, others, outlooks):
         return [min(self.most, len(outlook)) for outlook in outlooks]
 
-    def observe(self, tokens, sequences, seconds, drafting):
+    def observe(self, tokens, sequences, seconds, drafting, asking):
         pass
 
 
@@ -326,14 +326,16 @@ def test_what_is_watched_is_what_the_engine_counts(subject):
     assert runs[0].outputs == runs[1].outputs == runs[2].outputs
     for run in runs:
         assert run.prefill > 0
-        assert run.tokens == sum(map(len, run.outputs)) - 2  # prefill gives the first of each
+        tokens = run.tokens + sum(step.tokens for step in run.tail)
+        assert tokens == sum(map(len, run.outputs)) - 2  # prefill gives the first of each
         assert all(step.seconds > step.drafting >= 0 for step in run.steps)
-    drafts = [draft for run in runs[1:] for step in run.steps for draft in step.drafts]
+    steps = [step for run in runs[1:] for step in run.steps + run.tail]
+    drafts = [draft for step in steps for draft in step.drafts]
     counted = fast.engine.statistics()
     assert len(drafts) == counted.drafts
     assert sum(drafted for drafted, _ in drafts) == counted.drafted_tokens
     assert sum(accepted for _, accepted in drafts) == counted.accepted_tokens
-    gained = sum(step.tokens - step.sequences for step in runs[2].steps)
+    gained = sum(step.tokens - step.sequences for step in runs[2].steps + runs[2].tail)
     assert gained == counted.accepted_tokens - nothing_known.accepted_tokens > 40
     assert sum(step.drafting for step in runs[1].steps) > 0
     assert not plain.engine.statistics().drafts
@@ -377,9 +379,22 @@ def test_measured(subject, batch, repeats):
     assert case["questions"] == ([[0], [1], [2]] if batch == 1 else [[0, 1, 2]])
     assert len(case["runs"]["auto"]) == len(case["questions"]) * repeats
     assert {len(run["plain"]["steps_ms"]) for run in case["runs"]["auto"]} == {47}
-    assert sum(case["runs"][2][0]["fast"]["tokens"]) == 47 * batch
+    tokens = sum(case["runs"][2][0]["fast"]["tokens"])
+    assert 40 * batch < tokens <= 47 * batch  # the rest is the tail
     assert 1 * batch in case["forward_ms"]
     assert report["proposer"] == "what was said before"
+
+
+def test_steps_count_while_all_decode(subject):
+    """A short answer ends the measurement, and what is left is the tail."""
+    tokenizer = load_tokenizer(subject.source.folder)
+    plain = speculative.make_arms(subject, tokenizer, Plan("ngram", [], [0], 12, 2, None), [], 12)[0]
+    params = [SamplingParams(max_tokens=most, ignore_eos=True) for most in (4, 12)]
+    run = plain.answer([[5, 6, 7], [8, 9]], params)
+    assert [len(output) for output in run.outputs] == [4, 12]
+    assert [(step.sequences, step.tokens) for step in run.steps] == [(2, 2)] * 3
+    assert [(step.sequences, step.tokens) for step in run.tail] == [(1, 1)] * 8
+    assert not plain.answer([[5, 6, 7]], params[:1]).tail
 
 
 def test_passes_that_were_not_timed_lie_between(subject, monkeypatch):

@@ -71,7 +71,7 @@ class Always:
     def plan(self, sequences, others, outlooks):
         return [len(outlook) for outlook in outlooks]
 
-    def observe(self, tokens, sequences, seconds, drafting):
+    def observe(self, tokens, sequences, seconds, drafting, asking):
         pass
 
 

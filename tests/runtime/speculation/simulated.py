@@ -79,7 +79,8 @@ class Machine:
     noise: float = 0.0  # of the clock: standard deviation of the logarithm
     spikes: float = 0.0  # how many steps are seen 2 to 20 times as long
     load: Callable[[int], float] = lambda step: 1.0  # what makes all steps longer alike
-    asking: float = 0.0  # seconds more of a step that was asked about
+    asking: float = 0.0  # seconds to find out how many to propose
+    waiting: float = 0.0  # seconds more of a step that was asked about
     random: random.Random = field(default_factory=lambda: random.Random(1))
 
     def seen(self, seconds: float) -> float:
@@ -114,9 +115,9 @@ def run(lengths, guesser: Guesser, machine: Machine, steps: int, size, texts=Non
         present = texts[: size(step)]
         if not present:
             break
-        counts, asking = [0] * len(present), 0.0
+        counts, asking, waiting = [0] * len(present), 0.0, 0.0
         if not lengths.idle:
-            asking = machine.asking
+            asking, waiting = machine.asking, machine.waiting
             outlooks = [guesser.claimed(step, place) for place in range(len(present))]
             counts = lengths.plan(present, 0, outlooks)
             assert all(0 <= n <= len(o) for n, o in zip(counts, outlooks, strict=True))
@@ -135,11 +136,12 @@ def run(lengths, guesser: Guesser, machine: Machine, steps: int, size, texts=Non
             text.tokens.extend([0] * (accepted + 1))
             produced += accepted + 1
         load, tokens = machine.load(step), len(present) + sum(counts)
-        seconds = (machine.seconds(tokens) + asking) * load
-        drafting *= load
-        lengths.observe(tokens, len(present), machine.seen(seconds), machine.seen(drafting))
+        seconds = (machine.seconds(tokens) + waiting) * load
+        drafting, asking = drafting * load, asking * load
+        seen = machine.seen(seconds), machine.seen(drafting)
+        lengths.observe(tokens, len(present), *seen, asking)
         outcome.tokens += produced
-        outcome.seconds += seconds + drafting
+        outcome.seconds += seconds + drafting + asking
         outcome.plain += produced * machine.seconds(len(present)) / len(present) * load
         outcome.steps += 1
         outcome.speculated += any(counts)

@@ -134,7 +134,7 @@ class Dice:
         assert len(sequences) == len(outlooks)
         return [self.source.randint(0, len(outlook)) for outlook in outlooks]
 
-    def observe(self, tokens, sequences, seconds, drafting):
+    def observe(self, tokens, sequences, seconds, drafting, asking):
         assert tokens >= sequences > 0
         assert seconds > 0 <= drafting
 
