@@ -388,7 +388,8 @@ def test_measured(subject, batch, repeats):
 def test_steps_count_while_all_decode(subject):
     """A short answer ends the measurement, and what is left is the tail."""
     tokenizer = load_tokenizer(subject.source.folder)
-    plain = speculative.make_arms(subject, tokenizer, Plan("ngram", [], [0], 12, 2, None), [], 12)[0]
+    plan = Plan("ngram", [], [0], 12, 2, None)
+    (plain,) = speculative.make_arms(subject, tokenizer, plan, [], 12)
     params = [SamplingParams(max_tokens=most, ignore_eos=True) for most in (4, 12)]
     run = plain.answer([[5, 6, 7], [8, 9]], params)
     assert [len(output) for output in run.outputs] == [4, 12]
