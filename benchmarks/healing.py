@@ -1,0 +1,211 @@
+"""What training wins back, on a model in a folder or an alias, as a page of tables in Markdown.
+
+    python benchmarks/healing.py WORK_FOLDER --model smollm2 --train c4.txt \\
+        --text wikitext2_valid.txt --removed 3-7,15 --out FILE.md
+
+Every run is a `compress quantize` or `compress distill` in a process of its own, by its command in
+the page.  They train on one text and are scored on another, of another kind:
+
+- QAT at each number of bits, beside the method that it starts from;
+- a student that is the model without some layers, trained by forward KL and by cross-entropy on
+  equal tokens;
+- the control: the model itself, trained by cross-entropy in the same way.  What that gains on the
+  text is not healing, but the kind of text.
+
+WORK_FOLDER keeps checkpoints, and a run that was broken off goes on.  Scores are kept in --scores,
+and what has scores is not run again.  `--only REGEX` picks runs by name; the page is of all that
+have scores.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from layers_removed import remove
+from runtime_cpu import processor
+
+
+@dataclass(frozen=True)
+class Run:
+    """A checkpoint to make: its name, the group of seeds that it is one of, and the command."""
+
+    name: str
+    group: str
+    command: tuple[str, ...]
+
+
+def main() -> None:
+    options = parse()
+    options.work.mkdir(parents=True, exist_ok=True)
+    options.scores = options.scores or options.work / "scores"
+    options.scores.mkdir(parents=True, exist_ok=True)
+    student = options.work / "student"
+    runs = list(runs_of(options, student))
+    if not score_of(options, "student").exists():
+        remove(options.model, student, options.removed)
+        score(options, "student")
+    for run in runs:
+        if re.search(options.only, run.name) and not score_of(options, run.name).exists():
+            if "distill" in run.command and not student.exists():
+                remove(options.model, student, options.removed)
+            if not (options.work / run.name).exists():
+                compress(*run.command, "--out", str(options.work / run.name))
+            score(options, run.name)
+    text = page(options, [run for run in runs if score_of(options, run.name).exists()])
+    (options.out or options.work / "healing.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--train", required=True, help="a text file to calibrate and train on")
+    parser.add_argument("--text", required=True, help="a text file to score on")
+    parser.add_argument("--removed", default="3-5,13-15", help="layers that the student lacks")
+    parser.add_argument("--tokens", default="200k")
+    parser.add_argument("--bits", type=int, nargs="*", default=[3, 4])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--group-size", default="64")
+    parser.add_argument("--windows", default="32")
+    parser.add_argument("--only", default="", help="runs whose name matches")
+    parser.add_argument("--scores", type=Path, help="[default: scores in WORK_FOLDER]")
+    parser.add_argument("--out", type=Path, help="[default: healing.md in WORK_FOLDER]")
+    return parser.parse_args()
+
+
+def runs_of(options: argparse.Namespace, student: Path) -> Iterable[Run]:
+    """All runs, in the order of the page."""
+    grid = ("--group-size", options.group_size, "--calibration", options.train)
+    for bits in options.bits:
+        quantize = ("quantize", options.model, "--bits", str(bits), *grid)
+        for method in ("gptq", "awq+gptq"):
+            yield Run(f"{method}-w{bits}", f"{method} W{bits}", (*quantize, "--method", method))
+        for seed in options.seeds:
+            more = ("--method", "qat", "--set", f"tokens={options.tokens}", "--seed", str(seed))
+            yield Run(f"qat-w{bits}-{seed}", f"QAT W{bits}", (*quantize, *more))
+    losses = {"kl": "forward_kl=1", "ce": "forward_kl=0,cross_entropy=1"}
+    for name, loss in losses.items():
+        for seed in options.seeds:
+            yield distilled(options, f"student-{name}-{seed}", str(student), loss, seed)
+    for seed in options.seeds:
+        yield distilled(options, f"control-ce-{seed}", options.model, losses["ce"], seed)
+
+
+def distilled(options: argparse.Namespace, name: str, student: str, loss: str, seed: int) -> Run:
+    """A run of `compress distill` against the model."""
+    command = ("distill", "--teacher", options.model, "--student", student, "--loss", loss)
+    command += ("--data", options.train, "--tokens", options.tokens, "--seed", str(seed))
+    return Run(name, name.rpartition("-")[0], command)
+
+
+def score_of(options: argparse.Namespace, name: str) -> Path:
+    """The file with a checkpoint's scores."""
+    return options.scores / f"{name}.json"
+
+
+def score(options: argparse.Namespace, name: str) -> None:
+    """Score a checkpoint against the model."""
+    scoring = ("--text", options.text, "--windows", options.windows)
+    against = ("--against", options.model, "--json")
+    done = compress("eval", str(options.work / name), *scoring, *against)
+    score_of(options, name).write_text(done, encoding="utf-8")
+
+
+def compress(*command: str) -> str:
+    """Run a command of ours; returns what it prints."""
+    print(f"compress {' '.join(command)}", file=sys.stderr, flush=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "compress", *command], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return done.stdout
+
+
+def page(options: argparse.Namespace, runs: list[Run]) -> str:
+    """The record of runs that have scores."""
+    scores = {
+        name: json.loads(score_of(options, name).read_text(encoding="utf-8"))
+        for name in ("student", *(run.name for run in runs))
+    }
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault(run.group, []).append(scores[run.name])
+    trained, text = Path(options.train).name, Path(options.text).name
+    lines = [
+        "# What training wins back",
+        "",
+        f"{options.model}, {processor()}; trained on {options.tokens} tokens of {trained}, scored "
+        f"on the first {options.windows} windows of 512 tokens of {text} in float32. KL is from "
+        "the original, in nats a token; of several seeds the mean, and in brackets the least "
+        "and the greatest.",
+        "",
+    ]
+    original = next(iter(scores.values()))["perplexity_original"]
+    for bits in options.bits:
+        starts = [name for name in groups if name in (f"gptq W{bits}", f"awq+gptq W{bits}")]
+        trained_group = f"QAT W{bits}"
+        if not starts or trained_group not in groups:
+            continue
+        best = min(groups[name][0]["kl_mean"] for name in starts)
+        lines += [
+            f"## {bits} bits, groups of {options.group_size}",
+            "",
+            "| | perplexity | KL | of the KL that the best without training leaves, won back |",
+            "|---|---|---|---|",
+            f"| original | {original:.2f} | 0 | |",
+            *(row(name, groups[name]) for name in starts),
+            row(trained_group, groups[trained_group], best),
+            "",
+        ]
+    if lost := [name for name in groups if name.startswith(("student", "control"))]:
+        before = scores["student"]
+        lines += [
+            f"## Without layers {options.removed}",
+            "",
+            "| | perplexity | KL | won back |",
+            "|---|---|---|---|",
+            f"| original | {original:.2f} | 0 | |",
+            row("student, not trained", [before]),
+            *(
+                row(NAMES[name], groups[name], None if "control" in name else before["kl_mean"])
+                for name in lost
+            ),
+            "",
+        ]
+    lines += ["## Commands", ""]
+    lines += [f"    compress {' '.join(run.command)} --out {run.name}" for run in runs]
+    return "\n".join([*lines, ""])
+
+
+NAMES = {
+    "student-kl": "student, forward KL",
+    "student-ce": "student, cross-entropy",
+    "control-ce": "control: the original, cross-entropy",
+}
+
+
+def row(name: str, scores: list[dict[str, Any]], before: float | None = None) -> str:
+    """A group of seeds; `before` is a KL of which the share that is gone is told."""
+    divergences = [score["kl_mean"] for score in scores]
+    cells = [name, several([score["perplexity"] for score in scores], ".2f")]
+    cells.append(several(divergences, ".4f"))
+    gone = "" if before is None else several([1 - kl / before for kl in divergences], ".1%")
+    return f"| {' | '.join([*cells, gone])} |"
+
+
+def several(values: list[float], form: str) -> str:
+    """The mean, and the least and the greatest of more than one."""
+    if len(values) == 1:
+        return f"{values[0]:{form}}"
+    return f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+if __name__ == "__main__":
+    main()
