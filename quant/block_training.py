@@ -103,8 +103,8 @@ def _steps(
 ) -> Iterator[tuple[Tensor, dict[str, Any], Tensor]]:
     """Inputs [b, S, D], other arguments and targets of step after step.
 
-    With `order` batches come in a random order, and so do the sequences of each: a batch on the disk
-    is read once.
+    With `order` batches come in a random order, and so do the sequences of each: a batch on the
+    disk is read once.
     """
     batches = list(chosen)
     if order is not None:

@@ -1,22 +1,22 @@
 """Fake quantization: linears that compute with the weights they will be packed to, and can learn.
 
-A weight is kept as a latent u, in steps of its grid, and a group's scale as a gain g on the scale s₀
-that it began with.  With z the zero point (0 on a symmetric grid)
+A weight is kept as a latent u, in steps of its grid, and a group's scale as a gain g on the scale
+s₀ that it began with.  With z the zero point (0 on a symmetric grid)
 
     c = clip(round(u + z), q_min, q_max)        the codes that will be packed
     s = g s₀                                    rounded to the dtype that scales are stored in
     Ŵ = (c - z) s                               [out, in]
 
-in the arithmetic of `QuantizedWeight.dequantize`, so Ŵ is what the checkpoint will say, bit for bit.
+in the arithmetic of `QuantizedWeight.dequantize`: Ŵ is what the checkpoint will say, bit for bit.
 The gradients are straight through the rounding, and none where it clips (Bengio et al.,
 arXiv 1308.3432; Jacob et al., arXiv 1712.05877):
 
     ∂L/∂u = s ∂L/∂Ŵ    if q_min - 1/2 <= u + z <= q_max + 1/2, else 0
     ∂L/∂s = a Σ (c - z) ∂L/∂Ŵ    over the group, with a = 1 / sqrt(n q_max), n weights a group
 
-The second is LSQ (Esser et al., arXiv 1902.08153, eq. 3 and section 2.2) for a weight w = u s: to its
-∂Ŵ/∂s = c - z - w/s inside the range comes ∂Ŵ/∂w ∂w/∂s = u, and outside it is c - z already.  Why in
-steps, and not in the weight's own unit:
+The second is LSQ (Esser et al., arXiv 1902.08153, eq. 3 and section 2.2) for a weight w = u s: to
+its ∂Ŵ/∂s = c - z - w/s inside the range comes ∂Ŵ/∂w ∂w/∂s = u, and outside it is c - z already.  Why
+in steps, and not in the weight's own unit:
 
 - A code flips after half a unit of movement in every group of every layer, and a gain moves in
   shares of its scale.  So one learning rate of each fits all of a model, where Adam's steps of

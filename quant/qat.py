@@ -7,14 +7,14 @@ It starts from another method's result and has two phases, each of which may be 
    as the compressed blocks before it hand them on (block_training.py);
 2. end to end: the whole model learns the original's predictions (distill/qat.py, compress/qat.py).
 
-What learns are the latents of the linears' weights and the gains of their scales (fake_quant.py), and
-the vectors beside them: gains of norms, and biases.  EfficientQAT trains scales alone in its second
-phase; `trains: scales` is that.
+What learns are the latents of the linears' weights and the gains of their scales (fake_quant.py),
+and the vectors beside them: gains of norms, and biases.  EfficientQAT trains scales alone in its
+second phase; `trains: scales` is that.
 
-Every rate is a length of Adam's step in the unit that fits: for latents a step of the grid, for gains
-and vectors a share of their size (a vector's is its root mean square at the start).  With few steps
-that decides more than anything else: a latent starts half a unit away from its next code, so with
-rate r nothing flips in fewer than 1 / (2 r) steps, and noise alone moves it by about r sqrt(steps).
+Every rate is a length of Adam's step in the unit that fits: for latents a step of the grid, for
+gains and vectors a share of their size (a vector's is its root mean square at the start).  With few
+steps that decides more than anything else: a latent starts half a unit away from its next code, so
+with rate r nothing flips in fewer than 1 / (2 r) steps, and noise moves it by about r sqrt(steps).
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,7 @@
 """Numbers of tokens as people write them."""
 
 import re
+from decimal import Decimal
 from typing import Any
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
@@ -16,9 +17,7 @@ def parse_count(value: Any) -> Any:
     found = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?)\s*([kmb]?)\s*", value.lower())
     if not found:
         raise ValueError("not a number of tokens; write it as 200000, 200k, 2M or 1.5B")
-    count = (
-        float(found[1]) * UNITS[found[2]] if "." in found[1] else int(found[1]) * UNITS[found[2]]
-    )
-    if count != int(count):
+    count = Decimal(found[1]) * UNITS[found[2]]
+    if count % 1:
         raise ValueError("not a whole number of tokens; write it as 200000, 200k, 2M or 1.5B")
     return int(count)

@@ -9,9 +9,9 @@ A stage sees one block at a time and works in three steps, since some decisions 
 A method whose decisions are local (RTN, AWQ) sets `decides_globally = False`: both passes then
 run in one walk, and collect and decide are not called.
 
-A stage may also ask to train: block by block (`trains_blocks`), for which it finds in `block.samples`
-what the block is given and what it should give, and all blocks together after the walk
-(`trains_model`), which is the pipeline's work (compress/qat.py).
+A stage may also ask to train: block by block (`trains_blocks`), for which it finds in
+`block.samples` what the block is given and what it should give, and all blocks together after the
+walk (`trains_model`), which is the pipeline's work (compress/qat.py).
 
 A run may be killed after any block, and another process goes on with the next.  So summaries, the
 plan and `state()` consist of tensors, numbers, strings, and lists, tuples and dictionaries of
