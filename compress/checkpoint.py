@@ -53,15 +53,22 @@ def write_side_files(
     card: str,
 ) -> None:
     """Write everything but the weights, which are there already, into an output folder."""
-    config = read_config(source.folder) | config_entries
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", config)
+    write_config(folder, source, dtype, config_entries)
     for path in carried_files(source.folder):
         shutil.copyfile(path, folder / path.name)
     _write_json(folder / "compress.json", report)
     _write_json(folder / "run.json", {**times, **_host_facts()})
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_config(
+    folder: Path, source: ModelSource, dtype: torch.dtype, entries: dict[str, Any]
+) -> None:
+    """Write config.json: the original's, with these entries and the stored dtype."""
+    config = read_config(source.folder) | entries
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", config)
 
 
 def carried_files(folder: Path) -> list[Path]:

@@ -15,8 +15,8 @@ arXiv 1308.3432; Jacob et al., arXiv 1712.05877):
     ∂L/∂s = a Σ (c - z) ∂L/∂Ŵ    over the group, with a = 1 / sqrt(n q_max), n weights a group
 
 The second is LSQ (Esser et al., arXiv 1902.08153, eq. 3 and section 2.2) for a weight w = u s: to
-its ∂Ŵ/∂s = c - z - w/s inside the range comes ∂Ŵ/∂w ∂w/∂s = u, and outside it is c - z already.  Why
-in steps, and not in the weight's own unit:
+its ∂Ŵ/∂s = c - z - w/s inside the range comes ∂Ŵ/∂w ∂w/∂s = u, and outside it is c - z already.
+Why in steps, and not in the weight's own unit:
 
 - A code flips after half a unit of movement in every group of every layer, and a gain moves in
   shares of its scale.  So one learning rate of each fits all of a model, where Adam's steps of

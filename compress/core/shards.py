@@ -286,6 +286,12 @@ class ShardWriter:
         return self.folder / f"part-{part}.safetensors"
 
 
+def streamed(reader: "ShardReader", name: str) -> StreamedTensor:
+    """A tensor of a checkpoint, to be copied into another as it is."""
+    dtype = DTYPES[reader.dtypes[name]]
+    return StreamedTensor(reader.shapes[name], dtype, partial(reader.rows, name))
+
+
 def _rows_of(path: Path, name: str) -> Iterator[Tensor]:
     """A stored tensor in runs of rows, or whole where it is small."""
     with safe_open(path, framework="pt") as file:
