@@ -42,7 +42,7 @@ from compress.preflight import (
     preflight,
 )
 from compress.qat import train_whole_model
-from compress.recipe import Recipe, method_of
+from compress.recipe import CalibrationConfig, Recipe, method_of
 from compress.report import write_report
 from compress.walk import Clock, Walk
 
@@ -109,7 +109,8 @@ def _compress(walk: Walk, folder: OutputFolder) -> dict[str, Any]:
         first(lambda: writer.write("outer", _outer_tensors(model, job.dtype)))
         first(lambda: walk.commits.put("outer", True))
     visit = partial(_apply_and_write, job, plan, writer)
-    reports = walk.visit_all("apply", visit, job.recipe.propagate_error, stage.needs_reference)
+    with_originals = stage.needs_reference or stage.trains_blocks
+    reports = walk.visit_all("apply", visit, job.recipe.propagate_error, with_originals)
     layers = [LayerReport(**layer) for layer in chain.from_iterable(reports)]
     layers += _left_in_float(model)
     made = Made(layers, tokens, {"calibration_seconds": calibrated})
@@ -179,13 +180,27 @@ def _rows(walk: Walk) -> Tensor:
     def make() -> None:
         if commits.get("tokens") is None:
             vocabulary = job.model.config.get_text_config().vocab_size
-            tokens = calibration.calibration_tokens(text, job.model.source, vocabulary, job.device)
+            tokens = _made(text, job, vocabulary)
             commits.put("tokens", {"tokens": tokens, "seconds": walk.clock.seconds})
 
     processes().first(make)
     commit = commits.get("tokens")
     walk.clock.go_on_from(commit["seconds"])
     return commit["tokens"]
+
+
+def _made(text: CalibrationConfig, job: Job, vocabulary: int) -> Tensor:
+    """Token ids as asked for; InputError that says what asks for so many."""
+    try:
+        return calibration.calibration_tokens(text, job.model.source, vocabulary, job.device)
+    except InputError as error:
+        more = text.samples - job.recipe.calibration.samples
+        if more <= 0:
+            raise
+        raise InputError(
+            f"{error}; {more} of the samples are for training the whole model, fewer with fewer "
+            "tokens (--set tokens=50k)"
+        ) from None
 
 
 def _plan(walk: Walk) -> Any:

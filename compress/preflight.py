@@ -89,12 +89,11 @@ def preflight(recipe: Recipe) -> Job:
         _check_block_training(recipe)
     if stage.needs_statistics or stage.trains_model:
         calibration.check_source(recipe.calibration)
-    if stage.needs_statistics:
-        if recipe.calibration.samples < processes().count:
-            raise InputError(
-                f"{recipe.calibration.samples} samples cannot be shared out over "
-                f"{processes().count} processes; give more --samples, or start fewer processes"
-            )
+    if stage.needs_statistics and recipe.calibration.samples < processes().count:
+        raise InputError(
+            f"{recipe.calibration.samples} samples cannot be shared out over "
+            f"{processes().count} processes; give more --samples, or start fewer processes"
+        )
     for remark in remarks:
         say(remark)
     for name in model.unknown_names():
@@ -135,7 +134,13 @@ def held_out_of(job: Job) -> int:
     config = job.recipe.stages[0]
     assert isinstance(config, QatConfig)
     taught = -(-config.tokens // job.recipe.calibration.seq_len)
-    return max(1, min(MOST_HELD_OUT, taught // HELD_OUT))
+    return whole_shares(min(MOST_HELD_OUT, taught // HELD_OUT))
+
+
+def whole_shares(sequences: int) -> int:
+    """So many sequences, or a few more, that each process has the same number, at least one."""
+    count = processes().count
+    return max(1, -(-sequences // count)) * count
 
 
 def kept_in_memory(asked: int | None) -> int:

@@ -29,7 +29,7 @@ from compress.distill.data import PackedData
 from compress.distill.loop import TrainResult
 from compress.distill.qat import learn_predictions
 from compress.loading import load_model
-from compress.preflight import Job, held_out_of
+from compress.preflight import MICRO_BATCH, Job, held_out_of, whole_shares
 from compress.quant.fake_quant import FakeQuantLinear, put_on_grid
 from compress.quant.packed import PackedFolder
 from compress.quant.qat import QatConfig
@@ -98,11 +98,12 @@ def qat_config(job: Job) -> QatConfig:
 def train_config(job: Job) -> TrainConfig:
     """The loop's settings; rates are with the groups of parameters."""
     config, data = qat_config(job), job.recipe.calibration
-    size = max(1, config.batch_tokens // data.seq_len)
+    size = whole_shares(config.batch_tokens // data.seq_len)
     settings = TrainConfig(
         tokens=config.tokens,
         seq_len=data.seq_len,
         batch_size=size,
+        micro_batch=MICRO_BATCH,
         precision="bfloat16" if job.model.compute_dtype == torch.bfloat16 else "float32",
         seed=data.seed,
     )

@@ -8,6 +8,7 @@ measured on may be any.  Cross-entropy on the text would teach the text too.
 from pathlib import Path
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from compress.distill.config import TrainConfig
 from compress.distill.data import PackedData
@@ -34,6 +35,17 @@ def learn_predictions(
     Raises InputError as the loop does, and where the objective cannot make out the model's head.
     """
     student = Student(model, Objective(LossConfig(), model, LiveTeacher(original)))
-    return train(
+    result = train(
         student, data, config, folder, parameter_groups=lambda s: parameter_groups(s, rates)
     )
+    _gather(model)
+    return result
+
+
+def _gather(model: nn.Module) -> None:
+    """Make parameters that FSDP has sharded whole again, in every process."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, DTensor):
+                whole = nn.Parameter(parameter.full_tensor(), parameter.requires_grad)
+                module._parameters[name] = whole

@@ -7,8 +7,9 @@ s₀ that it began with.  With z the zero point (0 on a symmetric grid)
     s = g s₀                                    rounded to the dtype that scales are stored in
     Ŵ = (c - z) s                               [out, in]
 
-in the arithmetic of `QuantizedWeight.dequantize`: Ŵ is what the checkpoint will say, bit for bit.
-The gradients are straight through the rounding, and none where it clips (Bengio et al.,
+in float32, where the product of a code and a scale of 16 bits is exact.  So Ŵ is what loaders make
+of the checkpoint, bit for bit: in float32 as it is, in a dtype of 16 bits rounded once.  The
+gradients are straight through the rounding, and none where it clips (Bengio et al.,
 arXiv 1308.3432; Jacob et al., arXiv 1712.05877):
 
     ∂L/∂u = s ∂L/∂Ŵ    if q_min - 1/2 <= u + z <= q_max + 1/2, else 0
@@ -49,7 +50,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(latent, scale, zero_point)
         ctx.bits = bits
         steps = _steps(latent, scale.shape[1], zero_point, bits)
-        return steps.to(scale.dtype).mul_(scale.unsqueeze(-1)).view(latent.shape)
+        return steps.mul_(scale.unsqueeze(-1)).view(latent.shape)
 
     @staticmethod
     @once_differentiable
@@ -61,21 +62,21 @@ class _FakeQuantize(torch.autograd.Function):
         grad_latent = grad_scale = None
         if ctx.needs_input_grad[1]:
             weight = (steps.shape[-1] * code_range(ctx.bits)[1]) ** -0.5
-            grad_scale = (steps * grad).sum(dim=-1).mul_(weight).to(scale.dtype)
+            grad_scale = (steps * grad).sum(dim=-1).mul_(weight)
         if ctx.needs_input_grad[0]:
             # What the rounding moved by more than half a step, it clipped.
             clipped = steps.sub_(latent.view(steps.shape)).abs_() > 0.5
             grad_latent = grad.mul(scale.unsqueeze(-1)).masked_fill_(clipped, 0)
-            grad_latent = grad_latent.view(latent.shape).to(latent.dtype)
+            grad_latent = grad_latent.view(latent.shape)
         return grad_latent, grad_scale, None, None
 
 
 def fake_quantize(latent: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
-    """The weight Ŵ on its grid [out, in], in the scale's dtype, with the gradients stated above.
+    """The weight Ŵ on its grid [out, in], in the latent's dtype, with the gradients stated above.
 
     latent      float [out, in], in steps of the grid; float32 in training, since a step of Adam is
                 a hundredth of one
-    scale       float [out, groups], as it will be stored
+    scale       [out, groups] in the latent's dtype, with values that the stored dtype has
     zero_point  int8 [out, groups], or None when symmetric; it does not learn
     """
     return _FakeQuantize.apply(latent, scale, zero_point, bits)  # type: ignore[return-value]
@@ -122,8 +123,8 @@ class FakeQuantLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight on its grid, [out, in] in the scale's dtype."""
-        return fake_quantize(self.latent, self._scale(), self.zero_point, self.bits)
+        """The weight on its grid, float32 [out, in]."""
+        return fake_quantize(self.latent, self._scale().float(), self.zero_point, self.bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""

@@ -83,6 +83,15 @@ def print_report(report: dict[str, Any]) -> None:
         "time": f"{report['seconds']:.0f} s, of which calibration text "
         f"{report['calibration_seconds']:.0f} s",
     }
+    if training := report.get("training"):
+        before, after = training["held_out_kl"][0], training["held_out_kl"][-1]
+        rows["training"] = (
+            f"{training['tokens']:,} tokens in {report['training_seconds']:.0f} s; "
+            f"{training['codes_moved']:.2%} of the codes moved"
+        )
+        rows["KL to the original"] = (
+            f"{after['kl']:.4f} on text held out, {before['kl']:.4f} before training"
+        )
     for note, names in left.items():
         rows[note] = ", ".join(names[:4]) + (
             f" and {len(names) - 4} more" if len(names) > 4 else ""

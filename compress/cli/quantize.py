@@ -12,7 +12,7 @@ from compress.core.errors import InputError
 
 @click.command("quantize")
 @click.argument("model")
-@click.option("--method", required=True, help="rtn, awq, gptq or awq+gptq.")
+@click.option("--method", required=True, help="rtn, awq, gptq, awq+gptq or qat.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Output folder.")
 @click.option("--bits", type=int, help="Bits a weight: 2, 3, 4 or 8.  [default: 4]")
 @click.option("--group-size", help="Columns that share a scale, or 'channel'.  [default: 128]")
@@ -79,6 +79,7 @@ def quantize_command(
       compress quantize Qwen/Qwen3-0.6B --method awq --group-size 128 --out qwen3-w4 \\
           --calibration HuggingFaceFW/fineweb-edu:sample-10BT
       compress quantize smollm2 --method gptq --bits 3 --set down_proj:bits=4 --out smollm2-w3
+      compress quantize smollm2 --method qat --bits 3 --set tokens=200k --out smollm2-qat-w3
       compress quantize ./model --method rtn --bits 8 --group-size channel --out model-w8
       compress quantize ./model --method gptq --calibration text.txt --out model-w4 --dry-run
 
