@@ -47,10 +47,11 @@ class TrainConfig:
     precision      of the forward pass; `auto` is bfloat16 where the device multiplies it natively,
                    else float32.  What is trained is kept in float32 either way
     activation_checkpointing  compute activations again in the backward pass instead of keeping them
-    ema            decay of an exponential moving average of what is trained, which then is what is
-                   evaluated and handed back; none by default
-    evaluate_every steps between two evaluations on the held-out sequences; a tenth of all by default
-    save_every     steps between two checkpoints; a tenth of all by default
+    ema            decay of an exponential moving average of what is trained, which then is what
+                   is evaluated and handed back; none by default
+    evaluate_every steps between two evaluations on the held-out sequences; by default a tenth
+                   of all
+    save_every     steps between two checkpoints; by default a tenth of all
     trackers       names of accelerate's trackers: tensorboard, trackio, wandb, ...
     seed           of the order of sequences, and of dropout
     """

@@ -8,7 +8,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import nn
 
-from compress.core.device import fastest_dtype
+from compress.core.device import default_device, fastest_dtype
 from compress.core.errors import InputError, nearest
 from compress.core.processes import processes
 from compress.distill.config import TrainConfig
@@ -60,6 +60,7 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     Precision is left to the training step, whose region of autocast spans micro-batches.
     """
     accelerator = Accelerator(
+        cpu=default_device().type == "cpu",
         mixed_precision="no",
         log_with=list(config.trackers) or None,
         project_dir=str(folder),
@@ -94,7 +95,10 @@ def prepare_student(student: nn.Module, config: TrainConfig) -> None:
                 "supports it; switch it off"
             )
         for model in models:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5.23 renamed it
+            name = "activation_checkpointing_enable"
+            enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
 
 def _checkpoints(module: nn.Module) -> Any:
