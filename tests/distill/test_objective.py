@@ -4,8 +4,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from compress.core.config import build
-from compress.core.errors import InputError
 from compress.distill.objective import LossConfig, Objective, Student
 from compress.distill.teacher import LiveTeacher
 from compress.loading import load_model
