@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -84,7 +85,7 @@ def _ours(folder: Path, data: PackedData, config: TrainConfig, place: Path) -> T
     train(Student(model.requires_grad_(True), objective), data, config, place)
     rows = [json.loads(line) for line in (place / "losses.jsonl").read_text().splitlines()]
     ends = [row["seconds"] for row in rows]
-    return [b - a for a, b in zip(ends, ends[1:], strict=False)], [row["loss"] for row in rows]
+    return [b - a for a, b in pairwise(ends)], [row["loss"] for row in rows]
 
 
 def _trainer(folder: Path, data: PackedData, config: TrainConfig, place: Path) -> Turn:
@@ -127,7 +128,7 @@ def _trainer(folder: Path, data: PackedData, config: TrainConfig, place: Path) -
         callbacks=[Watch()],
     )
     trainer.train()
-    return [b - a for a, b in zip(ends, ends[1:], strict=False)], losses
+    return [b - a for a, b in pairwise(ends)], losses
 
 
 class _Drawn(torch.utils.data.Dataset):
@@ -164,7 +165,8 @@ def _print(config: TrainConfig, ours: list[Turn], theirs: list[Turn]) -> None:
         seconds = [second for turn in turns for second in turn[0]]
         speeds.append(tokens / statistics.median(seconds))
         print(
-            f"{name:24} {speeds[-1]:8.1f} tokens/s   steps of {min(seconds):.2f} to {max(seconds):.2f} s"
+            f"{name:24} {speeds[-1]:8.1f} tokens/s   "
+            f"steps of {min(seconds):.2f} to {max(seconds):.2f} s"
         )
     print(f"ratio {speeds[0] / speeds[1]:.3f}")
 

@@ -1,29 +1,14 @@
 """What the training loop is told."""
 
-import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+from compress.core.counts import parse_count
+
 LARGEST = 1 << 50
-
-
-def parse_tokens(value: Any) -> Any:
-    """A number of tokens from text with or without a unit: `200k`, `2M`, `1.5B`.
-
-    Anything but text is returned as it is.  Raises ValueError for text that is no such number.
-    """
-    if not isinstance(value, str):
-        return value
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmb]?)\s*", value.lower().replace("_", ""))
-    if not found:
-        raise ValueError("no number of tokens; give one such as 500000, 200k, 2M or 1.5B")
-    return round(float(found[1]) * UNITS[found[2]])
-
-
-Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=1, le=LARGEST)]
+Tokens = Annotated[int, BeforeValidator(parse_count), Field(ge=1, le=LARGEST)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

@@ -32,7 +32,7 @@ class Processes:
         if self.count > 1:
             from accelerate import PartialState
 
-            # joins the process group; without being told, it takes several processes on a CPU for one
+            # Joins the process group.  Unless told, it takes each process on a CPU to be alone.
             PartialState(cpu=default_device().type == "cpu", timeout=PATIENCE)
             self.rank = distributed.get_rank()
 

@@ -1,7 +1,7 @@
 """Training runs in processes of their own; used by test_resume.py and test_processes.py.
 
-python runs.py killed MODEL TOKENS FOLDER     a run killed before each of its events, one by one
-accelerate launch runs.py run MODEL TOKENS FOLDER [SETTINGS as JSON]
+python runs.py killed MODEL TOKENS FOLDER    a run that is killed before each of its events
+accelerate launch runs.py run|sharded MODEL TOKENS FOLDER SETTINGS    one run; settings as JSON
 """
 
 import contextlib
@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from compress.core.processes import processes
+from compress.distill.checkpoint import whole_weights
 from compress.distill.config import TrainConfig
 from compress.distill.data import PackedData
 from compress.distill.loop import train
@@ -45,10 +49,27 @@ def run(arguments: list[str], **changes: Any) -> None:
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = changes.get("dropout", 0.0)
     changes.pop("dropout", None)
+    if number := changes.pop("die_after", None):
+        die_at(number + 1, ((Training, "step"),))
     data = PackedData.read(tokens, 32, held_out=4)
     train(student, data, TrainConfig(**SETTINGS | changes), folder)
+    weights = whole_weights(student)  # all of several processes take part
     if int(os.environ.get("RANK", "0")) == 0:
-        torch.save(student.state_dict(), folder / "weights.pt")
+        torch.save(weights, folder / "weights.pt")
+
+
+def shard_on_cpus() -> None:
+    """Switch FSDP2 on as `accelerate launch --use_fsdp` does.
+
+    accelerate shards over GPUs alone, by its own word; told that these are GPUs it does it here.
+    """
+    processes()  # joins the process group
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    }
 
 
 def killed_before_each_event(arguments: list[str]) -> None:
@@ -106,7 +127,10 @@ def in_another_process(action: Callable[[], None]) -> bool:
     os._exit(0)
 
 
-def die_at(number: int) -> None:
+EVENTS = ((Path, "replace"), (Path, "rename"), (shutil, "rmtree"), (Training, "step"))
+
+
+def die_at(number: int, events: tuple[tuple[Any, str], ...] = EVENTS) -> None:
     """Kill this process instead of the `number`th event."""
     left = number
 
@@ -120,7 +144,6 @@ def die_at(number: int) -> None:
 
         return instead
 
-    events = ((Path, "replace"), (Path, "rename"), (shutil, "rmtree"), (Training, "step"))
     for owner, name in events:
         setattr(owner, name, counted(getattr(owner, name)))
 
@@ -129,4 +152,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "killed":
         killed_before_each_event(sys.argv[2:5])
     else:
+        if sys.argv[1] == "sharded":
+            shard_on_cpus()
         run(sys.argv[2:5], **json.loads(sys.argv[5]))

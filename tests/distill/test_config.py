@@ -1,6 +1,7 @@
 """Settings of the loop, and the learning rate that they give."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -21,9 +22,9 @@ def test_numbers_of_tokens(text, tokens):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tokens": "many"}, "tokens = 'many': no number of tokens; give one such as 500000, 200k"),
+        ({"tokens": "many"}, "tokens = 'many': not a number of tokens; write it as 200000, 200k"),
         ({"tokens": "0"}, "tokens = '0': Input should be greater than or equal to 1"),
-        ({"tokens": "2MB"}, "no number of tokens"),
+        ({"tokens": "2MB"}, "not a number of tokens"),
         ({"schedule": "linear"}, "schedule = 'linear': Input should be 'cosine', 'wsd' or"),
         ({"learning_rate": math.nan}, "learning_rate = nan"),
         ({"betas": [0.9, 1.0]}, "betas"),
@@ -62,7 +63,7 @@ def test_cosine():
     assert found[20] == 1.0
     assert found[60] == pytest.approx(0.55)  # half the way is half the height
     assert found[40] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
-    assert all(a > b for a, b in zip(found[20:], found[21:], strict=False))
+    assert all(a > b for a, b in pairwise(found[20:]))
     assert 0.1 < found[-1] < 0.101
 
 

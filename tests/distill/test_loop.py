@@ -280,8 +280,8 @@ def test_a_loss_that_is_not_finite(value, make_student, packed, tmp_path):
     student = Poisoned(make_student().requires_grad_(True), [bad], value)
     batch = drawn[drawn.index(bad) // 2 * 2 :][:2]
     message = (
-        rf"training step 4: the loss of sequences \[{min(batch)}, {max(batch)}\] is not finite; the "
-        "checkpoint of step 2 is kept"
+        rf"training step 4: the loss of sequences \[{min(batch)}, {max(batch)}\] is not finite; "
+        "the checkpoint of step 2 is kept"
     )
     with pytest.raises(InputError, match=message):
         train(student, data, config, tmp_path)

@@ -33,7 +33,7 @@ def test_killed_before_every_event(model_folder, tmp_path):
     assert found["rows"] == 13
 
 
-class Interrupted(Exception):
+class BrokenOff(Exception):  # noqa: N818 (no error)
     """In the place of a kill, within one process."""
 
 
@@ -47,12 +47,12 @@ def broken_off(make_student, packed, tmp_path, monkeypatch):
 
     def interrupted(self, number):
         if number == 5:
-            raise Interrupted
+            raise BrokenOff
         return step(self, number)
 
     with monkeypatch.context() as patched:
         patched.setattr(Training, "step", interrupted)
-        with pytest.raises(Interrupted):
+        with pytest.raises(BrokenOff):
             train(make_student().requires_grad_(True), data, config, tmp_path)
     return data, config
 
@@ -111,21 +111,17 @@ def test_other_data_or_parameters(broken_off, make_student, packed, tmp_path):
 def test_a_full_disk(make_student, packed, tmp_path, monkeypatch):
     from torch.distributed.checkpoint import filesystem
 
-    train_it = make_student().requires_grad_(True)
-    write = filesystem._StorageWriterTransforms if False else None
-    assert write is None
     save = Checkpoints.save
+
+    def write_data(*_):
+        raise OSError(28, "No space left on device")
 
     def full(self, step, state):
         if step == 4:
-            monkeypatch.setattr(
-                filesystem.FileSystemWriter,
-                "write_data",
-                lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")),
-            )
+            monkeypatch.setattr(filesystem.FileSystemWriter, "write_data", write_data)
         save(self, step, state)
 
     monkeypatch.setattr(Checkpoints, "save", full)
-    with pytest.raises(InputError, match="cannot write checkpoint .*No space left on device"):
-        train(train_it, packed(), settings(save_every=2), tmp_path)
+    with pytest.raises(InputError, match=r"cannot write checkpoint .*No space left on device"):
+        train(make_student().requires_grad_(True), packed(), settings(save_every=2), tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000002"]
