@@ -30,7 +30,7 @@ from compress.core.commits import numbered
 from compress.core.errors import InputError, reason_of
 from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
-from compress.core.shards import DTYPES, ShardWriter, StreamedTensor, all_finite, hashed
+from compress.core.shards import DTYPES, ShardWriter, StreamedTensor, hashed, in_stored_dtype
 from compress.core.stage import Block, LayerReport
 from compress.inspection import inspect_folder
 from compress.preflight import (
@@ -220,7 +220,7 @@ def _apply_and_write(
     tensors = dict(outcome.tensors)
     for name, value in block.module.state_dict().items():
         if name not in outcome.replaces:
-            tensors[name] = _stored(block.full_name(name), value, block.dtype)
+            tensors[name] = in_stored_dtype(block.full_name(name), value, block.dtype)
     stored_name = job.model.stored_name
     part = {stored_name(block.full_name(name)): value for name, value in tensors.items()}
     writer.write(numbered("block", block.index), part)
@@ -249,7 +249,7 @@ def _outer_tensors(model: BlockModel, dtype: torch.dtype) -> dict[str, StreamedT
     reader = model.reader
 
     def rows(name: str) -> Iterator[Tensor]:
-        return (_stored(name, chunk, dtype) for chunk in reader.rows(name))
+        return (in_stored_dtype(name, chunk, dtype) for chunk in reader.rows(name))
 
     def dtype_of(name: str) -> torch.dtype:
         stored = DTYPES[reader.dtypes[name]]
@@ -259,19 +259,6 @@ def _outer_tensors(model: BlockModel, dtype: torch.dtype) -> dict[str, StreamedT
         name: StreamedTensor(reader.shapes[name], dtype_of(name), partial(rows, name))
         for name in model.outer_names()
     }
-
-
-def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in the dtype that it is stored in; InputError where that cannot hold its values."""
-    if not value.is_floating_point():
-        return value
-    stored = value.to(dtype)
-    if not all_finite(stored):
-        raise InputError(
-            f"tensor {name} has values up to {value.abs().max().item():.3g}, too large for "
-            f"{str(dtype).removeprefix('torch.')}; use --dtype bfloat16 or float32"
-        )
-    return stored
 
 
 def _left_in_float(model: BlockModel) -> list[LayerReport]:

@@ -77,8 +77,8 @@ class Checkpoints:
         except CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
             raise InputError(
-                f"cannot write checkpoint '{place}': {reason_of(cause)}; mend that and run the same "
-                "command again to go on from the last one"
+                f"cannot write checkpoint '{place}': {reason_of(cause)}; mend that and run the "
+                "same command again to go on from the last one"
             ) from None
         processes().first(lambda: self._name(partial, place))
         processes().wait()

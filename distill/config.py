@@ -1,29 +1,14 @@
 """What the training loop is told."""
 
-import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+from compress.core.counts import parse_count
+
 LARGEST = 1 << 50
-
-
-def parse_tokens(value: Any) -> Any:
-    """A number of tokens from text with or without a unit: `200k`, `2M`, `1.5B`.
-
-    Anything but text is returned as it is.  Raises ValueError for text that is no such number.
-    """
-    if not isinstance(value, str):
-        return value
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmb]?)\s*", value.lower().replace("_", ""))
-    if not found:
-        raise ValueError("no number of tokens; give one such as 500000, 200k, 2M or 1.5B")
-    return round(float(found[1]) * UNITS[found[2]])
-
-
-Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=1, le=LARGEST)]
+Tokens = Annotated[int, BeforeValidator(parse_count), Field(ge=1, le=LARGEST)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -47,10 +32,11 @@ class TrainConfig:
     precision      of the forward pass; `auto` is bfloat16 where the device multiplies it natively,
                    else float32.  What is trained is kept in float32 either way
     activation_checkpointing  compute activations again in the backward pass instead of keeping them
-    ema            decay of an exponential moving average of what is trained, which then is what is
-                   evaluated and handed back; none by default
-    evaluate_every steps between two evaluations on the held-out sequences; a tenth of all by default
-    save_every     steps between two checkpoints; a tenth of all by default
+    ema            decay of an exponential moving average of what is trained, which then is what
+                   is evaluated and handed back; none by default
+    evaluate_every steps between two evaluations on the held-out sequences; by default a tenth
+                   of all
+    save_every     steps between two checkpoints; by default a tenth of all
     trackers       names of accelerate's trackers: tensorboard, trackio, wandb, ...
     seed           of the order of sequences, and of dropout
     """

@@ -49,12 +49,12 @@ def train(
 ) -> TrainResult:
     """Train `student` in place and return what came of it.
 
-    student           `forward(input_ids, position_ids, labels, index) -> Loss`; its parameters that
-                      require a gradient are trained, in float32
-    folder            gets losses.jsonl, loss.png (with matplotlib) and checkpoints/.  A run that was
-                      broken off goes on from its last checkpoint when it is started again on it
-    parameter_groups  AdamW's groups of the student's parameters; each may have a peak rate `lr` and
-                      a `weight_decay` of its own
+    student           `forward(input_ids, position_ids, labels, index) -> Loss`; those of its
+                      parameters that require a gradient are trained, in float32
+    folder            gets losses.jsonl, loss.png (with matplotlib) and checkpoints/.  A run that
+                      was broken off goes on from there when it is started again
+    parameter_groups  AdamW's groups of the student's parameters; each may have a peak rate `lr`
+                      and a `weight_decay` of its own
 
     Raises InputError when nothing is trainable, sequences cannot be shared out evenly over the
     processes, the folder has checkpoints of another run, or a loss or gradient is not finite; the

@@ -1,11 +1,11 @@
-"""Losses of one token, each a pure function of logits [T, V] or hidden states [T, D] that gives [T].
+"""Losses of tokens: pure functions of logits [T, V] or hidden states [T, D] that give [T].
 
 With z the student's logits, q = softmax(z / τ), p = the teacher's softmax(t / τ):
 
     forward_kl     τ² Σ p (log p - log q)
     reverse_kl     τ² Σ q (log q - log p)
     jsd            τ² (β KL(p ‖ m) + (1 - β) KL(q ‖ m)),   m = β p + (1 - β) q
-    topk_kl        forward_kl over k + 1 cells: the teacher's k likeliest tokens, and all others as one
+    topk_kl        forward_kl over k + 1 cells: the teacher's k likeliest tokens, and the rest
     cross_entropy  -log softmax(z)[label]
     hidden_mse     mean over D of (x - y)²
     hidden_cosine  1 - cos(x, y)

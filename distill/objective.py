@@ -20,7 +20,7 @@ from compress.distill.head_loss import IGNORED, Term, head_loss
 from compress.distill.loss_value import Loss
 from compress.distill.model_parts import Head, last_hidden, recording
 from compress.distill.state_losses import StateLosses
-from compress.distill.teacher import LiveTeacher
+from compress.distill.teacher import LiveTeacher, TopKCache
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 ON_STATES = ("hidden_mse", "hidden_cosine", "attention_mse")
@@ -110,7 +110,7 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self, config: LossConfig, model: nn.Module, teacher: LiveTeacher | None = None
+        self, config: LossConfig, model: nn.Module, teacher: LiveTeacher | TopKCache | None = None
     ) -> None:
         super().__init__()
         _check(config, teacher)
@@ -148,6 +148,9 @@ class Objective(nn.Module):
         if isinstance(self.teacher, LiveTeacher):
             record = self.states.of_teacher if self.states else {}
             of_teacher, their_states = self.teacher(input_ids, position_ids, record)
+        elif self.teacher is not None:
+            assert index is not None, "a cached teacher is asked by places in the data"
+            of_teacher = self.teacher.read(index, input_ids, position_ids)
         with recording(self.states.of_student if self.states else {}) as states:
             hidden = last_hidden(model, input_ids, position_ids).flatten(0, 1)
         total, parts = head_loss(hidden, self.head, labels, of_teacher, self.terms)
@@ -175,9 +178,22 @@ class Student(nn.Module):
         return self.objective(self.model, input_ids, position_ids, labels, index)
 
 
-def _check(config: LossConfig, teacher: LiveTeacher | None) -> None:
+def _check(config: LossConfig, teacher: LiveTeacher | TopKCache | None) -> None:
     if not config.needs_teacher:
         return
     if teacher is None:
         named = ", ".join(name for name in AGAINST_TEACHER if getattr(config, name))
         raise InputError(f"{named} compare with a teacher; give one, or only cross_entropy")
+    if config.topk is None:
+        if isinstance(teacher, TopKCache):
+            raise InputError("the teacher is a cache of its top-k; give the loss a topk to match")
+        return
+    asked = f"top-{config.topk} at temperature {config.temperature:g}"
+    if not isinstance(teacher, TopKCache):
+        raise InputError(f"the loss asks for the teacher's {asked}, from a cache; build it first")
+    held = teacher.identity
+    if (held.k, held.temperature) != (config.topk, config.temperature):
+        raise InputError(
+            f"the loss asks for the teacher's {asked}, and the cache '{teacher.folder}' holds "
+            f"top-{held.k} at temperature {held.temperature:g}; build another"
+        )

@@ -7,8 +7,9 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from compress.core.device import fastest_dtype
+from compress.core.device import default_device, fastest_dtype
 from compress.core.errors import InputError, nearest
 from compress.core.processes import processes
 from compress.distill.config import TrainConfig
@@ -60,6 +61,7 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     Precision is left to the training step, whose region of autocast spans micro-batches.
     """
     accelerator = Accelerator(
+        cpu=default_device().type == "cpu",
         mixed_precision="no",
         log_with=list(config.trackers) or None,
         project_dir=str(folder),
@@ -70,6 +72,30 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     if config.trackers:
         accelerator.init_trackers(PROJECT, config=_flat(config))
     return accelerator
+
+
+def settle_sharding(accelerator: Accelerator, student: nn.Module, precision: str) -> None:
+    """Tell FSDP2, where it is switched on, what to shard by itself and in which dtype.
+
+    Each transformer block is; embeddings and head stay with the student, whose forward multiplies
+    by the head.  Gradients are summed in float32.  Raises InputError for FSDP 1, which flattens
+    parameters: groups of an optimizer and frozen parameters get lost in that.
+    """
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        return
+    if plugin.fsdp_version != 2:
+        raise InputError(
+            "FSDP version 1 is not supported; pass --fsdp_version 2 to accelerate launch"
+        )
+    names = (getattr(module, "_no_split_modules", None) or () for module in student.modules())
+    present = {type(module).__name__ for module in student.modules()}
+    plugin.transformer_cls_names_to_wrap = sorted({n for group in names for n in group} & present)
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if precision == "bfloat16" else None,
+        reduce_dtype=torch.float32,
+    )
+    plugin.cpu_ram_efficient_loading = False  # each process has loaded the weights
 
 
 def _flat(config: TrainConfig) -> dict[str, Any]:
@@ -94,7 +120,10 @@ def prepare_student(student: nn.Module, config: TrainConfig) -> None:
                 "supports it; switch it off"
             )
         for model in models:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5.23 renamed it
+            name = "activation_checkpointing_enable"
+            enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
 
 def _checkpoints(module: nn.Module) -> Any:

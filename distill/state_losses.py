@@ -58,11 +58,8 @@ class StateLosses(nn.Module):
 
         Raises InputError where the states come without gradients.
         """
-        if torch.is_grad_enabled() and not any(s.requires_grad for s in states.values()):
-            raise InputError(
-                "the student's states have no gradients; turn on use_reentrant=False for "
-                "activation checkpointing, or train more than what comes after the states"
-            )
+        if torch.is_grad_enabled():
+            _check_gradients(states)
         picked = {name: self._tokens(name, states[name], kept) for name in self.of_student}
         target = {name: _exact(teacher_states[name].flatten(0, 1)[kept]) for name in picked}
         sums = {}
@@ -106,6 +103,16 @@ def _modules(
         for kind in kinds
         for place, index in enumerate(picked)
     }
+
+
+def _check_gradients(states: Mapping[str, Tensor]) -> None:
+    kinds = {name.split("-")[0] for name in states}
+    alive = {name.split("-")[0] for name, tensor in states.items() if tensor.requires_grad}
+    if without := sorted(kinds - alive):
+        raise InputError(
+            f"the student's states ({', '.join(without)}) have no gradients; checkpoint activations "
+            "with use_reentrant=False, and train something ahead of the states"
+        )
 
 
 def _projection(width: int, target: int) -> nn.Linear:

@@ -24,6 +24,8 @@ import torch
 from accelerate import DistributedType
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from compress.core.errors import InputError
 from compress.core.processes import processes
@@ -32,7 +34,12 @@ from compress.distill.config import TrainConfig
 from compress.distill.data import IGNORED, LARGE_ODD, PackedData
 from compress.distill.ema import MovingAverage
 from compress.distill.loss_value import Loss
-from compress.distill.preparation import make_accelerator, prepare_student, settle_precision
+from compress.distill.preparation import (
+    make_accelerator,
+    prepare_student,
+    settle_precision,
+    settle_sharding,
+)
 from compress.distill.run_log import Row
 from compress.distill.schedule import learning_rate_factor
 
@@ -64,8 +71,10 @@ class Training:
         self.data, self.config = data, config
         self.accelerator = make_accelerator(config, folder)
         self.device = self.accelerator.device
-        self.lowered = settle_precision(config, self.device) == "bfloat16"
+        precision = settle_precision(config, self.device)
+        self.lowered = precision == "bfloat16"
         prepare_student(student, config)
+        settle_sharding(self.accelerator, student, precision)
         settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         adamw = torch.optim.AdamW(
             parameter_groups(student), betas=config.betas, fused=True, **settings
@@ -96,7 +105,8 @@ class Training:
         if self.average is not None:
             self.average.swap()
         self.model.eval()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # `end_training` would end the process group too
+            tracker.finish()
 
     def show_trackers(self, row: Row) -> None:
         """Hand a row's numbers to the trackers, if there are any."""
@@ -124,7 +134,9 @@ class Training:
         torch.manual_seed((config.seed + LARGE_ODD * number) % (1 << 63))
         self.model.train()
         losses = self._backward(batches)
-        norm = self.accelerator.clip_grad_norm_(self.trained, config.clip_norm)
+        norm: Any = self.accelerator.clip_grad_norm_(self.trained, config.clip_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         factor = learning_rate_factor(step, config)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
@@ -149,6 +161,9 @@ class Training:
             for part in share.split(self.config.micro_batch):
                 with self._autocast():
                     losses.append(_detached(self.model(**self._moved(self.data.batch(part)))))
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # what the root has gathered stays for a backward pass
         tokens = done * self.config.batch_size * self.config.seq_len
         return {"step": done, "tokens": tokens, "evaluation": self._means(losses)}
 

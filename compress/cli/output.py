@@ -99,6 +99,31 @@ def print_report(report: dict[str, Any]) -> None:
     print_pairs("Result", rows)
 
 
+def print_training(report: dict[str, Any]) -> None:
+    """Print what `distill` returned."""
+    training, sizes = report["training"], report["sizes"]
+    table = Table(title="On the sequences held out", title_justify="left")
+    evaluations = training["evaluations"]
+    names = list(evaluations[0]["parts"]) if evaluations else []
+    for column in ("tokens", "loss", *names):
+        table.add_column(column.replace("_", " "), justify="right")
+    for row in evaluations:
+        values = (row["loss"], *(row["parts"][name] for name in names))
+        table.add_row(f"{row['tokens']:,}", *(f"{value:.4f}" for value in values))
+    if evaluations:
+        Console(highlight=False).print(table)
+    rate = training["tokens"] / max(report["seconds"], 0.1)
+    rows = {
+        "output": report["out"],
+        "report": f"{report['out']}/report.html",
+        "size": in_words(sizes["bytes"]),
+        "trained": f"{training['tokens']:,} tokens in {training['steps']:,} steps",
+        "last loss": f"{training['loss']:.4f}",
+        "time": f"{report['seconds']:.0f} s of training, {rate:,.0f} tokens/s",
+    }
+    print_pairs("Result", rows)
+
+
 def _error_cells(layers: list[dict[str, Any]]) -> list[str]:
     weight = sum(layer["weight_error"] for layer in layers) / len(layers)
     measured = [layer for layer in layers if layer["output_error"] is not None]

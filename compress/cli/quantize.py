@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from compress.cli.options import carry_out, run_options
+from compress.cli.options import carry_out, given, run_options
 from compress.core.errors import InputError
 
 
@@ -87,7 +87,7 @@ def quantize_command(
     """
     from compress.recipe import build_recipe
 
-    stage = _given(bits=bits, group_size=group_size, symmetric=symmetric, format=format)
+    stage = given(bits=bits, group_size=group_size, symmetric=symmetric, format=format)
     if ignore:
         stage["ignore"] = ignore
     stage |= _settings_of(changes)
@@ -96,8 +96,8 @@ def quantize_command(
             "model": model,
             "out": out,
             "stages": [{"method": method, **stage}],
-            "calibration": _given(source=calibration, samples=samples, seq_len=seq_len, seed=seed),
-            **_given(dtype=dtype, compute_dtype=compute_dtype),
+            "calibration": given(source=calibration, samples=samples, seq_len=seq_len, seed=seed),
+            **given(dtype=dtype, compute_dtype=compute_dtype),
         },
         "quantize",
     )
@@ -121,8 +121,3 @@ def _settings_of(changes: Sequence[str]) -> dict[str, Any]:
         target = overrides.setdefault(pattern, {}) if colon else settings
         target.update({key: parse_yaml(value, f"--set {key}") for key, _, value in pairs})
     return settings | ({"overrides": overrides} if overrides else {})
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    """The options that were given: defaults live in the dataclasses alone."""
-    return {name: value for name, value in values.items() if value is not None}
