@@ -178,7 +178,7 @@ def needs_of(job: Job, activation_memory: int) -> Needs:
     disk = output + merged + 2 * activations
     if stage.trains_model:
         memory, checkpoints = _training_bytes(job)
-        disk = max(disk, 2 * output + merged + checkpoints)
+        disk = max(disk, 2 * output + merged + checkpoints)  # start and output
         working = max(working, memory)
         host = max(host, INTERPRETER_BYTES + (0 if on_gpu else memory))
     return Needs(output, disk, activations, host, working if on_gpu else 0)
@@ -189,7 +189,8 @@ def _training_bytes(job: Job) -> tuple[int, int]:
 
     In memory: both models; of what learns gradients and two moments, and its weights on their grid;
     what a block's forward pass keeps for the backward one, by the widths of its linears; and
-    logits, a gradient and a copy of some.  On disk: three checkpoints, one of them being written.
+    logits, a gradient and a copy of some.  On disk: the places of weights in their cells, and three
+    checkpoints, one of them being written.
     """
     model, config = job.model, job.recipe.stages[0]
     assert isinstance(config, QatConfig)
@@ -205,7 +206,7 @@ def _training_bytes(job: Job) -> tuple[int, int]:
     models = (4 + model.compute_dtype.itemsize) * model.num_parameters
     tokens = min(config.batch_tokens, MICRO_BATCH * job.recipe.calibration.seq_len)
     kept = tokens * width * model.compute_dtype.itemsize
-    return models + 12 * own + 8 * learning + kept + LOGIT_BYTES, 3 * 12 * own
+    return models + 12 * own + 8 * learning + kept + LOGIT_BYTES, learning + 3 * 12 * own
 
 
 def check_resources(job: Job, needs: Needs, folder: OutputFolder) -> None:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from compress.core.commits import numbered
 from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
-from compress.core.shards import StreamedTensor, streamed
+from compress.core.progress import say
+from compress.core.shards import DTYPES, StreamedTensor, streamed
 from compress.core.source import ModelSource
 from compress.core.stage import LayerReport
 from compress.distill.config import TrainConfig
@@ -30,9 +31,9 @@ from compress.distill.loop import TrainResult
 from compress.distill.qat import learn_predictions
 from compress.loading import load_model
 from compress.preflight import MICRO_BATCH, Job, held_out_of, whole_shares
-from compress.quant.fake_quant import FakeQuantLinear, put_on_grid
+from compress.quant.fake_quant import FakeQuantLinear, put_on_grid, steps_of
 from compress.quant.packed import PackedFolder
-from compress.quant.qat import QatConfig
+from compress.quant.qat import PLACES, QatConfig
 from compress.quant.training import Rates
 
 EVALUATIONS = 4  # on the held-out sequences, besides that of the start
@@ -64,7 +65,8 @@ def train_whole_model(
     rows    token ids, int64 [N, S]; the last ones are held out
     layers  what the walk did to each linear
 
-    All processes call this.  A run that was broken off goes on from the loop's last checkpoint in
+    All processes call this.  Where the divergence on the held-out text does not fall the model
+    stays as it was at the start, which is said and reported.  A run that was broken off goes on from the loop's last checkpoint in
     `folder.training`.
     """
     config, data = train_config(job), packed_rows(job, rows)
@@ -78,12 +80,19 @@ def train_whole_model(
     for name in RECORDS:
         if processes().is_first and (folder.training / name).is_file():
             shutil.copyfile(folder.training / name, folder.output / name)
+    kls = [row["evaluation"]["loss"] for row in result.evaluations]
+    if not kls[-1] < kls[0]:
+        say("Training did not bring the model closer to the original: it stays as it was before")
+        report = _report(result, data) | {"helped": False}
+        return TrainedModel(_parts(job, start, {}), list(layers), report, result.seconds)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuantLinear)}
     moved = {n: _share_moved(start, job.model.stored_name(n), m) for n, m in linears.items()}
+    sizes = {name: linear.latent.numel() for name, linear in linears.items()}
+    share = sum(moved[name] * size for name, size in sizes.items()) / sum(sizes.values())
     return TrainedModel(
-        _parts(job, start, model, linears),
+        _parts(job, start, _changed(job, start, model, linears)),
         [_after_training(layer, moved) for layer in layers],
-        _report(result, data, moved, linears),
+        _report(result, data) | {"helped": True, "codes_moved": share},
         result.seconds,
     )
 
@@ -121,40 +130,47 @@ def fake_quantized(job: Job, start: PackedFolder) -> nn.Module:
     names = {job.model.stored_name(name): name for name in model.state_dict()}
     others = {names[name]: start.load(name) for name in start.others if name in names}
     model.load_state_dict(others, strict=False)
-    put_on_grid(model, {name: start.weight(job.model.stored_name(name)) for name in job.grids})
+    weights = {name: start.weight(job.model.stored_name(name)) for name in job.grids}
+    for name, weight in weights.items():
+        places = start.load(f"{job.model.stored_name(name)}.{PLACES}").float() / 254
+        steps = steps_of(weight) + places
+        scale = weight.scale.float().repeat_interleave(weight.group_size, dim=1)
+        model.get_submodule(name).weight.data = steps * scale
+    put_on_grid(model, weights)
     return model.to(job.device)
 
 
-def _parts(
+def _changed(
     job: Job, start: PackedFolder, model: nn.Module, linears: Mapping[str, FakeQuantLinear]
+) -> dict[str, Tensor]:
+    """The tensors of the checkpoint that training has changed, as they are stored."""
+    stored_name, reader = job.model.stored_name, start.reader
+    changed = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and (stored := stored_name(name)) in reader:
+            changed[stored] = parameter.detach().to(DTYPES[reader.dtypes[stored]])
+    for name, linear in linears.items():
+        for suffix, tensor in start.format.pack_weight(linear.quantized()).items():
+            changed[f"{stored_name(name)}.{suffix}"] = tensor
+    return changed
+
+
+def _parts(
+    job: Job, start: PackedFolder, changed: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, dict[str, Tensor | StreamedTensor]]]:
-    """The output part by part: what learned from the model, all else from the start."""
-    stored_name = job.model.stored_name
-    learned = {stored_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    """The output part by part: the start's tensors, but for those that changed."""
     prefixes = {
-        stored_name(f"{job.model.block_name(index)}."): numbered("block", index)
+        job.model.stored_name(f"{job.model.block_name(index)}."): numbered("block", index)
         for index in range(job.model.num_blocks)
     }
-
-    def part_of(name: str) -> str:
-        return next((part for prefix, part in prefixes.items() if name.startswith(prefix)), OUTER)
-
-    parts: dict[str, dict[str, Tensor | StreamedTensor]] = {}
-    for name in start.others:
-        tensor: Tensor | StreamedTensor = streamed(start.reader, name)
-        if name in learned:
-            tensor = learned[name].detach().to(tensor.dtype)
-        parts.setdefault(part_of(name), {})[name] = tensor
-    packed: dict[str, list[str]] = {}
-    for name in linears:
-        packed.setdefault(part_of(stored_name(name)), []).append(name)
-    for part in (OUTER, *prefixes.values()):
-        tensors = parts.get(part, {})
-        for name in packed.get(part, ()):
-            weight = linears[name].quantized()
-            for suffix, packed_tensor in start.format.pack_weight(weight).items():
-                tensors[f"{stored_name(name)}.{suffix}"] = packed_tensor
-        yield part, tensors
+    parts: dict[str, dict[str, Tensor | StreamedTensor]] = {
+        part: {} for part in (OUTER, *prefixes.values())
+    }
+    for name in start.reader.names:
+        if not name.endswith(PLACES):
+            part = next((p for prefix, p in prefixes.items() if name.startswith(prefix)), OUTER)
+            parts[part][name] = changed.get(name, streamed(start.reader, name))
+    yield from parts.items()
 
 
 def _share_moved(start: PackedFolder, name: str, linear: FakeQuantLinear) -> float:
@@ -172,14 +188,8 @@ def _after_training(layer: LayerReport, moved: Mapping[str, float]) -> LayerRepo
     return replace(layer, note=note)
 
 
-def _report(
-    result: TrainResult,
-    data: PackedData,
-    moved: Mapping[str, float],
-    linears: Mapping[str, FakeQuantLinear],
-) -> dict[str, Any]:
+def _report(result: TrainResult, data: PackedData) -> dict[str, Any]:
     """What compress.json says of the training; times are not in it."""
-    sizes = {name: linear.latent.numel() for name, linear in linears.items()}
     return {
         "steps": result.steps,
         "tokens": result.tokens,
@@ -187,7 +197,6 @@ def _report(
         "sequences_held_out": data.held_out,
         "seq_len": data.seq_len,
         "data_sha256": data.fingerprint(),
-        "codes_moved": sum(moved[n] * size for n, size in sizes.items()) / sum(sizes.values()),
         "held_out_kl": [
             {"tokens": row["tokens"], "kl": row["evaluation"]["loss"]} for row in result.evaluations
         ],

@@ -29,14 +29,19 @@ from compress.quant.weight import QuantizedWeight
 STEP_TOKENS = 1024  # tokens of one step, in whole sequences
 HELD_OUT = 8  # one sequence in so many
 BETAS = (0.9, 0.95)  # there are too few steps for an average over 1,000
-LEAST_SHARE = 0.1  # of the rates at the last step, along a cosine
 
 
 @dataclass(frozen=True)
 class LearnedBlock:
-    """Quantized weights by name within the block, and a remark for the report."""
+    """What came of a block's linears, by name within it.
+
+    weights  quantized
+    places   where in its code's cell each weight is, in steps [out, in]; none if nothing changed
+    note     for the report
+    """
 
     weights: Mapping[str, QuantizedWeight]
+    places: Mapping[str, Tensor]
     note: str
 
 
@@ -74,14 +79,15 @@ def train_block(
             scheduler.step()
     after = _error(trained, samples, held_out, device)
     if not after < before:
-        return LearnedBlock(start, "training did not help: as it began")
+        return LearnedBlock(start, {}, "training did not help: as it began")
     learned = dict(trained.named_parameters())
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if name in learned and parameter.dim() == 1:
                 parameter.copy_(learned[name])
     weights = {name: linear.quantized() for name, linear in linears.items()}
-    return LearnedBlock(weights, f"block's error {before:.2e} to {after:.2e} by training")
+    places = {name: linear.place() for name, linear in linears.items()}
+    return LearnedBlock(weights, places, f"block's error {before:.2e} to {after:.2e} by training")
 
 
 Rows = Mapping[int, list[int]]  # sequences, by their batch

@@ -22,14 +22,22 @@ Why in steps, and not in the weight's own unit:
 - A code flips after half a unit of movement in every group of every layer, and a gain moves in
   shares of its scale.  So one learning rate of each fits all of a model, where Adam's steps of
   equal length would be everything to a small group and nothing to a large one.
-- Training starts from a quantized model, each latent on its grid value.  There LSQ's own gradient
-  c - z - w/s is zero, and later it only sees rounding errors; in steps the scale has its exact
-  derivative from the first step on.
+- Training starts from a good quantized model.  LSQ's own c - z - w/s sees rounding errors alone
+  there; in steps a scale has its exact derivative from the first step on.
 - A change of the scale moves no weight over a rounding boundary.
 - A scale may be negative (ARCHITECTURE.md, "Signed scales"): the latents do not know of it.
+
+A latent starts inside the cell of its code, towards where the unrounded weight w was:
+
+    u = (c - z) + 0.8 clip(w / s - (c - z), -1/2, 1/2)
+
+Codes are those of the start, and weights that could as well have been rounded the other way are
+near that edge.  With all latents on their grid values none flips for a long time and then very many
+do in the same few steps, since Adam's steps have one length (benchmarks/LOG.md has the figures).
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,6 +46,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from compress.quant.weight import QuantizedWeight, code_range, never_zero
+
+PLACE = 0.8  # of the way from the middle of a cell to where the unrounded weight was
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -104,18 +114,19 @@ class FakeQuantLinear(nn.Module):
     scale: Tensor
     zero_point: Tensor | None
 
-    def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None = None) -> None:
-        """Start from a quantized weight; its grid must be runs of columns without offsets."""
+    def __init__(
+        self, weight: QuantizedWeight, unrounded: Tensor, bias: nn.Parameter | None = None
+    ) -> None:
+        """Start from a quantized weight and, inside its cells, from the unrounded one [out, in].
+
+        The grid must be runs of columns without offsets.
+        """
         super().__init__()
         assert weight.offset is None
         assert weight.group_of is None
         self.out_features, self.in_features = weight.shape
         self.bits, self.group_size = weight.bits, weight.group_size
-        latent = weight.codes.float()
-        if weight.zero_point is not None:
-            groups = weight.zero_point.float()
-            latent -= groups.repeat_interleave(weight.group_size, dim=1)
-        self.latent = nn.Parameter(latent)
+        self.latent = nn.Parameter(steps_of(weight) + PLACE * place_in_cell(weight, unrounded))
         self.gain = nn.Parameter(torch.ones_like(weight.scale, dtype=torch.float32))
         self.register_parameter("bias", bias)
         self.register_buffer("scale", weight.scale)
@@ -140,6 +151,12 @@ class FakeQuantLinear(nn.Module):
         codes = steps.view(self.latent.shape).to(torch.int8)
         return QuantizedWeight(codes, scale, self.zero_point, self.bits, self.group_size)
 
+    @torch.no_grad()
+    def place(self) -> Tensor:
+        """How far each latent lies from the middle of its code's cell (`place_in_cell`)."""
+        steps = _steps(self.latent, self.scale.shape[1], self.zero_point, self.bits)
+        return (self.latent - steps.view(self.latent.shape)).clamp(-0.5, 0.5)
+
     def extra_repr(self) -> str:
         """As nn.Linear says it, and the grid."""
         return (
@@ -152,18 +169,34 @@ class FakeQuantLinear(nn.Module):
         return never_zero((self.gain * self.scale.to(self.gain.dtype)).to(self.scale.dtype))
 
 
+def steps_of(weight: QuantizedWeight) -> Tensor:
+    """Codes less zero points, float32 [out, in]."""
+    return replace(weight, scale=torch.ones_like(weight.scale, dtype=torch.float32)).dequantize()
+
+
+def place_in_cell(weight: QuantizedWeight, unrounded: Tensor) -> Tensor:
+    """How far an unrounded weight [out, in] lies from the middle of its code's cell, in steps.
+
+    Float32 [out, in], between -1/2 and 1/2: a weight outside its cell, which a method that looks at
+    more than the nearest value may leave, counts as on the edge.
+    """
+    scale = weight.scale.float().repeat_interleave(weight.group_size, dim=1)
+    return (unrounded.float() / scale - steps_of(weight)).clamp(-0.5, 0.5)
+
+
 def put_on_grid(
     module: nn.Module, weights: Mapping[str, QuantizedWeight]
 ) -> dict[str, FakeQuantLinear]:
     """Replace linears, by name within `module`, by ones that start from these quantized weights.
 
-    Biases stay the same parameters.  Returns the new linears by name.
+    The linears hold the unrounded weights.  Biases stay the same parameters.  Returns the new
+    linears by name.
     """
     placed = {}
     for name, weight in weights.items():
         owner, _, leaf = name.rpartition(".")
         linear = module.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        placed[name] = FakeQuantLinear(weight, linear.bias)
+        placed[name] = FakeQuantLinear(weight, linear.weight.data, linear.bias)
         setattr(module.get_submodule(owner), leaf, placed[name])
     return placed

@@ -12,25 +12,27 @@ and the vectors beside them: gains of norms, and biases.  EfficientQAT trains sc
 second phase; `trains: scales` is that.
 
 Every rate is a length of Adam's step in the unit that fits: for latents a step of the grid, for
-gains and vectors a share of their size (a vector's is its root mean square at the start).  With few
-steps that decides more than anything else: a latent starts half a unit away from its next code, so
-with rate r nothing flips in fewer than 1 / (2 r) steps, and noise moves it by about r sqrt(steps).
+gains and vectors a share of their size (a vector's is its root mean square at the start).  Codes
+are a unit apart, noise moves a latent by about r sqrt(steps) at rate r, and a gradient that keeps
+its sign by about r steps.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from torch import nn
+from torch import Tensor, nn
 
 from compress.core.counts import parse_count
-from compress.core.stage import Block
+from compress.core.stage import Block, BlockOutcome
 from compress.quant.awq import AwqConfig
 from compress.quant.awq_gptq import AwqGptqConfig
 from compress.quant.block_training import train_block
 from compress.quant.config import Grid, WeightOnlyConfig
+from compress.quant.fake_quant import place_in_cell
 from compress.quant.gptq import GptqConfig
 from compress.quant.rtn import RtnConfig
 from compress.quant.training import Rates, Trained
@@ -43,6 +45,7 @@ INITS: Mapping[str, type[WeightOnlyConfig]] = {
     "rtn": RtnConfig,
 }
 
+PLACES = "weight_place"
 Rate = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -65,11 +68,11 @@ class QatConfig(WeightOnlyConfig):
     trains: Trained = "weights+scales"
     block_epochs: int = Field(default=0, ge=0, le=1000)
     block_rate: Rate = 0.01
-    block_scale_rate: Rate = 0.001
+    block_scale_rate: Rate = 0.003
     tokens: Annotated[int, BeforeValidator(parse_count), Field(ge=0)] = 200_000
-    batch_tokens: Annotated[int, BeforeValidator(parse_count), Field(ge=1)] = 2048
+    batch_tokens: Annotated[int, BeforeValidator(parse_count), Field(ge=1)] = 1024
     rate: Rate = 0.01
-    scale_rate: Rate = 0.001
+    scale_rate: Rate = 0.003
 
     def stage(self, grids: Mapping[str, Grid]) -> "QatStage":
         return QatStage(self, grids)
@@ -81,7 +84,11 @@ class QatConfig(WeightOnlyConfig):
 
 
 class QatStage(WeightOnlyStage):
-    """Another method's stage, and the first phase after it."""
+    """Another method's stage, and the first phase after it.
+
+    For the second phase it writes beside each linear PLACES, int8 [out, in]: where in the cell of
+    its code each weight was (`place_in_cell`), in 254ths of a step.
+    """
 
     method: ClassVar[str] = "qat"
 
@@ -93,6 +100,7 @@ class QatStage(WeightOnlyStage):
         self.trains_model = config.tokens > 0
         self.needs_statistics = self.initial.needs_statistics or self.trains_blocks
         self.workspace = self.initial.workspace  # type: ignore[misc]
+        self._places: dict[str, Tensor] = {}
 
     def state(self) -> Any:
         """What the other method carries."""
@@ -102,11 +110,23 @@ class QatStage(WeightOnlyStage):
         """Take over what the other method carries."""
         self.initial.restore(state)
 
+    def apply(self, block: Block, plan: None) -> BlockOutcome:
+        """Quantize, train and pack the block (see Stage.apply)."""
+        outcome = super().apply(block, plan)
+        if self.trains_model:
+            for name, place in self._places.items():
+                outcome.tensors[f"{name}.{PLACES}"] = (254 * place).round().to(torch.int8)
+        return outcome
+
     def quantize_linears(
         self, block: Block, linears: Mapping[str, nn.Linear]
     ) -> dict[str, QuantizedLinear]:
         """Quantize by the other method, then train (see WeightOnlyStage.quantize_linears)."""
         results = self.initial.quantize_linears(block, linears)
+        self._places = {
+            name: place_in_cell(result.weight, linears[name].weight.data)
+            for name, result in results.items()
+        }
         if not self.trains_blocks or not results:
             return results
         assert block.samples is not None
@@ -115,6 +135,7 @@ class QatStage(WeightOnlyStage):
         learned = train_block(
             block.module, block.samples, start, rates, self.config.block_epochs, seed=block.index
         )
+        self._places |= learned.places
         moments = {name: stats.second_moment for stats in block.inputs for name in stats.linears}
         for name, result in results.items():
             note = ", ".join(part for part in (result.note, learned.note) if part)

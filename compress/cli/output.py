@@ -87,10 +87,14 @@ def print_report(report: dict[str, Any]) -> None:
         before, after = training["held_out_kl"][0], training["held_out_kl"][-1]
         rows["training"] = (
             f"{training['tokens']:,} tokens in {report['training_seconds']:.0f} s; "
-            f"{training['codes_moved']:.2%} of the codes moved"
+            + (
+                f"{training['codes_moved']:.2%} of the codes moved"
+                if training["helped"]
+                else "it did not help, and the model is as it was before"
+            )
         )
         rows["KL to the original"] = (
-            f"{after['kl']:.4f} on text held out, {before['kl']:.4f} before training"
+            f"{after['kl']:.4f} after training, {before['kl']:.4f} before, on text held out"
         )
     for note, names in left.items():
         rows[note] = ", ".join(names[:4]) + (

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from compress import qat
 from compress.core.errors import InputError
@@ -17,7 +17,30 @@ from compress.quant.packed import PackedFolder
 from compress.recipe import build_recipe
 from tests.compress.test_resume import kill
 
-QUICK = {"bits": 3, "group_size": 16, "tokens": 4096, "batch_tokens": 512, "rate": 0.1}
+QUICK = {"bits": 3, "group_size": 16, "tokens": 4096, "batch_tokens": 128, "rate": 0.015}
+
+
+@pytest.fixture(scope="module")
+def balanced(model_folder, tmp_path_factory):
+    """Makes a tiny model whose blocks decide its predictions: with embeddings as small as theirs.
+
+    Those of `model_folder` have strong ones, beside which rounding hardly shows in the logits.
+    """
+    made = {}
+
+    def make(family="llama", layers=2):
+        if (family, layers) not in made:
+            source = model_folder(family, layers=layers)
+            folder = shutil.copytree(source, tmp_path_factory.mktemp("balanced") / family)
+            tensors = load_file(folder / "model.safetensors")
+            tensors["model.embed_tokens.weight"] /= 20
+            if "lm_head.weight" not in tensors:
+                tensors["model.norm.weight"] *= 10  # the head is the same tensor
+            save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+            made[family, layers] = folder
+        return made[family, layers]
+
+    return make
 
 
 def values_for(folder, text_file, out, method="qat", **settings):
@@ -66,9 +89,9 @@ def students(monkeypatch):
     ],
 )
 def test_it_heals_and_the_checkpoint_is_the_model_that_was_trained(
-    family, settings, model_folder, text_file, tmp_path, students
+    family, settings, balanced, text_file, tmp_path, students
 ):
-    report = run(model_folder(family), text_file, tmp_path / "out", **QUICK | settings)
+    report = run(balanced(family), text_file, tmp_path / "out", **QUICK | settings)
     kls = [row["kl"] for row in report["training"]["held_out_kl"]]
     assert [row["tokens"] for row in report["training"]["held_out_kl"]] == [
         0,
@@ -77,11 +100,12 @@ def test_it_heals_and_the_checkpoint_is_the_model_that_was_trained(
         3072,
         4096,
     ]
-    assert kls[-1] < 0.9 * kls[0]
+    assert kls[-1] < 0.97 * kls[0]
+    assert report["training"]["helped"]
+    assert (report["training"]["codes_moved"] > 0) == (settings.get("trains") != "scales")
     packed = load_model(tmp_path / "out")
     difference = (logits_of(packed) - logits_of(students[0])).abs().max()
-    # GPTQ's float16 scales are in the forward pass too; the rest is equal bit for bit
-    assert difference == 0
+    assert difference == 0  # scales rounded as they are stored are in the forward pass too
     folder = PackedFolder(resolve_model(str(tmp_path / "out")))
     assert set(folder.linears) == {layer["name"] for layer in report["layers"] if layer["method"]}
     assert {"losses.jsonl", "report.html", "compress.json"} <= {
@@ -113,9 +137,9 @@ def test_step_0_is_the_other_method(model_folder, text_file, tmp_path, monkeypat
     assert torch.equal(seen[0], logits_of(load_model(tmp_path / "gptq")))
 
 
-def test_block_training_lowers_what_reaches_the_last_block(model_folder, text_file, tmp_path):
-    """Against GPTQ alone, in the KL divergence of the whole model on the calibration text."""
-    folder = model_folder(layers=3)
+def test_block_training_brings_the_whole_model_closer(balanced, text_file, tmp_path):
+    """Against GPTQ alone, in the KL divergence from the original."""
+    folder = balanced(layers=3)
     run(folder, text_file, tmp_path / "gptq", "gptq", bits=2)
     report = run(
         folder, text_file, tmp_path / "qat", bits=2, tokens=0, block_epochs=4, block_rate=0.02
@@ -125,10 +149,22 @@ def test_block_training_lowers_what_reaches_the_last_block(model_folder, text_fi
     for name in ("gptq", "qat"):
         found = logits_of(load_model(tmp_path / name)).log_softmax(-1)
         kls.append((expected.exp() * (expected - found)).sum(-1).mean().item())
-    assert kls[1] < 0.8 * kls[0]
+    assert kls[1] < 0.95 * kls[0]
     quantized = [layer for layer in report["layers"] if layer["method"]]
-    assert all("by training" in layer["note"] for layer in quantized)
+    assert any("by training" in layer["note"] for layer in quantized)
     assert all(layer["output_error"] is not None for layer in quantized)
+
+
+def test_where_training_does_not_help_the_start_stays(balanced, text_file, tmp_path):
+    """At a rate at which codes are all over the place."""
+    run(balanced(), text_file, tmp_path / "gptq", "gptq")
+    report = run(balanced(), text_file, tmp_path / "qat", **QUICK | {"rate": 1.0})
+    kls = [row["kl"] for row in report["training"]["held_out_kl"]]
+    assert kls[-1] > kls[0]
+    assert not report["training"]["helped"]
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("gptq", "qat"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize("settings", [QUICK, {"tokens": 0, "block_epochs": 1}])
@@ -146,12 +182,11 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
 ):
     """The run is refused with the step, and the same command goes on from there."""
     means = loop.Training._means
-    calls = []
+    steps = []
 
     def broken(self, losses, **more):
-        found = means(self, losses, **more)
-        calls.append(found)
-        return found | ({"loss": float("nan")} if len(calls) == 7 else {})
+        steps.extend(more)  # a step's row has the norm of its gradient, an evaluation's has not
+        return means(self, losses, **more) | ({"loss": float("nan")} if len(steps) == 6 else {})
 
     monkeypatch.setattr(loop.Training, "_means", broken)
     with pytest.raises(InputError, match=r"training step 6: .* not finite; the checkpoint of step"):
@@ -163,7 +198,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
     assert not progress.exists()
     rows = (tmp_path / "out" / "losses.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows if "loss" in json.loads(row)] == list(
-        range(1, 9)
+        range(1, 33)
     )
 
 
@@ -200,5 +235,5 @@ def test_another_setting_of_training_is_another_run(model_folder, text_file, tmp
         with pytest.raises(InputError, match="No space left"):
             run(model_folder(), text_file, tmp_path / "out", **QUICK)
     with pytest.raises(InputError, match=r"unfinished run with another recipe.stages.0.rate"):
-        run(model_folder(), text_file, tmp_path / "out", **QUICK, rate=0.5)
+        run(model_folder(), text_file, tmp_path / "out", **QUICK | {"rate": 0.5})
     shutil.rmtree(tmp_path / ".out.progress")

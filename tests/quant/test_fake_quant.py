@@ -117,11 +117,12 @@ def loaded(weight):
 def test_it_computes_with_what_will_be_packed_bit_for_bit(bits, symmetric, dtype):
     """At the start, and after training has moved latents, gains and the signs of scales."""
     start = quantized(bits, symmetric, dtype)
-    linear = FakeQuantLinear(start)
+    generator = torch.Generator().manual_seed(3)
+    unrounded = loaded(start) + torch.randn(ROWS, COLUMNS, generator=generator)
+    linear = FakeQuantLinear(start, unrounded)
     assert torch.equal(linear.weight, loaded(start))
     assert torch.equal(linear.quantized().codes, start.codes)
     assert torch.equal(linear.quantized().scale, start.scale)
-    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         linear.latent += torch.randn(linear.latent.shape, generator=generator) * 2
         linear.gain += torch.randn(linear.gain.shape, generator=generator)
@@ -139,7 +140,7 @@ def test_it_computes_with_what_will_be_packed_bit_for_bit(bits, symmetric, dtype
 def test_a_code_flips_after_half_a_step_whatever_the_scale_and_its_sign():
     scale = torch.tensor([[1e-3, -50.0, 1.0]])
     start = QuantizedWeight(torch.zeros(1, 24, dtype=torch.int8), scale, None, 4, GROUP)
-    linear = FakeQuantLinear(start)
+    linear = FakeQuantLinear(start, torch.zeros(1, 24))
     with torch.no_grad():
         linear.latent += 0.49
         assert (linear.quantized().codes == 0).all()
@@ -147,6 +148,21 @@ def test_a_code_flips_after_half_a_step_whatever_the_scale_and_its_sign():
         assert (linear.quantized().codes == 1).all()
         linear.gain *= -3  # moves no weight over a boundary
         assert (linear.quantized().codes == 1).all()
+
+
+def test_a_latent_starts_in_its_cell_towards_where_the_weight_was():
+    """Scales of both signs, a zero point; weights left and right, outside, and past the range."""
+    scale = torch.tensor([[0.5], [-0.5]])
+    codes = torch.tensor([[0, 1, 2, 7]] * 2, dtype=torch.int8)
+    zero = torch.tensor([[1], [0]], dtype=torch.int8)
+    weight = QuantizedWeight(codes, scale, zero, 4, 4)
+    offset = torch.tensor([0.25, -0.5, 1.7, 3.0])  # in steps
+    steps = codes - zero.float()
+    linear = FakeQuantLinear(weight, (steps + offset) * scale)
+    expected = torch.tensor([0.2, -0.4, 0.4, 0.4])
+    torch.testing.assert_close(linear.latent.detach(), steps + expected)
+    torch.testing.assert_close(linear.place(), expected.expand(2, 4))
+    assert torch.equal(linear.quantized().codes, codes)
 
 
 def test_it_keeps_no_tensor_for_the_backward_pass_but_its_arguments():
@@ -160,7 +176,7 @@ def test_it_keeps_no_tensor_for_the_backward_pass_but_its_arguments():
 
 
 def test_under_autocast_gradients_stay_float32():
-    linear = FakeQuantLinear(quantized(), nn.Parameter(torch.zeros(ROWS)))
+    linear = FakeQuantLinear(quantized(), loaded(quantized()), nn.Parameter(torch.zeros(ROWS)))
     with torch.autocast("cpu", torch.bfloat16):
         output = linear(torch.randn(3, COLUMNS))
         assert output.dtype == torch.bfloat16
