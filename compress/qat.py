@@ -66,8 +66,8 @@ def train_whole_model(
     layers  what the walk did to each linear
 
     All processes call this.  Where the divergence on the held-out text does not fall the model
-    stays as it was at the start, which is said and reported.  A run that was broken off goes on from the loop's last checkpoint in
-    `folder.training`.
+    stays as it was at the start, which is said and reported.  A run that was broken off goes on
+    from the loop's last checkpoint in `folder.training`.
     """
     config, data = train_config(job), packed_rows(job, rows)
     start = PackedFolder(ModelSource(str(folder.start), folder.start))

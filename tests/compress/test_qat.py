@@ -83,7 +83,7 @@ def students(monkeypatch):
     [
         ("llama", {}),
         ("qwen2", {"symmetric": False, "init": "rtn"}),
-        ("gemma2", {"init": "awq+gptq", "bits": 4, "format": "gptq"}),
+        ("gemma2", {"init": "awq+gptq", "bits": 4, "format": "gptq", "rate": 0.004}),
         ("qwen3", {"trains": "scales", "overrides": {"down_proj": {"bits": 4}}}),
         ("mistral", {"ignore": ["v_proj"], "block_epochs": 1}),
     ],
