@@ -46,7 +46,7 @@ PIECES = 128  # sampled side by side, and committed together
 RECORDS = ("losses.jsonl", "loss.png")  # of the loop, for the output folder
 
 
-def distill(
+def run_distillation(
     recipe: DistillRecipe, overwrite: bool = False, restart: bool = False
 ) -> dict[str, Any]:
     """Carry out a recipe and return its report, as written to compress.json with times added.

@@ -147,8 +147,10 @@ def build_stage(method: str, settings: Mapping[str, Any]) -> WeightOnlyConfig:
     return build(METHODS[method], settings, f"method {method}")
 
 
-def method_of(stage: WeightOnlyConfig) -> str:
+def method_of(stage: WeightOnlyConfig | DistillConfig) -> str:
     """The name under which a stage's configuration is registered."""
+    if isinstance(stage, DistillConfig):
+        return DISTILL
     return next(name for name, cls in METHODS.items() if type(stage) is cls)
 
 

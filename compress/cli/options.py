@@ -69,7 +69,7 @@ def carry_out(
 ) -> None:
     """Run a recipe, or only plan it, and print what came of it."""
     from compress.core.processes import processes
-    from compress.distillation import distill
+    from compress.distillation import run_distillation
     from compress.dry_run import plan_recipe
     from compress.pipeline import run_recipe
     from compress.recipe import DistillRecipe
@@ -79,7 +79,7 @@ def carry_out(
             raise InputError(
                 "a distillation takes neither --dry-run nor --activation-memory; leave them out"
             )
-        result, show = distill(recipe, overwrite, restart), print_training
+        result, show = run_distillation(recipe, overwrite, restart), print_training
     elif dry_run:
         result, show = plan_recipe(recipe, overwrite, activation_memory), print_plan
     else:

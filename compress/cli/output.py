@@ -104,7 +104,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def print_training(report: dict[str, Any]) -> None:
-    """Print what `distill` returned."""
+    """Print what `run_distillation` returned."""
     training, sizes = report["training"], report["sizes"]
     table = Table(title="On the sequences held out", title_justify="left")
     evaluations = training["evaluations"]
