@@ -85,6 +85,8 @@ def train(
             training.save(done)
             if processes().is_first:
                 write_plot(folder / "loss.png", log.steps, log.evaluations)
+    if processes().is_first:  # a run may have been broken off between a checkpoint and its plot
+        write_plot(folder / "loss.png", log.steps, log.evaluations)
     training.finish()
     last = log.steps[-1]
     return TrainResult(done, last["tokens"], log.seconds, last["loss"], log.evaluations)
