@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compress.core.errors import InputError
+    from compress.distillation import run_distillation
     from compress.evaluate import evaluate_text
     from compress.pipeline import run_recipe
     from compress.quant.methods import METHODS
-    from compress.recipe import CalibrationConfig, Recipe, build_recipe, load_recipe
+    from compress.recipe import (
+        CalibrationConfig,
+        DistillRecipe,
+        Recipe,
+        build_distillation,
+        build_recipe,
+        load_recipe,
+    )
     from compress.runtime.grammar import Grammar
     from compress.runtime.llm import LLM
     from compress.runtime.sampling_params import SamplingParams
@@ -22,14 +30,17 @@ __version__ = "0.1.0"
 _HOMES = {
     "METHODS": "compress.quant.methods",
     "CalibrationConfig": "compress.recipe",
+    "DistillRecipe": "compress.recipe",
     "Grammar": "compress.runtime.grammar",
     "InputError": "compress.core.errors",
     "LLM": "compress.runtime.llm",
     "Recipe": "compress.recipe",
     "SamplingParams": "compress.runtime.sampling_params",
+    "build_distillation": "compress.recipe",
     "build_recipe": "compress.recipe",
     "evaluate_text": "compress.evaluate",
     "load_recipe": "compress.recipe",
+    "run_distillation": "compress.distillation",
     "run_recipe": "compress.pipeline",
 }
 
@@ -37,13 +48,16 @@ __all__ = [
     "LLM",
     "METHODS",
     "CalibrationConfig",
+    "DistillRecipe",
     "Grammar",
     "InputError",
     "Recipe",
     "SamplingParams",
+    "build_distillation",
     "build_recipe",
     "evaluate_text",
     "load_recipe",
+    "run_distillation",
     "run_recipe",
 ]
 

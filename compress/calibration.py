@@ -6,9 +6,7 @@ are sampled from the model at temperature 1 and joined, which needs no data at a
 arXiv 2305.17888, section 3.1).
 """
 
-import codecs
 import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -20,16 +18,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from compress import texts
 from compress.core.device import native_bfloat16
-from compress.core.errors import InputError, reason_of, shown
-from compress.core.progress import say, track
+from compress.core.errors import InputError, reason_of
+from compress.core.progress import track
 from compress.core.source import ModelSource
 from compress.core.tokenizer import load_tokenizer
 from compress.loading import load_model
 from compress.recipe import CalibrationConfig
 
 MAX_TEXT_BYTES = 64 << 20  # more than any calibration set needs; the rest of a file is not read
-SUFFIXES = (".txt", ".jsonl", ".parquet", ".safetensors")
+SUFFIXES = (*texts.SUFFIXES, ".safetensors")
 SELF_BATCH = 128  # sequences sampled side by side
 SELF_LENGTH = 256  # tokens of a sampled sequence
 TIMED_STEPS = 8
@@ -65,24 +64,7 @@ def fingerprint(tokens: Tensor) -> str:
 
 def check_source(config: CalibrationConfig) -> None:
     """Refuse a missing or unreadable calibration file before anything long is done."""
-    path = Path(config.source)
-    if _is_file(path):
-        if path.suffix not in SUFFIXES:
-            raise InputError(
-                f"calibration file '{path}' ends in '{path.suffix}'; allowed: {', '.join(SUFFIXES)}"
-            )
-    elif path.suffix in SUFFIXES:
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise InputError(f"calibration file '{path}' {what}; check the path")
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError as error:  # too long a name, no permission
-        raise InputError(
-            f"calibration source {shown(str(path))} cannot be looked up: {reason_of(error)}"
-        ) from None
+    texts.check_file(config.source, "calibration", SUFFIXES)
 
 
 def _read_tokens(config: CalibrationConfig) -> Tensor:
@@ -122,13 +104,16 @@ def _windows(config: CalibrationConfig, source: ModelSource) -> Tensor:
     path = Path(config.source)
     need = config.samples * config.seq_len
     # A data set is streamed only as far as needed, with some slack to choose windows from.
-    is_file = _is_file(path)
-    documents = _read_file(path) if is_file else _stream_dataset(config.source)
+    is_file = texts.is_file(path, "calibration")
+    if is_file:
+        documents = texts.read_file(path, "calibration", MAX_TEXT_BYTES)
+    else:
+        documents = texts.stream_dataset(config.source, "calibration")
     limit = None if is_file else 4 * need
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     ids: list[int] = []
     for document in documents:
-        encoded = _encode(tokenizer, document, source)
+        encoded = texts.encode(tokenizer, document, source, "calibration")
         ids += [*separator, *encoded] if ids else encoded
         if limit is not None and len(ids) >= limit:
             break
@@ -144,101 +129,6 @@ def _windows(config: CalibrationConfig, source: ModelSource) -> Tensor:
     return windows.view(count, config.seq_len)[chosen]
 
 
-def _encode(tokenizer: Any, text: str, source: ModelSource) -> list[int]:
-    try:
-        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    except Exception as error:  # a broken tokenizer.json can fail anywhere inside tokenizers
-        raise InputError(
-            f"the tokenizer of '{source.ref}' cannot encode the calibration text: "
-            f"{reason_of(error)}; download the model again"
-        ) from None
-
-
-def _read_file(path: Path) -> Iterator[str]:
-    try:
-        if path.suffix == ".txt":
-            yield _head(path)
-        elif path.suffix == ".jsonl":
-            # Not splitlines, which also parts at U+2028 and others that JSON allows in text.
-            for number, line in enumerate(_head(path, whole_lines=True).split("\n"), start=1):
-                if line.strip():
-                    yield _text_of(_json_of(line, path, number), f"{path}, line {number}")
-        else:
-            for row in _rows_of_parquet(path):
-                yield _text_of(row, str(path))
-    except UnicodeDecodeError:
-        raise InputError(f"calibration file '{path}' is not UTF-8 text; convert it first") from None
-    except OSError as error:
-        raise InputError(f"cannot read calibration file '{path}': {error}") from None
-
-
-def _rows_of_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise InputError(
-            f"cannot read calibration file '{path}': {reason_of(error)}; write it again"
-        ) from None
-
-
-def _json_of(line: str, path: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"cannot read calibration file '{path}', line {number}: {reason_of(error)}; each line "
-            "is a JSON object with a 'text'"
-        ) from None
-
-
-def _head(path: Path, whole_lines: bool = False) -> str:
-    """The first MAX_TEXT_BYTES of a UTF-8 file, less a last line or character that is cut off."""
-    with path.open("rb") as file:
-        data = file.read(MAX_TEXT_BYTES)
-    cut = len(data) == MAX_TEXT_BYTES
-    if cut:
-        say(f"Reading the first {MAX_TEXT_BYTES >> 20} MiB of {path}")
-    if cut and whole_lines:
-        data = data[: data.rfind(b"\n") + 1]
-    return codecs.getincrementaldecoder("utf-8")().decode(data, final=not cut)
-
-
-def _text_of(row: Any, where: str) -> str:
-    """The text of a row; InputError when there is none, or it cannot be encoded."""
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        try:
-            row["text"].encode("utf-8")
-        except UnicodeEncodeError:
-            raise InputError(
-                f"calibration data {where} holds half a character (a lone surrogate); correct it"
-            ) from None
-        return row["text"]
-    found = shown(list(row)) if isinstance(row, dict) else type(row).__name__
-    raise InputError(f"calibration data {where} has no text field 'text' (found: {found})")
-
-
-def _stream_dataset(ref: str) -> Iterator[str]:
-    from datasets import load_dataset
-
-    name, _, rest = ref.partition(":")
-    config, _, split = rest.partition(":")
-    try:
-        rows = load_dataset(name, config or None, split=split or "train", streaming=True)
-        for row in rows:
-            yield _text_of(row, f"set '{ref}'")
-    except InputError:
-        raise
-    except Exception as error:  # datasets and the hub raise many types
-        raise InputError(
-            f"calibration source '{ref}' is no file, and loading it as a data set failed: "
-            f"{reason_of(error)}; give a .txt, .jsonl or .parquet file, a data set id, or 'self'"
-        ) from None
-
-
 def _sample_from_model(
     config: CalibrationConfig, source: ModelSource, device: torch.device
 ) -> Tensor:
@@ -247,12 +137,12 @@ def _sample_from_model(
     Attention over the growing context is what costs on a CPU, so a sample longer than
     SELF_LENGTH is made of several pieces.
     """
-    model = _sampling_model(source, device)
+    model = sampling_model(source, device)
     generator = torch.Generator().manual_seed(config.seed)
     rows, length, pieces = _pieces(config)
     batches = []
     for start in range(0, rows, SELF_BATCH):
-        first, steps = _sampled_batch(model, min(SELF_BATCH, rows - start), length, generator)
+        first, steps = sampled_batch(model, min(SELF_BATCH, rows - start), length, generator)
         progress = track(steps, "Sampling calibration text", total=length - 1)
         batches.append(torch.cat([first, *progress], dim=1))
     joined = torch.cat(batches).view(config.samples, pieces * length)
@@ -261,17 +151,18 @@ def _sample_from_model(
 
 def sampling_seconds(config: CalibrationConfig, source: ModelSource, device: torch.device) -> float:
     """About how long sampling text will take, by its first steps; later ones take longer."""
-    model = _sampling_model(source, device)
+    model = sampling_model(source, device)
     rows, length, _ = _pieces(config)
     size = min(SELF_BATCH, rows)
-    _, steps = _sampled_batch(model, size, length, torch.Generator().manual_seed(0))
+    _, steps = sampled_batch(model, size, length, torch.Generator().manual_seed(0))
     ends = [time.monotonic() for _ in islice(steps, TIMED_STEPS)]
     if len(ends) < 2:
         return 0.0
     return (ends[-1] - ends[0]) / (len(ends) - 1) * length * math.ceil(rows / size)
 
 
-def _sampling_model(source: ModelSource, device: torch.device) -> Any:
+def sampling_model(source: ModelSource, device: torch.device) -> Any:
+    """A whole model to sample text from, in the dtype that is fastest."""
     return load_model(source.folder, "bfloat16" if native_bfloat16(device) else "float32", device)
 
 
@@ -282,7 +173,7 @@ def _pieces(config: CalibrationConfig) -> tuple[int, int, int]:
     return config.samples * pieces, length, pieces
 
 
-def _sampled_batch(
+def sampled_batch(
     model: Any, size: int, length: int, generator: torch.Generator
 ) -> tuple[Tensor, Iterator[Tensor]]:
     """Random first tokens, int64 [size, 1], and an iterator over the `length` - 1 that follow."""

@@ -22,6 +22,7 @@ import torch
 
 import compress
 from compress.core.source import ModelSource, read_config
+from compress.recipe import LOSSES
 from compress.report import mean_bits, spread
 
 # Files of a model folder that are neither weights nor written anew.
@@ -53,15 +54,22 @@ def write_side_files(
     card: str,
 ) -> None:
     """Write everything but the weights, which are there already, into an output folder."""
-    config = read_config(source.folder) | config_entries
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", config)
+    write_config(folder, source, dtype, config_entries)
     for path in carried_files(source.folder):
         shutil.copyfile(path, folder / path.name)
     _write_json(folder / "compress.json", report)
     _write_json(folder / "run.json", {**times, **_host_facts()})
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_config(
+    folder: Path, source: ModelSource, dtype: torch.dtype, entries: dict[str, Any]
+) -> None:
+    """Write config.json: the original's, with these entries and the stored dtype."""
+    config = read_config(source.folder) | entries
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", config)
 
 
 def carried_files(folder: Path) -> list[Path]:
@@ -138,6 +146,39 @@ def model_card(ref: str, report: dict[str, Any]) -> str:
             "",
         ]
     lines += ["`report.html` shows the error of each layer, `compress.json` holds it.", ""]
+    return "\n".join(lines)
+
+
+def distill_card(report: dict[str, Any]) -> str:
+    """The model card of a model that was distilled."""
+    recipe, training = report["recipe"], report["training"]
+    (stage,) = recipe["stages"]
+    student, teacher = recipe["model"], stage.get("teacher")
+    weights = {name: stage["loss"][name] for name in LOSSES if stage["loss"].get(name)}
+    losses = ", ".join(f"{weight:g} x {name}" for name, weight in weights.items())
+    of_teacher = f" from `{teacher}`" if teacher else ""
+    lora = stage.get("lora")
+    how = f", adapters of rank {lora['rank']}, merged" if lora else ""
+    lines = [
+        *_front_matter(student, ["distillation"]),
+        f"# {Path(student).name}, distilled",
+        "",
+        f"`{student}`, trained{of_teacher} with compress {report['versions']['compress-llm']} on "
+        f"{training['tokens']:,} tokens of `{Path(stage['data']['source']).name}`: {losses}{how}.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        f'model = AutoModelForCausalLM.from_pretrained("{recipe["out"]}")',
+        "```",
+        "",
+    ]
+    if evaluations := training["evaluations"]:
+        lines += [
+            f"Loss on {training['sequences_held_out']} sequences that were not trained on: "
+            f"{evaluations[0]['loss']:.4f} before, {evaluations[-1]['loss']:.4f} after.",
+            "",
+        ]
+    lines += ["`losses.jsonl` has each step, `compress.json` the settings.", ""]
     return "\n".join(lines)
 
 

@@ -87,7 +87,7 @@ def _timed(job: Job) -> float:
         if job.stage.needs_statistics:
             vocabulary = job.model.config.get_text_config().vocab_size
             walk.tokens = torch.randint(0, vocabulary, (size, data.seq_len))
-        reference = job.stage.needs_reference
+        reference = job.stage.needs_reference or job.stage.trains_blocks
         walk.visit_all("timing", visit, job.recipe.propagate_error, reference, stop)
         ends = [0.0, *(commit["seconds"] for commit in commits.series("timing"))]
     batches = math.ceil(data.samples / size) if job.stage.needs_statistics else 1

@@ -7,13 +7,15 @@
                   │ run again with the new weights: the next block's inputs
                   └ commit
 
+    ... ─> last block ─> [the whole model is trained (qat.py)] ─> checkpoint
+
 The output folder gets its final name only when complete.  A run that is broken off goes on after
 the last block that was committed, and gives the same bytes.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -28,11 +30,19 @@ from compress.core.commits import numbered
 from compress.core.errors import InputError, reason_of
 from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
-from compress.core.shards import DTYPES, ShardWriter, StreamedTensor, all_finite, hashed
+from compress.core.shards import DTYPES, ShardWriter, StreamedTensor, hashed, in_stored_dtype
 from compress.core.stage import Block, LayerReport
 from compress.inspection import inspect_folder
-from compress.preflight import Job, check_resources, kept_in_memory, needs_of, preflight
-from compress.recipe import Recipe, method_of
+from compress.preflight import (
+    Job,
+    check_resources,
+    kept_in_memory,
+    needed_text,
+    needs_of,
+    preflight,
+)
+from compress.qat import train_whole_model
+from compress.recipe import CalibrationConfig, Recipe, method_of
 from compress.report import write_report
 from compress.walk import Clock, Walk
 
@@ -66,7 +76,8 @@ def run_recipe(
             walk = Walk(job, folder.commits, folder.activations, memory, clock)
             return _compress(walk, folder)
         except InputError:  # the same run would end here again
-            first(folder.commits.clear)
+            if not folder.has_trained:
+                first(folder.commits.clear)
             raise
         except (MemoryError, RuntimeError) as error:
             if not _is_about_memory(error):
@@ -86,37 +97,110 @@ def _compress(walk: Walk, folder: OutputFolder) -> dict[str, Any]:
     """Do what preflight found possible; returns the report, with the times."""
     job, stage, model = walk.job, walk.job.stage, walk.job.model
     first = processes().first
-    tokens = _tokens(walk) if stage.needs_statistics else None
-    walk.tokens = None if tokens is None else processes().share(tokens)
+    rows = _rows(walk) if needed_text(job) else None
+    tokens = None
+    if rows is not None and stage.needs_statistics:
+        tokens = rows[: job.recipe.calibration.samples]
+        walk.tokens = processes().share(tokens)
     calibrated = walk.clock.seconds
     plan = _plan(walk) if stage.decides_globally else None
-    writer = ShardWriter(folder.output)
+    writer = ShardWriter(folder.start if stage.trains_model else folder.output)
     if walk.commits.get("outer") is None:
         first(lambda: writer.write("outer", _outer_tensors(model, job.dtype)))
         first(lambda: walk.commits.put("outer", True))
     visit = partial(_apply_and_write, job, plan, writer)
-    reports = walk.visit_all("apply", visit, job.recipe.propagate_error, stage.needs_reference)
+    with_originals = stage.needs_reference or stage.trains_blocks
+    reports = walk.visit_all("apply", visit, job.recipe.propagate_error, with_originals)
     layers = [LayerReport(**layer) for layer in chain.from_iterable(reports)]
     layers += _left_in_float(model)
-    return first(lambda: _finish(walk, folder, writer, layers, tokens, calibrated)) or {}
+    made = Made(layers, tokens, {"calibration_seconds": calibrated})
+    if rows is not None and stage.trains_model:
+        made = _train(walk, folder, writer, rows, made)
+        writer = ShardWriter(folder.output)
+    return first(lambda: _finish(walk, folder, writer, made)) or {}
 
 
-def _tokens(walk: Walk) -> Tensor:
-    """Calibration tokens, int64 [samples, seq_len], made once."""
+@dataclass(frozen=True)
+class Made:
+    """What a run has made, for the report.
+
+    layers    what happened to each linear
+    tokens    that were calibrated on, int64 [samples, seq_len]
+    seconds   of calibration and of training
+    training  what `train_whole_model` reports
+    """
+
+    layers: Sequence[LayerReport]
+    tokens: Tensor | None
+    seconds: dict[str, float]
+    training: dict[str, Any] | None = None
+
+
+def _train(walk: Walk, folder: OutputFolder, writer: ShardWriter, rows: Tensor, made: Made) -> Made:
+    """Train the whole model from what the walk has written, and write the parts of the output."""
+    job, first = walk.job, processes().first
+    entries = _config_entries(job, made.layers)
+
+    def finish_start() -> None:
+        writer.finish(_part_names(job.model))
+        checkpoint.write_config(folder.start, job.model.source, job.dtype, entries)
+
+    before = walk.clock.seconds
+    first(finish_start)
+    trained = train_whole_model(job, folder, rows, made.layers)
+    walk.clock.go_on_from(before + trained.seconds)
+
+    def write_parts() -> None:
+        output = ShardWriter(folder.output)
+        for part, tensors in trained.parts:
+            output.write(part, tensors)
+
+    first(write_parts)
+    seconds = made.seconds | {"training_seconds": trained.seconds}
+    return Made(trained.layers, made.tokens, seconds, trained.report)
+
+
+def _part_names(model: BlockModel) -> list[str]:
+    return ["outer", *(numbered("block", index) for index in range(model.num_blocks))]
+
+
+def _config_entries(job: Job, layers: Sequence[LayerReport]) -> dict[str, Any]:
+    """What the stage adds to config.json."""
+    quantized = {layer.name for layer in layers if layer.method}
+    in_float = [name for name in linears_of(job.model.skeleton) if name not in quantized]
+    return job.stage.checkpoint_config(in_float)
+
+
+def _rows(walk: Walk) -> Tensor:
+    """Token ids, int64 [N, seq_len], made once; the first `samples` rows are to calibrate on."""
     job, commits = walk.job, walk.commits
+    text = needed_text(job)
+    assert text is not None
 
     def make() -> None:
         if commits.get("tokens") is None:
             vocabulary = job.model.config.get_text_config().vocab_size
-            tokens = calibration.calibration_tokens(
-                job.recipe.calibration, job.model.source, vocabulary, job.device
-            )
+            tokens = _made(text, job, vocabulary)
             commits.put("tokens", {"tokens": tokens, "seconds": walk.clock.seconds})
 
     processes().first(make)
     commit = commits.get("tokens")
     walk.clock.go_on_from(commit["seconds"])
     return commit["tokens"]
+
+
+def _made(text: CalibrationConfig, job: Job, vocabulary: int) -> Tensor:
+    """Token ids as asked for; InputError that says what asks for so many."""
+    try:
+        return calibration.calibration_tokens(text, job.model.source, vocabulary, job.device)
+    except InputError as error:
+        more = text.samples - job.recipe.calibration.samples
+        if more <= 0:
+            raise
+        raise InputError(
+            f"{error}; {more} of the samples are for training the whole model, fewer with fewer "
+            "tokens (--set tokens=50k)"
+        ) from None
 
 
 def _plan(walk: Walk) -> Any:
@@ -136,34 +220,22 @@ def _apply_and_write(
     tensors = dict(outcome.tensors)
     for name, value in block.module.state_dict().items():
         if name not in outcome.replaces:
-            tensors[name] = _stored(block.full_name(name), value, block.dtype)
+            tensors[name] = in_stored_dtype(block.full_name(name), value, block.dtype)
     stored_name = job.model.stored_name
     part = {stored_name(block.full_name(name)): value for name, value in tensors.items()}
     writer.write(numbered("block", block.index), part)
     return [asdict(layer) for layer in outcome.layers]
 
 
-def _finish(
-    walk: Walk,
-    folder: OutputFolder,
-    writer: ShardWriter,
-    layers: Sequence[LayerReport],
-    tokens: Tensor | None,
-    calibrated: float,
-) -> dict[str, Any]:
+def _finish(walk: Walk, folder: OutputFolder, writer: ShardWriter, made: Made) -> dict[str, Any]:
     """Name the shards and write what stands beside them; can be broken off and done again."""
     job, model = walk.job, walk.job.model
-    parts = ["outer", *(numbered("block", index) for index in range(model.num_blocks))]
-    total_bytes = writer.finish(parts)
-    report = _report(job, layers, tokens, total_bytes)
-    times = {
-        "calibration_seconds": round(calibrated, 1),
-        "quantization_seconds": round(walk.clock.seconds - calibrated, 1),
-        "seconds": round(walk.clock.seconds, 1),
-    }
-    quantized = {layer.name for layer in layers if layer.method}
-    in_float = [name for name in linears_of(model.skeleton) if name not in quantized]
-    entries = job.stage.checkpoint_config(in_float)
+    total_bytes = writer.finish(_part_names(model))
+    report = _report(job, made, total_bytes)
+    seconds, others = walk.clock.seconds, sum(made.seconds.values())
+    times = made.seconds | {"quantization_seconds": seconds - others, "seconds": seconds}
+    times = {name: round(value, 1) for name, value in times.items()}
+    entries = _config_entries(job, made.layers)
     card = checkpoint.model_card(model.source.ref, report)
     checkpoint.write_side_files(
         folder.output, model.source, job.dtype, entries, report, times, card
@@ -177,7 +249,7 @@ def _outer_tensors(model: BlockModel, dtype: torch.dtype) -> dict[str, StreamedT
     reader = model.reader
 
     def rows(name: str) -> Iterator[Tensor]:
-        return (_stored(name, chunk, dtype) for chunk in reader.rows(name))
+        return (in_stored_dtype(name, chunk, dtype) for chunk in reader.rows(name))
 
     def dtype_of(name: str) -> torch.dtype:
         stored = DTYPES[reader.dtypes[name]]
@@ -187,19 +259,6 @@ def _outer_tensors(model: BlockModel, dtype: torch.dtype) -> dict[str, StreamedT
         name: StreamedTensor(reader.shapes[name], dtype_of(name), partial(rows, name))
         for name in model.outer_names()
     }
-
-
-def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in the dtype that it is stored in; InputError where that cannot hold its values."""
-    if not value.is_floating_point():
-        return value
-    stored = value.to(dtype)
-    if not all_finite(stored):
-        raise InputError(
-            f"tensor {name} has values up to {value.abs().max().item():.3g}, too large for "
-            f"{str(dtype).removeprefix('torch.')}; use --dtype bfloat16 or float32"
-        )
-    return stored
 
 
 def _left_in_float(model: BlockModel) -> list[LayerReport]:
@@ -223,11 +282,9 @@ def _left_in_float(model: BlockModel) -> list[LayerReport]:
     return reports
 
 
-def _report(
-    job: Job, layers: Sequence[LayerReport], tokens: Tensor | None, total_bytes: int
-) -> dict[str, Any]:
+def _report(job: Job, made: Made, total_bytes: int) -> dict[str, Any]:
     """What compress.json says: nothing in it depends on the clock or the host."""
-    model = job.model
+    model, layers, tokens = job.model, made.layers, made.tokens
     quantized = sum(layer.shape[0] * layer.shape[1] for layer in layers if layer.method)
     return {
         "recipe": _described(job.recipe),
@@ -242,6 +299,7 @@ def _report(
             "quantized_weights": quantized,
             "parameters": model.num_parameters,
         },
+        **({"training": made.training} if made.training else {}),
         "layers": [asdict(layer) for layer in layers],
     }
 

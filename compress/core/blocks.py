@@ -291,20 +291,23 @@ def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
 
 
-def _find_blocks(model: nn.Module, source: ModelSource) -> tuple[str, nn.ModuleList]:
-    """The decoder blocks: the outermost module list that holds the most parameters."""
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and linears_of(module)
-    }
+def largest_module_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The decoder blocks: the outermost module list that holds the most parameters, by name."""
+    lists = {n: module for n, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     if not lists:
+        return None
+    name = max(lists, key=lambda n: (sum(p.numel() for p in lists[n].parameters()), -len(n)))
+    return name, lists[name]
+
+
+def _find_blocks(model: nn.Module, source: ModelSource) -> tuple[str, nn.ModuleList]:
+    found = largest_module_list(model)
+    if found is None or not linears_of(found[1]):
         raise InputError(
             f"model '{source.ref}' ({type(model).__name__}) has no list of blocks with linear "
             "layers; it is not supported"
         )
-    name = max(lists, key=lambda n: (sum(p.numel() for p in lists[n].parameters()), -len(n)))
-    return name, lists[name]
+    return found
 
 
 def _set_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:

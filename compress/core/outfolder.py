@@ -22,6 +22,8 @@ class OutputFolder:
         .NAME.progress/output        what will be NAME
         .NAME.progress/commits       what a broken-off run goes on from (commits.py)
         .NAME.progress/activations   the hidden states that it goes on with (activations.py)
+        .NAME.progress/start         the checkpoint that a training of the whole model starts from
+        .NAME.progress/training      checkpoints and the log of that training
         .NAME.progress/lock
 
     On an exception all of it is removed, unless there are commits, and an existing output is left
@@ -39,6 +41,8 @@ class OutputFolder:
         self.output = self.progress / "output"
         self.commits = Commits(self.progress / "commits")
         self.activations = self.progress / "activations"
+        self.start = self.progress / "start"
+        self.training = self.progress / "training"
         self._lock = FileLock(self.progress / "lock")
 
     def check(self) -> None:
@@ -58,6 +62,11 @@ class OutputFolder:
             if isinstance(error, InputError):
                 raise
             raise self._refused(error) from None
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether there are checkpoints of a training, which are kept whatever ends it."""
+        return any(self.training.glob("checkpoints/step-*"))
 
     def __enter__(self) -> "OutputFolder":
         self.check()
@@ -96,7 +105,7 @@ class OutputFolder:
                     f"it pass --restart or remove '{self.progress}', or give another name"
                 )
             return
-        for folder in (self.output, self.activations):
+        for folder in (self.output, self.activations, self.start, self.training):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
         self.commits.begin(identity)

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from torch import Tensor, distributed, nn
 
+from compress.core.device import default_device
 from compress.core.errors import InputError
 
 T = TypeVar("T")
@@ -31,7 +32,8 @@ class Processes:
         if self.count > 1:
             from accelerate import PartialState
 
-            PartialState(timeout=PATIENCE)  # joins the process group
+            # Joins the process group.  Unless told, it takes each process on a CPU to be alone.
+            PartialState(cpu=default_device().type == "cpu", timeout=PATIENCE)
             self.rank = distributed.get_rank()
 
     @property

@@ -4,7 +4,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import TypeVar
 
@@ -31,19 +31,24 @@ def say(message: str) -> None:
 
 
 def track(
-    items: Iterable[T], description: str, total: int | None = None, done: int = 0
+    items: Iterable[T],
+    description: str | Callable[[], str],
+    total: int | None = None,
+    done: int = 0,
 ) -> Iterator[T]:
     """Yield from `items` under a progress bar with elapsed time and time left.
 
-    `done` of the `total` were dealt with before, and are not among `items`.
+    `done` of the `total` were dealt with before, and are not among `items`.  A `description` that
+    changes on the way is a function, asked after each item.
 
     On a terminal the bar redraws in place; elsewhere (logs, CI) one line is printed at each
     tenth of the way, since redrawn bars make logs unreadable.
     """
     if total is None:
         total = done + len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
+    describe = description if callable(description) else lambda: description
     if not sys.stderr.isatty():
-        yield from _track_in_log(items, description, total, done)
+        yield from _track_in_log(items, describe, total, done)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -54,14 +59,14 @@ def track(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(description, total=total, completed=done)
+        task = progress.add_task(describe(), total=total, completed=done)
         for item in items:
             yield item
-            progress.advance(task)
+            progress.update(task, advance=1, description=describe())
 
 
 def _track_in_log(
-    items: Iterable[T], description: str, total: int | None, done: int
+    items: Iterable[T], describe: Callable[[], str], total: int | None, done: int
 ) -> Iterator[T]:
     started = time.monotonic()
     said = done * 10 // total if total else 0
@@ -74,7 +79,7 @@ def _track_in_log(
             said = tenth
             elapsed = time.monotonic() - started
             left = elapsed / (count - done) * (total - count)
-            say(f"{description} {count}/{total}, {elapsed:.0f} s elapsed, {left:.0f} s left")
+            say(f"{describe()} {count}/{total}, {elapsed:.0f} s elapsed, {left:.0f} s left")
 
 
 @contextmanager

@@ -84,6 +84,22 @@ def all_finite(tensor: Tensor) -> bool:
     return all(math.isfinite(extreme.item()) for extreme in torch.aminmax(tensor))
 
 
+def in_stored_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as a checkpoint holds it: what is floating point in `dtype`, the rest as it is.
+
+    Raises InputError where that cannot hold its values.
+    """
+    if not value.is_floating_point():
+        return value
+    stored = value.to(dtype)
+    if not all_finite(stored):
+        raise InputError(
+            f"tensor {name} has values up to {value.abs().max().item():.3g}, too large for "
+            f"{str(dtype).removeprefix('torch.')}; use --dtype bfloat16 or float32"
+        )
+    return stored
+
+
 class ShardReader:
     """Random access to the tensors of a folder's safetensors files.
 
@@ -284,6 +300,12 @@ class ShardWriter:
 
     def _path(self, part: str) -> Path:
         return self.folder / f"part-{part}.safetensors"
+
+
+def streamed(reader: "ShardReader", name: str) -> StreamedTensor:
+    """A tensor of a checkpoint, to be copied into another as it is."""
+    dtype = DTYPES[reader.dtypes[name]]
+    return StreamedTensor(reader.shapes[name], dtype, partial(reader.rows, name))
 
 
 def _rows_of(path: Path, name: str) -> Iterator[Tensor]:

@@ -9,18 +9,45 @@ A stage sees one block at a time and works in three steps, since some decisions 
 A method whose decisions are local (RTN, AWQ) sets `decides_globally = False`: both passes then
 run in one walk, and collect and decide are not called.
 
+A stage may also ask to train: block by block (`trains_blocks`), for which it finds in
+`block.samples` what the block is given and what it should give, and all blocks together after the
+walk (`trains_model`), which is the pipeline's work (compress/qat.py).
+
 A run may be killed after any block, and another process goes on with the next.  So summaries, the
 plan and `state()` consist of tensors, numbers, strings, and lists, tuples and dictionaries of
 these, and what a block becomes depends on nothing but the block, the plan and the state.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
 from compress.core.statistics import InputStatistics
+
+
+class Batches(Protocol):
+    """Tensors in order, some of them perhaps on the disk (compress.core.activations)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class BlockSamples:
+    """What a block is given for the calibration sequences, and what it should give.
+
+    inputs   hidden states as the compressed blocks before it give them, [B, S, D] each on the CPU,
+             in the dtype that forwards run in
+    targets  what the original block gave on the original's hidden states, of the same shapes
+    kwargs   for each batch the other arguments of the block
+    """
+
+    inputs: Batches
+    targets: Batches
+    kwargs: Sequence[Mapping[str, Any]]
 
 
 @dataclass
@@ -31,6 +58,7 @@ class Block:
     inputs  statistics per distinct input, empty when the stage asked for none
     probe   runs a module like this one on a calibration sample, [1, S, D]; None without statistics
     dtype   the dtype that the checkpoint stores floating-point tensors in
+    samples what the block is trained on; None unless the stage trains blocks
     """
 
     index: int
@@ -39,6 +67,7 @@ class Block:
     inputs: Sequence[InputStatistics]
     probe: Callable[[nn.Module], Tensor] | None
     dtype: Any
+    samples: BlockSamples | None = None
 
     def full_name(self, name: str) -> str:
         """The name in the model of something in this block."""
@@ -80,8 +109,10 @@ class BlockOutcome:
 class Stage(Protocol):
     """What the pipeline asks of a method (see the module's docstring)."""
 
-    needs_statistics: ClassVar[bool]
+    needs_statistics: bool
     needs_reference: bool  # cross moments with the inputs of the original model
+    trains_blocks: bool  # wants `block.samples`
+    trains_model: bool  # its blocks are a start, from which the whole model is trained
     decides_globally: ClassVar[bool]
     workspace: ClassVar[int]  # [K, K] float32 matrices at once, for the widest input: an estimate
 

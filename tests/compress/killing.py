@@ -27,6 +27,7 @@ from compress.recipe import build_recipe
 
 # A forked process cannot use the threads that its parent has started.
 torch.set_num_threads(1)
+WITH_TIMES = ("run.json", "report.html", "losses.jsonl")
 walk.TOKENS_PER_BATCH = 256  # several batches of little text
 
 
@@ -55,10 +56,8 @@ def killed(pid: int) -> bool:
 
 
 def sums(out: Path) -> dict[str, str]:
-    """The hash of every file of an output but the one with times."""
-    names = sorted(path.name for path in out.iterdir() if path.name not in ("run.json",))
-    # report.html shows the times
-    names = [name for name in names if name != "report.html"]
+    """The hash of every file of an output but those with times."""
+    names = sorted(path.name for path in out.iterdir() if path.name not in WITH_TIMES)
     return {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in names}
 
 

@@ -1,0 +1,180 @@
+"""What can be known before a distillation: whether it will work, and what it will take."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from compress import texts
+from compress.core.blocks import BlockModel, linears_of
+from compress.core.device import default_device
+from compress.core.errors import InputError, shown
+from compress.core.outfolder import OutputFolder
+from compress.core.progress import say
+from compress.core.resources import free_disk, free_memory, in_words
+from compress.core.source import resolve_model
+from compress.core.tokenizer import load_tokenizer
+from compress.distill.checkpoint import KEPT
+from compress.distill.lora import check_lora
+from compress.distill.preparation import check_trackers, settle_precision
+from compress.distill.teacher import CacheIdentity
+from compress.preflight import INTERPRETER_BYTES
+from compress.recipe import DistillConfig, DistillRecipe
+
+FLOAT32 = 4
+MOMENTS = 2  # of AdamW
+
+
+@dataclass(frozen=True)
+class DistillJob:
+    """A recipe that can be carried out: its models, and what `auto` became here.
+
+    precision   of forward passes, bfloat16 or float32
+    dtype       of the weights that are written
+    """
+
+    recipe: DistillRecipe
+    student: BlockModel
+    teacher: BlockModel | None
+    device: torch.device
+    precision: str
+    dtype: torch.dtype
+
+    @property
+    def config(self) -> DistillConfig:
+        """Of the one stage."""
+        return self.recipe.stages[0]
+
+    @property
+    def tokens(self) -> int:
+        """How many are packed, if the data has them: those of all steps and the held-out ones."""
+        train = self.config.train
+        return (train.steps * train.batch_size + self.config.data.held_out) * train.seq_len + 1
+
+    @property
+    def teacher_runs(self) -> bool:
+        """Whether losses compare with a teacher, beside the student or from a cache."""
+        return self.config.loss.needs_teacher
+
+    def cache_identity(self, fingerprint: str) -> CacheIdentity:
+        """What a cache of the teacher's likeliest tokens is of.  Raises InputError for a bad k."""
+        loss = self.config.loss
+        return CacheIdentity(
+            teacher=fingerprint,
+            k=loss.topk or 0,
+            temperature=loss.temperature,
+            vocabulary=vocabulary_of(self.student),
+            seq_len=self.config.train.seq_len,
+        )
+
+
+def preflight(recipe: DistillRecipe) -> DistillJob:
+    """Everything that can be refused in the first seconds; InputError then."""
+    config = recipe.stages[0]
+    if config.data.source != "self":
+        texts.check_file(config.data.source, "training")
+    check_trackers(config.train)
+    if config.lora:
+        check_lora()
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise InputError(
+                "adapters are not merged into sharded weights; start without --use_fsdp, each "
+                "process then holds the frozen model whole, or train all weights"
+            )
+    if config.teacher is None and (config.loss.needs_teacher or config.data.source == "self"):
+        what = "a loss compares with" if config.loss.needs_teacher else "data 'self' comes from"
+        raise InputError(f"no teacher is given, and {what} one; give --teacher")
+    device = default_device()
+    precision = settle_precision(config.train, device)
+    compute = getattr(torch, precision)
+    student = BlockModel(resolve_model(recipe.model), device, compute)
+    teacher = None
+    if config.teacher is not None:
+        teacher = BlockModel(resolve_model(config.teacher), device, compute)
+        check_pair(teacher, student)
+    for model in (student, teacher):
+        if model is not None:
+            _check_context(model, config.train.seq_len)
+    for name in student.unknown_names():
+        say(f"Not carried over: {name} is in the checkpoint, but the model class does not use it")
+    dtype = student.stored_dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    job = DistillJob(recipe, student, teacher, device, precision, dtype)
+    if config.loss.topk is not None:
+        job.cache_identity("")
+    return job
+
+
+def vocabulary_of(model: BlockModel) -> int:
+    """V, the number of tokens that a model predicts."""
+    return model.config.get_text_config().vocab_size
+
+
+def check_pair(teacher: BlockModel, student: BlockModel) -> None:
+    """Raise InputError when two models do not mean the same by a token, or predict more of them."""
+    refs = f"teacher '{teacher.source.ref}'", f"student '{student.source.ref}'"
+    remedy = "distillation needs one vocabulary, take a student that was made from the teacher"
+    sizes = vocabulary_of(teacher), vocabulary_of(student)
+    if sizes[0] != sizes[1]:
+        raise InputError(f"{refs[0]} predicts {sizes[0]} tokens, {refs[1]} {sizes[1]}; {remedy}")
+    theirs, own = (load_tokenizer(m.source.folder).get_vocab() for m in (teacher, student))
+    if theirs == own:
+        return
+    differing = sorted(t for t in theirs.keys() | own.keys() if theirs.get(t) != own.get(t))
+    first = differing[0]
+    raise InputError(
+        f"{refs[0]} has {len(theirs)} tokens in its tokenizer, {refs[1]} {len(own)}; they differ "
+        f"in {len(differing)}, such as {shown(first)} ({theirs.get(first)} and {own.get(first)}); "
+        f"{remedy}"
+    )
+
+
+def _check_context(model: BlockModel, seq_len: int) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and seq_len > context:
+        raise InputError(
+            f"seq_len is {seq_len}; '{model.source.ref}' allows at most {context} tokens, use less"
+        )
+
+
+def needs_of(job: DistillJob) -> dict[str, int]:
+    """Bytes that a run takes at least: `disk`, `memory` (of the device, without activations)."""
+    config, student = job.config, job.student
+    parameters = student.num_parameters
+    trained = _adapter_parameters(job) if config.lora else parameters
+    kept = FLOAT32 * (MOMENTS + 1 + (config.train.ema is not None))  # bytes of a trained parameter
+    disk = parameters * job.dtype.itemsize + (KEPT + 1) * trained * kept + FLOAT32 * job.tokens
+    width = 2 if job.precision == "bfloat16" else 4
+    memory = parameters * (width if config.lora else FLOAT32) + trained * (kept + FLOAT32)
+    if job.teacher is not None and job.teacher_runs and config.loss.topk is None:
+        memory += job.teacher.num_parameters * width
+    if config.loss.topk is not None:
+        sequences = -(-job.tokens // config.train.seq_len)
+        disk += sequences * job.cache_identity("").bytes_per_sequence
+    return {"disk": disk, "memory": memory}
+
+
+def _adapter_parameters(job: DistillJob) -> int:
+    """Of LoRA on every linear in the blocks, at most."""
+    assert job.config.lora is not None
+    linears = linears_of(job.student.skeleton).values()
+    return job.config.lora.rank * sum(m.in_features + m.out_features for m in linears)
+
+
+def check_resources(job: DistillJob, folder: OutputFolder) -> None:
+    """Raise InputError where disk or memory will not do."""
+    needs = needs_of(job)
+    place = folder.out.absolute().parent
+    held = sum(path.stat().st_size for path in folder.progress.rglob("*") if path.is_file())
+    if needs["disk"] > (free := free_disk(place) + held):
+        raise InputError(
+            f"output '{folder.out}' takes up to {in_words(needs['disk'])} of disk while it is made "
+            f"and '{place}' has {in_words(free)} free; free some, or put --out elsewhere"
+        )
+    on_gpu = job.device.type == "cuda"
+    free = torch.cuda.mem_get_info(job.device)[0] if on_gpu else free_memory() - INTERPRETER_BYTES
+    if needs["memory"] > free:
+        raise InputError(
+            f"training takes at least {in_words(needs['memory'])} of memory besides activations, "
+            f"and {in_words(free)} are free; train adapters with --lora 16, or shard over more "
+            "GPUs with accelerate launch --use_fsdp --fsdp_version 2"
+        )
