@@ -104,7 +104,7 @@ def _documents(job: DistillJob) -> Iterator[list[int]]:
     """Token ids of the texts, each with the token that ends a text.  Raises InputError."""
     source, origin = job.student.source, job.config.data.source
     tokenizer = load_tokenizer(source.folder)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end: list[Any] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     is_file = texts.is_file(Path(origin), WHAT)
     found = texts.read_file(Path(origin), WHAT) if is_file else texts.stream_dataset(origin, WHAT)
     vocabulary = vocabulary_of(job.student)

@@ -93,7 +93,7 @@ def stream_dataset(ref: str, what: str) -> Iterator[str]:
 def encode(tokenizer: Any, text: str, source: ModelSource, what: str) -> list[int]:
     """Token ids of a text, without special tokens; InputError when the tokenizer fails."""
     try:
-        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     except Exception as error:  # a broken tokenizer.json can fail anywhere inside tokenizers
         raise InputError(
             f"the tokenizer of '{source.ref}' cannot encode the {what} text: "

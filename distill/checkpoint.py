@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed import checkpoint as sharded
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -23,6 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from compress.core.commits import Commits
 from compress.core.errors import InputError, reason_of
@@ -73,7 +74,7 @@ class Checkpoints:
         place = self._place(step)
         partial = place.with_name(f".{place.name}.partial")
         try:
-            _quietly(lambda: sharded.save(dict(state), checkpoint_id=partial))
+            _quietly(lambda: save(dict(state), checkpoint_id=partial))
         except CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
             raise InputError(
@@ -92,7 +93,7 @@ class Checkpoints:
 
     def load(self, step: int, state: dict[str, Any]) -> None:
         """Read the state after `step` steps into the tensors of `state`, in place."""
-        _quietly(lambda: sharded.load(state, checkpoint_id=self._place(step)))
+        _quietly(lambda: load(state, checkpoint_id=self._place(step)))
 
     def _steps(self) -> list[int]:
         found = self.folder.glob("step-*/.metadata")
@@ -124,8 +125,8 @@ def put_back(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Opt
     )
 
 
-def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers of a model on the CPU, gathered where they are sharded.
+def whole_weights(model: nn.Module) -> dict[str, Any]:
+    """All parameters and buffers of a model by name, on the CPU, gathered where they are sharded.
 
     Of several processes that shard a model only the first gets them.
     """

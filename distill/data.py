@@ -121,7 +121,7 @@ class PackedData:
     def fingerprint(self) -> str:
         """SHA-256 of the stream and of how it is cut."""
         digest = hashlib.sha256(f"{self.seq_len} {self.held_out} ".encode())
-        digest.update(memoryview(self._stream.numpy()))
+        digest.update(self._stream.numpy().data)
         return digest.hexdigest()
 
     def drawn(self, step: int, size: int, seed: int) -> Tensor:

@@ -8,16 +8,18 @@ TensorFlow's ExponentialMovingAverage with num_updates).
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class MovingAverage:
     """Of parameters that are trained; it begins as a copy of them.  Sharded ones stay sharded."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
-        self.parameters = list(parameters)
+        self.parameters: list[Any] = list(parameters)
         self.decay = decay
         self.averages: list[Tensor] = [p.detach().clone() for p in self.parameters]
 
@@ -25,7 +27,7 @@ class MovingAverage:
     def update(self, step: int) -> None:
         """Take in the weights after an optimizer step, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+        get_ema_multi_avg_fn(decay)(self.averages, self.parameters, 0)
 
     @torch.no_grad()
     def swap(self) -> None:

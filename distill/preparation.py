@@ -113,7 +113,7 @@ def prepare_student(student: nn.Module, config: TrainConfig) -> None:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if config.activation_checkpointing:
-        models = [module for module in student.modules() if _checkpoints(module)]
+        models: list[Any] = [module for module in student.modules() if _checkpoints(module)]
         if not models:
             raise InputError(
                 f"activation_checkpointing is on, and {type(student).__name__} holds no model that "
@@ -122,7 +122,7 @@ def prepare_student(student: nn.Module, config: TrainConfig) -> None:
         for model in models:
             # transformers 5.23 renamed it
             name = "activation_checkpointing_enable"
-            enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+            enable: Any = getattr(model, name, None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
 
 

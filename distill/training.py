@@ -75,9 +75,12 @@ class Training:
         self.lowered = precision == "bfloat16"
         prepare_student(student, config)
         settle_sharding(self.accelerator, student, precision)
-        settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         adamw = torch.optim.AdamW(
-            parameter_groups(student), betas=config.betas, fused=True, **settings
+            parameter_groups(student),
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,  # one pass over the weights and their moments
         )
         self.model, self.optimizer = self.accelerator.prepare(student, adamw)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
