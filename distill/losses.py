@@ -88,4 +88,4 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Σ p (log p - log q) over the last dimension."""
-    return torch.linalg.vecdot(log_p.exp(), log_p - log_q)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)  # autocast would round a product of vectors

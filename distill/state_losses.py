@@ -110,8 +110,8 @@ def _check_gradients(states: Mapping[str, Tensor]) -> None:
     alive = {name.split("-")[0] for name, tensor in states.items() if tensor.requires_grad}
     if without := sorted(kinds - alive):
         raise InputError(
-            f"the student's states ({', '.join(without)}) have no gradients; checkpoint activations "
-            "with use_reentrant=False, and train something ahead of the states"
+            f"the student's states ({', '.join(without)}) have no gradients; checkpoint its "
+            "activations with use_reentrant=False, and train something ahead of the states"
         )
 
 

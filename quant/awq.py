@@ -161,7 +161,7 @@ class AwqStage(WeightOnlyStage):
     """Scale, fold, clip and round the linears of a block."""
 
     method: ClassVar[str] = "awq"
-    needs_statistics: ClassVar[bool] = True
+    needs_statistics = True
 
     def __init__(self, config: AwqConfig, grids: Mapping[str, Grid]) -> None:
         super().__init__(config, grids)

@@ -94,7 +94,7 @@ class GptqStage(WeightOnlyStage):
     """Round the linears of a block, input by input."""
 
     method: ClassVar[str] = "gptq"
-    needs_statistics: ClassVar[bool] = True
+    needs_statistics = True
     workspace: ClassVar[int] = 6  # in Factor.of, and what the sweeps hold
 
     def __init__(self, config: GptqConfig, grids: Mapping[str, Grid]) -> None:

@@ -30,7 +30,7 @@ class RtnStage(WeightOnlyStage):
     """Round every linear to nearest, in the dtype that the checkpoint stores."""
 
     method: ClassVar[str] = "rtn"
-    needs_statistics: ClassVar[bool] = False
+    needs_statistics = False
 
     def quantize_linears(
         self, block: Block, linears: Mapping[str, nn.Linear]

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from compress.distill import head_loss as module
 from compress.distill import losses
 from compress.distill.head_loss import IGNORED, TeacherStates, Term, TopK, head_loss
 from compress.distill.model_parts import Head
-from tests.distill.memory import peak_bytes
 
 T, V, D = 13, 17, 6
 TERMS = {
@@ -246,6 +246,9 @@ def test_memory(monkeypatch, autocast):
 
     `peak_bytes` counts all that PyTorch allocates in the call, in operators' insides too.
     """
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    from peak_memory import peak_bytes
+
     tokens, vocabulary, width, item = 1024, 4096, 16, 2 if autocast else 4
     chunk, block = 1 << 20, 1 << 16
     monkeypatch.setattr(module, "CHUNK_BYTES", chunk)

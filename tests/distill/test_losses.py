@@ -139,3 +139,12 @@ def test_losses_on_states():
     for loss, expected in ((losses.hidden_mse, squares), (losses.hidden_cosine, cosines)):
         torch.testing.assert_close(loss(x, y), torch.tensor(expected, dtype=torch.float64))
         assert gradcheck(lambda x, loss=loss: loss(x, y), x)
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_autocast_does_not_round_them(name):
+    loss, settings, _ = DEFINITIONS[name]
+    z, t = logits(0).float(), logits(1).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = loss(z, t, **settings)
+    assert torch.equal(found, loss(z, t, **settings))
