@@ -137,7 +137,7 @@ def fake_quantized(job: Job, start: PackedFolder) -> nn.Module:
         scale = weight.scale.float().repeat_interleave(weight.group_size, dim=1)
         model.get_submodule(name).weight.data = steps * scale
     put_on_grid(model, weights)
-    return model.to(job.device)
+    return model.to(job.device)  # type: ignore  # transformers' wrapper hides the signature
 
 
 def _changed(

@@ -183,7 +183,9 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(  # type: ignore[override]
+        ctx: Any, gradient: Tensor, _: Any
+    ) -> tuple[Tensor | None, ...]:
         # In place, since [V, D] is large; autograd refuses a second backward because of it.
         return *(None if g is None else g.mul_(gradient) for g in ctx.saved_tensors), None
 

@@ -16,7 +16,8 @@ PROBE_TOKENS = 8
 
 def inner_model(model: nn.Module) -> Any:
     """The transformers model inside a peft model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    get_base_model: Any = getattr(model, "get_base_model", None)
+    return get_base_model() if get_base_model else model
 
 
 def last_hidden(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:

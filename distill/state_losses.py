@@ -7,7 +7,7 @@ section 2.2; without a nonlinearity as in TinyBERT, arXiv 1909.10351, equation 8
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,8 @@ class StateLosses(nn.Module):
     def _tokens(self, name: str, states: Tensor, kept: Tensor) -> Tensor:
         states = states.flatten(0, 1)[kept]
         if name in self.projections:
-            states = self.projections[name](states.to(self.projections[name].weight.dtype))
+            projection = cast(nn.Linear, self.projections[name])
+            states = projection(states.to(projection.weight.dtype))
         return _exact(states)
 
 

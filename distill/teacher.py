@@ -284,4 +284,4 @@ def _begin(folder: Path, identity: CacheIdentity) -> None:
 def _hashes(input_ids: Tensor, position_ids: Tensor) -> list[int]:
     """A 63-bit hash (XXH3) of each sequence."""
     both = torch.stack([input_ids, position_ids], 1).cpu().contiguous()
-    return [xxhash.xxh3_64_intdigest(pair.numpy()) >> 1 for pair in both]
+    return [xxhash.xxh3_64_intdigest(pair.numpy().tobytes()) >> 1 for pair in both]

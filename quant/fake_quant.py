@@ -64,7 +64,9 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
         latent, scale, zero_point = ctx.saved_tensors
         groups = scale.shape[1]
         steps = _steps(latent, groups, zero_point, ctx.bits)
@@ -113,6 +115,7 @@ class FakeQuantLinear(nn.Module):
 
     scale: Tensor
     zero_point: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(
         self, weight: QuantizedWeight, unrounded: Tensor, bias: nn.Parameter | None = None
