@@ -16,9 +16,19 @@ from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
 from compress.core.resources import free_disk, free_memory
 from compress.core.stage import Block
-from compress.preflight import Job, check_resources, kept_in_memory, needs_of, preflight
+from compress.preflight import (
+    Job,
+    check_resources,
+    kept_in_memory,
+    needed_text,
+    needs_of,
+    preflight,
+    qat_config,
+)
 from compress.recipe import Recipe, method_of
 from compress.walk import TOKENS_PER_BATCH, Clock, Walk
+
+FORWARDS = 4  # the original's forward pass, the student's, and a backward pass as long as two
 
 
 def plan_recipe(
@@ -37,8 +47,9 @@ def plan_recipe(
     needs = needs_of(job, memory)
     check_resources(job, needs, folder)
     sampling = 0.0
-    if job.stage.needs_statistics and recipe.calibration.source == "self":
-        sampling = calibration.sampling_seconds(recipe.calibration, job.model.source, job.device)
+    text = needed_text(job)
+    if text and text.source == "self":
+        sampling = calibration.sampling_seconds(text, job.model.source, job.device)
     in_float = [name for name in linears_of(job.model.skeleton) if name not in job.grids]
     return {
         "model": recipe.model,
@@ -67,9 +78,11 @@ def plan_recipe(
 def _timed(job: Job) -> float:
     """Seconds for all blocks, by those of the second one (the first warms up) on one batch.
 
-    What a method does to a block takes as long for any number of tokens; running it does not.
+    What a method does to a block takes as long for any number of tokens, but for training it;
+    running it does not.  The two runs of a batch are taken for two forward passes, and a step of
+    training the whole model for FORWARDS of them.
     """
-    data = job.recipe.calibration
+    data, stage = job.recipe.calibration, job.stage
     size = min(data.samples, max(1, TOKENS_PER_BATCH // data.seq_len))
     stop = min(2, job.model.num_blocks)
     visits: list[float] = []
@@ -84,7 +97,7 @@ def _timed(job: Job) -> float:
         commits.begin({})
         walk = Walk(job, commits, Path(folder) / "activations", 0, Clock())
         walk.title = "Timing two blocks"
-        if job.stage.needs_statistics:
+        if needed_text(job):
             vocabulary = job.model.config.get_text_config().vocab_size
             walk.tokens = torch.randint(0, vocabulary, (size, data.seq_len))
         reference = job.stage.needs_reference or job.stage.trains_blocks
@@ -92,4 +105,9 @@ def _timed(job: Job) -> float:
         ends = [0.0, *(commit["seconds"] for commit in commits.series("timing"))]
     batches = math.ceil(data.samples / size) if job.stage.needs_statistics else 1
     running = ends[-1] - ends[-2] - visits[-1]
-    return job.model.num_blocks * (visits[-1] + running * batches)
+    seconds = visits[-1] + running * batches
+    if stage.trains_blocks:
+        seconds += visits[-1] * (batches - 1)
+    if stage.trains_model:
+        seconds += running / 2 * FORWARDS * qat_config(job).tokens / (size * data.seq_len)
+    return job.model.num_blocks * seconds

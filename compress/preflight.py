@@ -119,11 +119,18 @@ def _check_block_training(recipe: Recipe) -> None:
         )
 
 
+def qat_config(job: Job) -> QatConfig:
+    """The settings of a job whose stage trains the whole model."""
+    config = job.recipe.stages[0]
+    assert isinstance(config, QatConfig)
+    return config
+
+
 def needed_text(job: Job) -> CalibrationConfig | None:
     """The text that a job takes: for calibration, and for training the whole model."""
-    data, config = job.recipe.calibration, job.recipe.stages[0]
-    if job.stage.trains_model and isinstance(config, QatConfig):
-        taught = -(-config.tokens // data.seq_len)
+    data = job.recipe.calibration
+    if job.stage.trains_model:
+        taught = -(-qat_config(job).tokens // data.seq_len)
         needed = max(taught, data.samples) + held_out_of(job)
         return replace(data, samples=needed)
     return data if job.stage.needs_statistics else None
@@ -131,9 +138,7 @@ def needed_text(job: Job) -> CalibrationConfig | None:
 
 def held_out_of(job: Job) -> int:
     """Sequences on which a training of the whole model is evaluated."""
-    config = job.recipe.stages[0]
-    assert isinstance(config, QatConfig)
-    taught = -(-config.tokens // job.recipe.calibration.seq_len)
+    taught = -(-qat_config(job).tokens // job.recipe.calibration.seq_len)
     return whole_shares(min(MOST_HELD_OUT, taught // HELD_OUT))
 
 
@@ -192,8 +197,7 @@ def _training_bytes(job: Job) -> tuple[int, int]:
     logits, a gradient and a copy of some.  On disk: the places of weights in their cells, and three
     checkpoints, one of them being written.
     """
-    model, config = job.model, job.recipe.stages[0]
-    assert isinstance(config, QatConfig)
+    model, config = job.model, qat_config(job)
     learning = sum(
         math.prod(model.reader.shapes[model.stored_name(f"{n}.weight")]) for n in job.grids
     )

@@ -30,10 +30,10 @@ from compress.distill.data import PackedData
 from compress.distill.loop import TrainResult
 from compress.distill.qat import learn_predictions
 from compress.loading import load_model
-from compress.preflight import MICRO_BATCH, Job, held_out_of, whole_shares
+from compress.preflight import MICRO_BATCH, Job, held_out_of, qat_config, whole_shares
 from compress.quant.fake_quant import FakeQuantLinear, put_on_grid, steps_of
 from compress.quant.packed import PackedFolder
-from compress.quant.qat import PLACES, QatConfig
+from compress.quant.qat import PLACES
 from compress.quant.training import Rates
 
 EVALUATIONS = 4  # on the held-out sequences, besides that of the start
@@ -95,13 +95,6 @@ def train_whole_model(
         _report(result, data) | {"helped": True, "codes_moved": share},
         result.seconds,
     )
-
-
-def qat_config(job: Job) -> QatConfig:
-    """The settings of a job whose stage trains the whole model."""
-    config = job.recipe.stages[0]
-    assert isinstance(config, QatConfig)
-    return config
 
 
 def train_config(job: Job) -> TrainConfig:
