@@ -34,6 +34,7 @@ from compress.distill.data import LARGE_ODD, PackedData, pack
 from compress.distill.loop import TrainResult, train
 from compress.distill.lora import add_lora, merge_lora
 from compress.distill.objective import Objective, Student
+from compress.distill.preparation import TRACKED
 from compress.distill.teacher import LiveTeacher, TopKCache
 from compress.distill_preflight import DistillJob, check_resources, preflight, vocabulary_of
 from compress.inspection import inspect_folder
@@ -191,6 +192,8 @@ def _finish(
     for name in RECORDS:
         if (folder.training / name).is_file():
             shutil.copyfile(folder.training / name, folder.output / name)
+    if (folder.training / TRACKED).is_dir():
+        shutil.copytree(folder.training / TRACKED, folder.output / TRACKED, dirs_exist_ok=True)
     report = _report(job, folder, data, result)
     times = {"seconds": round(result.seconds, 1)}
     card = checkpoint.distill_card(report)

@@ -51,8 +51,8 @@ def train(
 
     student           `forward(input_ids, position_ids, labels, index) -> Loss`; those of its
                       parameters that require a gradient are trained, in float32
-    folder            gets losses.jsonl, loss.png (with matplotlib) and checkpoints/.  A run that
-                      was broken off goes on from there when it is started again
+    folder            gets losses.jsonl, loss.png (with matplotlib), trackers/ and checkpoints/.
+                      A run that was broken off goes on from there when it is started again
     parameter_groups  AdamW's groups of the student's parameters; each may have a peak rate `lr`
                       and a `weight_decay` of its own
 

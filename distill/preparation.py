@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import ProjectConfiguration
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -16,6 +17,7 @@ from compress.distill.config import TrainConfig
 from compress.distill.data import PackedData
 
 PROJECT = "compress"  # under which trackers file a run
+TRACKED = "trackers"  # folder for what trackers write to the disk
 
 
 def check(student: nn.Module, data: PackedData, config: TrainConfig) -> None:
@@ -64,7 +66,7 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
         cpu=default_device().type == "cpu",
         mixed_precision="no",
         log_with=list(config.trackers) or None,
-        project_dir=str(folder),
+        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / TRACKED)),
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         ],

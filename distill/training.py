@@ -160,10 +160,9 @@ class Training:
         self.model.eval()
         share = processes().share(torch.arange(self.data.held_out))
         with self.average.in_place() if self.average else nullcontext():
-            losses = []
-            for part in share.split(self.config.micro_batch):
-                with self._autocast():
-                    losses.append(_detached(self.model(**self._moved(self.data.batch(part)))))
+            with self._autocast():
+                batches = map(self.data.batch, share.split(self.config.micro_batch))
+                losses = [_detached(self.model(**self._moved(batch))) for batch in batches]
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()  # what the root has gathered stays for a backward pass
