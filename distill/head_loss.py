@@ -34,7 +34,7 @@ from compress.distill.model_parts import Head, check_whole
 
 IGNORED = -100  # the label of a position from which nothing is predicted
 CHUNK_BYTES = 128 << 20
-BLOCK_BYTES = 2 << 20  # of one float32 matrix, on a CPU
+BLOCK_BYTES = 4 << 20  # of one float32 matrix, on a CPU
 BLOCK_BYTES_ON_DEVICE = 64 << 20  # elsewhere, where each operation costs a launch
 
 

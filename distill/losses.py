@@ -59,12 +59,14 @@ def topk_kl(
     int64, k < V.  Never above `forward_kl`, since lumping cells loses what differs inside them, and
     equal to it where the student spreads the rest as the teacher does.
     """
-    log_q = _log_softmax(logits, temperature)
+    z = _divided(logits, temperature)
+    top = z.gather(-1, teacher_indices)
     # the rest by its own logits, since 1 - Σ q is all rounding where the k cover nearly all
-    log_q_rest = log_q.scatter(-1, teacher_indices, -math.inf).logsumexp(-1)
+    rest = z.scatter(-1, teacher_indices, -math.inf).logsumexp(-1)
+    whole = torch.logaddexp(top.logsumexp(-1), rest)
     p_rest = (1 - teacher_log_probs.exp().sum(-1)).clamp_min(0)
-    rest = torch.xlogy(p_rest, p_rest) - p_rest * log_q_rest
-    return temperature**2 * (_kl(teacher_log_probs, log_q.gather(-1, teacher_indices)) + rest)
+    of_rest = torch.xlogy(p_rest, p_rest) - p_rest * (rest - whole)
+    return temperature**2 * (_kl(teacher_log_probs, top - whole.unsqueeze(-1)) + of_rest)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -82,8 +84,12 @@ def hidden_cosine(states: Tensor, teacher_states: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(states, teacher_states, dim=-1)
 
 
+def _divided(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1 else logits / temperature
+
+
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
+    return torch.log_softmax(_divided(logits, temperature), -1)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
