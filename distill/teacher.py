@@ -254,7 +254,8 @@ def most_likely(teacher: TeacherStates, identity: CacheIdentity) -> dict[str, Te
     """log_probs [T, k], indices [T, k] and rest [T], in the dtypes that they are stored in."""
     dtype = product_dtype(teacher.hidden)
     chunks = chunks_of(len(teacher.hidden), teacher.head.vocabulary, dtype)
-    logits_of = ChunkedLogits.of_teacher(teacher, dtype, chunks[0].stop)
+    rows = max(chunk.stop - chunk.start for chunk in chunks)
+    logits_of = ChunkedLogits.of_teacher(teacher, dtype, rows)
     log_probs, indices, rest = [], [], []
     for chunk in chunks:
         logits = logits_of[chunk]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from compress.core.errors import InputError
-from compress.distill import losses
+from compress.distill import head_loss, losses
 from compress.distill import teacher as module
 from compress.distill.objective import LossConfig, Objective, Student
 from compress.distill.teacher import CacheIdentity, LiveTeacher, TopKCache
@@ -62,6 +62,15 @@ def test_it_is_read_in_any_order_and_on_any_batch(cache, batch):
     order = torch.tensor([3, 0, 4])
     part = read(cache, {name: tensor[order] for name, tensor in batch.items()})
     assert torch.equal(part.log_probs.unflatten(0, (3, 12)), whole[order])
+
+
+def test_chunks_of_unequal_size(teacher, batch, cache, tmp_path, monkeypatch):
+    """60 tokens in chunks of at most 7: some have 6."""
+    monkeypatch.setattr(head_loss, "CHUNK_BYTES", 7 * 128 * 4)
+    monkeypatch.setattr(head_loss, "BLOCK_BYTES", 2 * 128 * 4)
+    chunked = TopKCache.build(tmp_path / "chunked", IDENTITY, teacher, [batch], SEQUENCES)
+    found, expected = read(chunked, batch), read(cache, batch)
+    torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=2**-10, atol=2**-10)
 
 
 def test_temperature(teacher, batch, tmp_path):
