@@ -1,12 +1,13 @@
 """What training wins back, on a model in a folder or an alias, as a page of tables in Markdown.
 
     python benchmarks/healing.py WORK_FOLDER --model smollm2 --train c4.txt \\
-        --text wikitext2_valid.txt --removed 3-7,15 --out FILE.md
+        --text wikitext2_valid.txt --out FILE.md
 
 Every run is a `compress quantize` or `compress distill` in a process of its own, by its command in
 the page.  They train on one text and are scored on another, of another kind:
 
-- QAT at each number of bits, beside the method that it starts from;
+- QAT at each number of bits, beside the method that it starts from: passes over the calibration
+  sequences block by block, and the rest of the tokens on the whole model;
 - a student that is the model without some layers, trained by forward KL and by cross-entropy on
   equal tokens;
 - the control: the model itself, trained by cross-entropy in the same way.  What that gains on the
@@ -30,6 +31,12 @@ from typing import Any
 
 from layers_removed import remove
 from runtime_cpu import processor
+
+from compress.core.counts import parse_count
+
+SEQ_LEN = 512
+SAMPLES = 128  # to calibrate on, of which blocks hold an eighth out
+EPOCHS = 2  # of blocks
 
 
 @dataclass(frozen=True)
@@ -84,12 +91,15 @@ def parse() -> argparse.Namespace:
 def runs_of(options: argparse.Namespace, student: Path) -> Iterable[Run]:
     """All runs, in the order of the page."""
     grid = ("--group-size", options.group_size, "--calibration", options.train)
+    grid += ("--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN))
+    whole = parse_count(options.tokens) - EPOCHS * (SAMPLES - SAMPLES // 8) * SEQ_LEN
+    split = f"block_epochs={EPOCHS},tokens={whole}"
     for bits in options.bits:
         quantize = ("quantize", options.model, "--bits", str(bits), *grid)
         for method in ("gptq", "awq+gptq"):
             yield Run(f"{method}-w{bits}", f"{method} W{bits}", (*quantize, "--method", method))
         for seed in options.seeds:
-            more = ("--method", "qat", "--set", f"tokens={options.tokens}", "--seed", str(seed))
+            more = ("--method", "qat", "--set", split, "--seed", str(seed))
             yield Run(f"qat-w{bits}-{seed}", f"QAT W{bits}", (*quantize, *more))
     losses = {"kl": "forward_kl=1", "ce": "forward_kl=0,cross_entropy=1"}
     for name, loss in losses.items():
@@ -112,11 +122,20 @@ def score_of(options: argparse.Namespace, name: str) -> Path:
 
 
 def score(options: argparse.Namespace, name: str) -> None:
-    """Score a checkpoint against the model."""
+    """Score a checkpoint against the model; kept with the divergences seen in training, if any."""
+    checkpoint = options.work / name
     scoring = ("--text", options.text, "--windows", options.windows)
     against = ("--against", options.model, "--json")
-    done = compress("eval", str(options.work / name), *scoring, *against)
-    score_of(options, name).write_text(done, encoding="utf-8")
+    found = json.loads(compress("eval", str(checkpoint), *scoring, *against))
+    found |= {"model": name, "text": Path(options.text).name}
+    if (report := checkpoint / "compress.json").is_file():
+        training = json.loads(report.read_text(encoding="utf-8")).get("training", {})
+        found["held_out"] = [
+            {"tokens": row["tokens"], "loss": row.get("kl", row.get("loss"))}
+            for row in training.get("held_out_kl", training.get("evaluations", []))
+        ]
+    text = json.dumps(found, indent=2) + "\n"
+    score_of(options, name).write_text(text, encoding="utf-8")
 
 
 def compress(*command: str) -> str:
@@ -179,9 +198,18 @@ def page(options: argparse.Namespace, runs: list[Run]) -> str:
             ),
             "",
         ]
+    if curves := [line for run in runs if (line := curve(run.name, scores[run.name]))]:
+        lines += ["## Loss on held-out sequences, by tokens of the whole model"]
+        lines += ["", *curves, ""]
     lines += ["## Commands", ""]
-    lines += [f"    compress {' '.join(run.command)} --out {run.name}" for run in runs]
+    lines += [f"    compress {named(options, run)} --out {run.name}" for run in runs]
     return "\n".join([*lines, ""])
+
+
+def named(options: argparse.Namespace, run: Run) -> str:
+    """A run's command, without the folders of the machine that it ran on."""
+    names = {options.train: Path(options.train).name, str(options.work / "student"): "student"}
+    return " ".join(names.get(word, word) for word in run.command)
 
 
 NAMES = {
@@ -198,6 +226,12 @@ def row(name: str, scores: list[dict[str, Any]], before: float | None = None) ->
     cells.append(several(divergences, ".4f"))
     gone = "" if before is None else several([1 - kl / before for kl in divergences], ".1%")
     return f"| {' | '.join([*cells, gone])} |"
+
+
+def curve(name: str, score: dict[str, Any]) -> str:
+    """The held-out losses of a run, or nothing where none were taken."""
+    points = (f"{row['tokens'] / 1000:.0f}k {row['loss']:.4f}" for row in score.get("held_out", []))
+    return f"- {name}: {', '.join(points)}" if score.get("held_out") else ""
 
 
 def several(values: list[float], form: str) -> str:

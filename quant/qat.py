@@ -1,7 +1,8 @@
 """Quantization-aware training (QAT): what post-training quantization lost, won back by training.
 
 It starts from another method's result and has two phases, each of which may be left out
-(Chen et al., "EfficientQAT", arXiv 2407.11062, section 3):
+(Chen et al., "EfficientQAT", arXiv 2407.11062, section 3).  Of what they win back the first has most,
+for each token and for each second (benchmarks/LOG.md):
 
 1. block by block: each block learns to give what the original's gave, on the calibration sequences
    as the compressed blocks before it hand them on (block_training.py);
@@ -55,7 +56,8 @@ class QatConfig(WeightOnlyConfig):
 
     init                 the method that it starts from, with its defaults
     trains               `weights+scales`, or `scales` for codes that stay those of the start
-    block_epochs         passes over the calibration sequences for each block; 0 for no such phase
+    block_epochs         passes over the calibration sequences for each block; 0 for no such phase.
+                         It is one of one process
     block_rate           Adam's step of weights in that phase, in steps of the grid
     block_scale_rate     of scales, norms and biases, as a share of their size
     tokens               that the whole model is trained on: a number such as 200_000, 200k or 2M;
@@ -66,13 +68,13 @@ class QatConfig(WeightOnlyConfig):
 
     init: Literal["gptq", "awq+gptq", "awq", "rtn"] = "gptq"
     trains: Trained = "weights+scales"
-    block_epochs: int = Field(default=0, ge=0, le=1000)
+    block_epochs: int = Field(default=2, ge=0, le=1000)
     block_rate: Rate = 0.01
     block_scale_rate: Rate = 0.003
     tokens: Annotated[int, BeforeValidator(parse_count), Field(ge=0)] = 200_000
     batch_tokens: Annotated[int, BeforeValidator(parse_count), Field(ge=1)] = 1024
-    rate: Rate = 0.01
-    scale_rate: Rate = 0.003
+    rate: Rate = 0.003
+    scale_rate: Rate = 0.001
 
     def stage(self, grids: Mapping[str, Grid]) -> "QatStage":
         return QatStage(self, grids)

@@ -20,7 +20,15 @@ from compress.quant.packed import PackedFolder
 from compress.recipe import build_recipe
 from tests.compress.test_resume import kill
 
-QUICK = {"bits": 3, "group_size": 16, "tokens": 4096, "batch_tokens": 128, "rate": 0.015}
+QUICK = {
+    "bits": 3,
+    "group_size": 16,
+    "block_epochs": 0,
+    "tokens": 4096,
+    "batch_tokens": 128,
+    "rate": 0.015,
+    "scale_rate": 0.003,
+}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +127,7 @@ def test_it_heals_and_the_checkpoint_is_the_model_that_was_trained(
 
 def test_without_training_it_is_the_other_method(model_folder, text_file, tmp_path):
     run(model_folder(), text_file, tmp_path / "gptq", "gptq")
-    run(model_folder(), text_file, tmp_path / "qat", tokens=0)
+    run(model_folder(), text_file, tmp_path / "qat", tokens=0, block_epochs=0)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("gptq", "qat"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -198,7 +206,7 @@ def test_two_processes_learn_what_one_learns(balanced, text_file, tmp_path):
     """
     found = {}
     for count in (1, 2):
-        settings = "init=rtn,tokens=2048,batch_tokens=256,trains=scales"
+        settings = "init=rtn,block_epochs=0,tokens=2048,batch_tokens=256,trains=scales"
         done = launch(count, tmp_path / str(count), balanced("qwen3"), text_file, settings)
         assert done.returncode == 0, done.stderr
         found[count] = json.loads(done.stdout)["training"]["held_out_kl"]

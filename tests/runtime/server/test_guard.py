@@ -11,6 +11,7 @@ import httpx
 import pytest
 from starlette.responses import JSONResponse, Response
 
+from compress.runtime.server import guard
 from compress.runtime.server.app import make_app
 from compress.runtime.server.guard import BodyLimit, HostCheck, KeyCheck, host_of
 from compress.runtime.server.service import ServerSettings, Service
@@ -157,8 +158,9 @@ def test_a_body_over_the_limit(serve, chunked, size):
     assert "1,000 bytes" in json.loads(body)["error"]["message"]
 
 
-def test_a_client_that_asks_first_does_not_send_a_large_body(serve):
+def test_a_client_that_asks_first_does_not_send_a_large_body(serve, monkeypatch):
     """`Expect: 100-continue` gets its answer at once, since nothing is on its way."""
+    monkeypatch.setattr(guard, "PATIENCE", 30.0)
     port = serve(BodyLimit(lifespanned(never), 1000, 5)).port
     began = time.monotonic()
     with socket.create_connection(("127.0.0.1", port)) as connection:
@@ -166,7 +168,7 @@ def test_a_client_that_asks_first_does_not_send_a_large_body(serve):
             b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 5000\r\nExpect: 100-continue\r\n\r\n"
         )
         assert connection.recv(1000).startswith(b"HTTP/1.1 413")
-    assert time.monotonic() - began < 1.9  # what is on its way is heard out for 2 s
+    assert time.monotonic() - began < 20  # what is on its way is heard out for 30 s
 
 
 def test_a_body_that_comes_too_slowly(serve):
