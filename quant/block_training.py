@@ -26,7 +26,7 @@ from compress.quant.fake_quant import put_on_grid
 from compress.quant.training import Rates, parameter_groups
 from compress.quant.weight import QuantizedWeight
 
-STEP_TOKENS = 1024  # tokens of one step, in whole sequences
+STEP_TOKENS = 512  # of one step, in whole sequences; more steps do more than smoother gradients
 HELD_OUT = 8  # one sequence in so many
 BETAS = (0.9, 0.95)  # there are too few steps for an average over 1,000
 
