@@ -1,8 +1,8 @@
 """Quantization-aware training (QAT): what post-training quantization lost, won back by training.
 
 It starts from another method's result and has two phases, each of which may be left out
-(Chen et al., "EfficientQAT", arXiv 2407.11062, section 3).  Of what they win back the first has most,
-for each token and for each second (benchmarks/LOG.md):
+(Chen et al., "EfficientQAT", arXiv 2407.11062, section 3).  The first wins back more, for each
+token and for each second (benchmarks/LOG.md):
 
 1. block by block: each block learns to give what the original's gave, on the calibration sequences
    as the compressed blocks before it hand them on (block_training.py);

