@@ -57,7 +57,7 @@ class QatConfig(WeightOnlyConfig):
     init                 the method that it starts from, with its defaults
     trains               `weights+scales`, or `scales` for codes that stay those of the start
     block_epochs         passes over the calibration sequences for each block; 0 for no such phase.
-                         It is one of one process
+                         That phase takes one process
     block_rate           Adam's step of weights in that phase, in steps of the grid
     block_scale_rate     of scales, norms and biases, as a share of their size
     tokens               that the whole model is trained on: a number such as 200_000, 200k or 2M;
