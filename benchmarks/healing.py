@@ -92,7 +92,9 @@ def runs_of(options: argparse.Namespace, student: Path) -> Iterable[Run]:
     """All runs, in the order of the page."""
     grid = ("--group-size", options.group_size, "--calibration", options.train)
     grid += ("--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN))
-    whole = parse_count(options.tokens) - EPOCHS * (SAMPLES - SAMPLES // 8) * SEQ_LEN
+    blocks = EPOCHS * (SAMPLES - SAMPLES // 8) * SEQ_LEN
+    if (whole := parse_count(options.tokens) - blocks) <= 0:
+        raise SystemExit(f"--tokens {options.tokens}: passes over blocks take {blocks:,}; give more")
     split = f"block_epochs={EPOCHS},tokens={whole}"
     for bits in options.bits:
         quantize = ("quantize", options.model, "--bits", str(bits), *grid)
