@@ -94,7 +94,7 @@ def runs_of(options: argparse.Namespace, student: Path) -> Iterable[Run]:
     grid += ("--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN))
     blocks = EPOCHS * (SAMPLES - SAMPLES // 8) * SEQ_LEN
     if (whole := parse_count(options.tokens) - blocks) <= 0:
-        raise SystemExit(f"--tokens {options.tokens}: passes over blocks take {blocks:,}; give more")
+        raise SystemExit(f"--tokens {options.tokens}: blocks take {blocks:,}; give more")
     split = f"block_epochs={EPOCHS},tokens={whole}"
     for bits in options.bits:
         quantize = ("quantize", options.model, "--bits", str(bits), *grid)
