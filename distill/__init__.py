@@ -1,1 +1,1 @@
-"""Losses and the one training loop.  Nothing here yet."""
+"""Losses and the one training loop."""
