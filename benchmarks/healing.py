@@ -13,16 +13,12 @@ the page.  They train on one text and are scored on another, of another kind:
 - the control: the model itself, trained by cross-entropy in the same way.  What that gains on the
   text is not healing, but the kind of text.
 
-WORK_FOLDER keeps checkpoints, and a run that was broken off goes on.  Scores are kept in --scores,
-and what has scores is not run again.  `--only REGEX` picks runs by name; the page is of all that
-have scores.
+What has scores is not run again (benchmarks/scored.py).  `--only REGEX` picks runs by name; the
+page is of all that have scores.
 """
 
 import argparse
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +27,7 @@ from typing import Any
 
 from layers_removed import remove
 from runtime_cpu import processor
+from scored import Scored
 
 from compress.core.counts import parse_count
 
@@ -50,22 +47,19 @@ class Run:
 
 def main() -> None:
     options = parse()
-    options.work.mkdir(parents=True, exist_ok=True)
-    options.scores = options.scores or options.work / "scores"
-    options.scores.mkdir(parents=True, exist_ok=True)
+    scores = options.scores or options.work / "scores"
+    scored = Scored(options.model, options.text, options.windows, options.work, scores)
     student = options.work / "student"
     runs = list(runs_of(options, student))
-    if not score_of(options, "student").exists():
+    if not scored.has("student"):
         remove(options.model, student, options.removed)
-        score(options, "student")
+        scored.score("student")
     for run in runs:
-        if re.search(options.only, run.name) and not score_of(options, run.name).exists():
+        if re.search(options.only, run.name) and not scored.has(run.name):
             if "distill" in run.command and not student.exists():
                 remove(options.model, student, options.removed)
-            if not (options.work / run.name).exists():
-                compress(*run.command, "--out", str(options.work / run.name))
-            score(options, run.name)
-    text = page(options, [run for run in runs if score_of(options, run.name).exists()])
+            scored.make(run.name, run.command)
+    text = page(options, [run for run in runs if scored.has(run.name)], scored)
     (options.out or options.work / "healing.md").write_text(text, encoding="utf-8")
     print(text)
 
@@ -118,43 +112,9 @@ def distilled(options: argparse.Namespace, name: str, student: str, loss: str, s
     return Run(name, name.rpartition("-")[0], command)
 
 
-def score_of(options: argparse.Namespace, name: str) -> Path:
-    """The file with a checkpoint's scores."""
-    return options.scores / f"{name}.json"
-
-
-def score(options: argparse.Namespace, name: str) -> None:
-    """Score a checkpoint against the model; kept with the divergences seen in training, if any."""
-    checkpoint = options.work / name
-    scoring = ("--text", options.text, "--windows", options.windows)
-    against = ("--against", options.model, "--json")
-    found = json.loads(compress("eval", str(checkpoint), *scoring, *against))
-    found |= {"model": name, "text": Path(options.text).name}
-    if (report := checkpoint / "compress.json").is_file():
-        training = json.loads(report.read_text(encoding="utf-8")).get("training", {})
-        found["held_out"] = [
-            {"tokens": row["tokens"], "loss": row.get("kl", row.get("loss"))}
-            for row in training.get("held_out_kl", training.get("evaluations", []))
-        ]
-    text = json.dumps(found, indent=2) + "\n"
-    score_of(options, name).write_text(text, encoding="utf-8")
-
-
-def compress(*command: str) -> str:
-    """Run a command of ours; returns what it prints."""
-    print(f"compress {' '.join(command)}", file=sys.stderr, flush=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "compress", *command], check=True, stdout=subprocess.PIPE, text=True
-    )
-    return done.stdout
-
-
-def page(options: argparse.Namespace, runs: list[Run]) -> str:
+def page(options: argparse.Namespace, runs: list[Run], scored: Scored) -> str:
     """The record of runs that have scores."""
-    scores = {
-        name: json.loads(score_of(options, name).read_text(encoding="utf-8"))
-        for name in ("student", *(run.name for run in runs))
-    }
+    scores = {name: scored.get(name) for name in ("student", *(run.name for run in runs))}
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         groups.setdefault(run.group, []).append(scores[run.name])

@@ -182,6 +182,30 @@ def distill_card(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def prune_card(report: dict[str, Any]) -> str:
+    """The model card of a model that was pruned."""
+    recipe, sizes, pruning = report["recipe"], report["sizes"], report["pruning"]
+    model, before, after = recipe["model"], pruning["original_shape"], pruning["shape"]
+    changed = [f"{key} {before[key]} to {after[key]}" for key in after if before[key] != after[key]]
+    lines = [
+        *_front_matter(model, ["pruning"]),
+        f"# {Path(model).name}, pruned",
+        "",
+        f"`{model}` with compress {report['versions']['compress-llm']}: {', '.join(changed)}; "
+        f"{sizes['parameters']:,} parameters of {sizes['original_parameters']:,}. It was not "
+        "trained after that: `compress distill` does.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        f'model = AutoModelForCausalLM.from_pretrained("{recipe["out"]}")',
+        "```",
+        "",
+        "`compress.json` has what was kept, and how much each refitted linear lost.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def export_card(ref: str, report: dict[str, Any]) -> str:
     """The model card of a checkpoint that was re-packed."""
     name, layers = report["format"], report["layers"]

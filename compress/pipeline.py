@@ -13,8 +13,8 @@ The output folder gets its final name only when complete.  A run that is broken 
 the last block that was committed, and gives the same bytes.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -72,20 +72,30 @@ def run_recipe(
         first(lambda: check_resources(job, needs_of(job, memory), folder))
         first(lambda: stack.enter_context(folder))
         first(lambda: folder.begin(_identity(job), restart))
-        try:
+        with broken_off(folder):
             walk = Walk(job, folder.commits, folder.activations, memory, clock)
             return _compress(walk, folder)
-        except InputError:  # the same run would end here again
-            if not folder.has_trained:
-                first(folder.commits.clear)
+
+
+@contextmanager
+def broken_off(folder: OutputFolder) -> Iterator[None]:
+    """What a run that fails inside leaves: nothing, where the same run would end there again.
+
+    Raises InputError where memory runs out, with what was done kept.
+    """
+    try:
+        yield
+    except InputError:
+        if not folder.has_trained:
+            processes().first(folder.commits.clear)
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if not _is_about_memory(error):
             raise
-        except (MemoryError, RuntimeError) as error:
-            if not _is_about_memory(error):
-                raise
-            raise InputError(
-                f"out of memory ({reason_of(error)}); what was done is kept: close something, or "
-                "pass a smaller --activation-memory, and run the same command again to go on"
-            ) from error
+        raise InputError(
+            f"out of memory ({reason_of(error)}); what was done is kept: close something, or "
+            "pass a smaller --activation-memory, and run the same command again to go on"
+        ) from error
 
 
 def _is_about_memory(error: Exception) -> bool:
@@ -93,7 +103,7 @@ def _is_about_memory(error: Exception) -> bool:
     return isinstance(error, kinds) or "can't allocate memory" in str(error)  # PyTorch on a CPU
 
 
-def _compress(walk: Walk, folder: OutputFolder) -> dict[str, Any]:
+def _compress(walk: Walk[Job], folder: OutputFolder) -> dict[str, Any]:
     """Do what preflight found possible; returns the report, with the times."""
     job, stage, model = walk.job, walk.job.stage, walk.job.model
     first = processes().first
@@ -106,7 +116,7 @@ def _compress(walk: Walk, folder: OutputFolder) -> dict[str, Any]:
     plan = _plan(walk) if stage.decides_globally else None
     writer = ShardWriter(folder.start if stage.trains_model else folder.output)
     if walk.commits.get("outer") is None:
-        first(lambda: writer.write("outer", _outer_tensors(model, job.dtype)))
+        first(lambda: writer.write("outer", outer_tensors(model, job.dtype)))
         first(lambda: walk.commits.put("outer", True))
     visit = partial(_apply_and_write, job, plan, writer)
     with_originals = stage.needs_reference or stage.trains_blocks
@@ -136,7 +146,9 @@ class Made:
     training: dict[str, Any] | None = None
 
 
-def _train(walk: Walk, folder: OutputFolder, writer: ShardWriter, rows: Tensor, made: Made) -> Made:
+def _train(
+    walk: Walk[Job], folder: OutputFolder, writer: ShardWriter, rows: Tensor, made: Made
+) -> Made:
     """Train the whole model from what the walk has written, and write the parts of the output."""
     job, first = walk.job, processes().first
     entries = _config_entries(job, made.layers)
@@ -171,20 +183,25 @@ def _config_entries(job: Job, layers: Sequence[LayerReport]) -> dict[str, Any]:
     return job.stage.checkpoint_config(in_float)
 
 
-def _rows(walk: Walk) -> Tensor:
+def _rows(walk: Walk[Job]) -> Tensor:
     """Token ids, int64 [N, seq_len], made once; the first `samples` rows are to calibrate on."""
-    job, commits = walk.job, walk.commits
+    job = walk.job
     text = needed_text(job)
     assert text is not None
+    vocabulary = job.model.config.get_text_config().vocab_size
+    return made_once(walk, lambda: _made(text, job, vocabulary))
 
-    def make() -> None:
-        if commits.get("tokens") is None:
-            vocabulary = job.model.config.get_text_config().vocab_size
-            tokens = _made(text, job, vocabulary)
-            commits.put("tokens", {"tokens": tokens, "seconds": walk.clock.seconds})
 
-    processes().first(make)
-    commit = commits.get("tokens")
+def made_once(walk: Walk[Any], make: Callable[[], Tensor]) -> Tensor:
+    """The token ids that a run calibrates on, as it made them before it was broken off, or now."""
+
+    def put() -> None:
+        if walk.commits.get("tokens") is None:
+            tokens = make()
+            walk.commits.put("tokens", {"tokens": tokens, "seconds": walk.clock.seconds})
+
+    processes().first(put)
+    commit = walk.commits.get("tokens")
     walk.clock.go_on_from(commit["seconds"])
     return commit["tokens"]
 
@@ -203,7 +220,7 @@ def _made(text: CalibrationConfig, job: Job, vocabulary: int) -> Tensor:
         ) from None
 
 
-def _plan(walk: Walk) -> Any:
+def _plan(walk: Walk[Job]) -> Any:
     """What a stage decides on all blocks together, once."""
     stage, commits = walk.job.stage, walk.commits
     if commits.get("plan") is None:
@@ -227,7 +244,9 @@ def _apply_and_write(
     return [asdict(layer) for layer in outcome.layers]
 
 
-def _finish(walk: Walk, folder: OutputFolder, writer: ShardWriter, made: Made) -> dict[str, Any]:
+def _finish(
+    walk: Walk[Job], folder: OutputFolder, writer: ShardWriter, made: Made
+) -> dict[str, Any]:
     """Name the shards and write what stands beside them; can be broken off and done again."""
     job, model = walk.job, walk.job.model
     total_bytes = writer.finish(_part_names(model))
@@ -244,21 +263,27 @@ def _finish(walk: Walk, folder: OutputFolder, writer: ShardWriter, made: Made) -
     return {**report, **times, "out": str(job.recipe.out)}
 
 
-def _outer_tensors(model: BlockModel, dtype: torch.dtype) -> dict[str, StreamedTensor]:
-    """What is outside the blocks, to be read row by row when it is written."""
+def outer_tensors(
+    model: BlockModel,
+    dtype: torch.dtype,
+    change: Callable[[Tensor], Tensor] = lambda rows: rows,
+) -> dict[str, StreamedTensor]:
+    """What is outside the blocks, to be read row by row when it is written.
+
+    `change` makes of some rows of a tensor those to write; all rows alike, and as many.
+    """
     reader = model.reader
 
     def rows(name: str) -> Iterator[Tensor]:
-        return (in_stored_dtype(name, chunk, dtype) for chunk in reader.rows(name))
+        return (in_stored_dtype(name, change(chunk), dtype) for chunk in reader.rows(name))
 
-    def dtype_of(name: str) -> torch.dtype:
+    def streamed(name: str) -> StreamedTensor:
         stored = DTYPES[reader.dtypes[name]]
-        return dtype if stored.is_floating_point else stored
+        shape = change(torch.empty(reader.shapes[name], dtype=stored, device="meta")).shape
+        written = dtype if stored.is_floating_point else stored
+        return StreamedTensor(tuple(shape), written, partial(rows, name))
 
-    return {
-        name: StreamedTensor(reader.shapes[name], dtype_of(name), partial(rows, name))
-        for name in model.outer_names()
-    }
+    return {name: streamed(name) for name in model.outer_names()}
 
 
 def _left_in_float(model: BlockModel) -> list[LayerReport]:
@@ -319,20 +344,25 @@ def _described(recipe: Recipe) -> dict[str, Any]:
 
 
 def _identity(job: Job) -> dict[str, Any]:
+    return identity(_described(job.recipe), job.recipe.calibration, job.model, job.dtype)
+
+
+def identity(
+    described: dict[str, Any], data: CalibrationConfig, model: BlockModel, dtype: torch.dtype
+) -> dict[str, Any]:
     """What a broken-off run must have been of, for this one to go on from it.
 
     Reads all weights once, and refuses those with a NaN or an infinity.
     """
-    recipe, folder = job.recipe, job.model.source.folder
-    text = Path(recipe.calibration.source)
+    folder, text = model.source.folder, Path(data.source)
     small = [folder / "config.json", *checkpoint.carried_files(folder)]
     return {
-        "recipe": _described(recipe),
-        "dtype": str(job.dtype),
-        "compute dtype": str(job.model.compute_dtype),
+        "recipe": described,
+        "dtype": str(dtype),
+        "compute dtype": str(model.compute_dtype),
         "versions": checkpoint.versions(),
         "processes": processes().count,
         "calibration file": hashed(text.read_bytes()) if text.is_file() else None,
         "model files": {path.name: hashed(path.read_bytes()) for path in small},
-        "model weights": job.model.digest(),
+        "model weights": model.digest(),
     }

@@ -1,7 +1,7 @@
 """Recipes: what to do to which model, from flags or from YAML, as frozen dataclasses.
 
-A recipe file holds the fields of `Recipe`, or of `DistillRecipe` where the method is `distill`;
-each stage is a method's name and its settings:
+A recipe file holds the fields of `Recipe`, or of `DistillRecipe` or `PruneRecipe` where the method
+is `distill` or `prune`; each stage is a method's name and its settings:
 
     model: smollm2
     out: smollm2-awq-w4
@@ -26,11 +26,13 @@ from compress.core.errors import InputError, nearest, shown
 from compress.distill.config import TrainConfig
 from compress.distill.lora import LoraConfig
 from compress.distill.objective import AGAINST_TEACHER, LossConfig
+from compress.prune.config import PruneConfig
 from compress.quant.config import WeightOnlyConfig
 from compress.quant.methods import METHODS
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
-DISTILL = "distill"  # the name of the one method that is no quantization
+DISTILL, PRUNE = "distill", "prune"  # the methods that are no quantization
+PRUNE_SAMPLES = 1024  # as in Minitron's papers
 LOSSES = (*AGAINST_TEACHER, "cross_entropy")
 LONGEST_NAME = 240  # bytes; file systems take 255, and partial output needs a longer name
 LONGEST_PATH = 4000  # bytes; Linux takes 4,095
@@ -133,24 +135,42 @@ class DistillRecipe:
     dtype: DTypeName = "auto"
 
 
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class PruneRecipe:
+    """One model through one pruning (fields as `Recipe` has them)."""
+
+    model: Annotated[str, Field(min_length=1)]
+    out: Annotated[Path, AfterValidator(_usable_output)]
+    stages: tuple[PruneConfig]
+    calibration: CalibrationConfig = CalibrationConfig(samples=PRUNE_SAMPLES)
+    dtype: DTypeName = "auto"
+    compute_dtype: DTypeName = "auto"
+
+
+AnyRecipe = Recipe | DistillRecipe | PruneRecipe
+
+
 def build_stage(method: str, settings: Mapping[str, Any]) -> WeightOnlyConfig:
     """Return the configuration of a method by its name, or raise InputError."""
-    if method == DISTILL:
+    if method in (DISTILL, PRUNE):
         raise InputError(
-            "method 'distill' is the command compress distill, or a recipe's one stage"
+            f"method '{method}' is the command compress {method}, or a recipe's one stage"
         )
     if not isinstance(method, str) or method not in METHODS:
+        known = (*METHODS, DISTILL, PRUNE)
         raise InputError(
-            f"unknown method {shown(method)}; allowed: {', '.join((*METHODS, DISTILL))}"
-            f"{nearest(str(method), (*METHODS, DISTILL))}"
+            f"unknown method {shown(method)}; allowed: {', '.join(known)}"
+            f"{nearest(str(method), known)}"
         )
     return build(METHODS[method], settings, f"method {method}")
 
 
-def method_of(stage: WeightOnlyConfig | DistillConfig) -> str:
+def method_of(stage: WeightOnlyConfig | DistillConfig | PruneConfig) -> str:
     """The name under which a stage's configuration is registered."""
     if isinstance(stage, DistillConfig):
         return DISTILL
+    if isinstance(stage, PruneConfig):
+        return PRUNE
     return next(name for name, cls in METHODS.items() if type(stage) is cls)
 
 
@@ -209,7 +229,26 @@ def build_distillation(values: Mapping[str, Any], where: str = "recipe") -> Dist
     return build(DistillRecipe, values, where)
 
 
-def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe | DistillRecipe:
+def build_pruning(values: Mapping[str, Any], where: str = "recipe") -> PruneRecipe:
+    """Return a recipe whose one stage is `method: prune`, or raise InputError."""
+    values = dict(values)
+    (stage,) = values["stages"]
+    stage = {key: value for key, value in stage.items() if key != "method"}
+    values["stages"] = (build(PruneConfig, stage, f"{where}: {PRUNE}"),)
+    calibration = values.get("calibration", {})
+    if not isinstance(calibration, Mapping):
+        raise InputError(
+            f"{where}: 'calibration' is {shown(calibration)}; it must hold keys and values"
+        )
+    calibration = {"samples": PRUNE_SAMPLES} | dict(calibration)
+    values["calibration"] = build(CalibrationConfig, calibration, f"{where}: calibration")
+    for key in ("model", "out"):
+        if key not in values:
+            raise InputError(f"{where}: '{key}' is missing")
+    return build(PruneRecipe, values, where)
+
+
+def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> AnyRecipe:
     """Read a YAML recipe; `overrides` replace its top-level keys.  Raises InputError."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -221,15 +260,12 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
     if not isinstance(values, dict):
         raise InputError(f"recipe '{path}' must hold keys and values, not {type(values).__name__}")
     values, where = {**values, **(overrides or {})}, f"recipe '{path}'"
-    return build_distillation(values, where) if _distills(values) else build_recipe(values, where)
-
-
-def _distills(values: Mapping[str, Any]) -> bool:
-    """Whether a recipe as read from YAML has a distillation as its one stage."""
     match values.get("stages"):
-        case [{"method": method}]:
-            return method == DISTILL
-    return False
+        case [{"method": "distill"}]:
+            return build_distillation(values, where)
+        case [{"method": "prune"}]:
+            return build_pruning(values, where)
+    return build_recipe(values, where)
 
 
 def parse_yaml(text: str, where: str) -> Any:

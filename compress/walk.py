@@ -6,24 +6,23 @@ change it, run it again with the new weights, which gives the next block's input
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from compress.core.activations import Activations
-from compress.core.blocks import call_block
+from compress.core.blocks import BlockModel, call_block
 from compress.core.commits import Commits, numbered
 from compress.core.errors import InputError
-from compress.core.processes import processes
+from compress.core.processes import Processes, processes
 from compress.core.progress import say, track
-from compress.core.shards import all_finite
 from compress.core.stage import Block, BlockSamples
-from compress.core.statistics import InputStatistics, collecting
-from compress.preflight import Job
+from compress.core.statistics import collecting
 
 TOKENS_PER_BATCH = 4096  # large enough to keep matrix products busy, small enough for caches
 
@@ -43,6 +42,52 @@ class Clock:
         self._zero = time.monotonic() - seconds
 
 
+class WalkedStage(Protocol):
+    """What a walk needs to know of a stage (compress.core.stage.Stage)."""
+
+    needs_reference: bool
+    trains_blocks: bool
+
+    def state(self) -> Any: ...
+
+    def restore(self, state: Any) -> None: ...
+
+
+class Walked(Protocol):
+    """What a walk needs to know of a run."""
+
+    @property
+    def model(self) -> BlockModel: ...
+
+    @property
+    def stage(self) -> WalkedStage: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+JobT = TypeVar("JobT", bound=Walked)
+
+
+class Observed(Protocol):
+    """What was seen of something that runs in a block; `what` names it."""
+
+    @property
+    def what(self) -> str: ...
+
+    def pool(self, processes: Processes) -> None:
+        """Take in what the other processes saw."""
+        ...
+
+    def is_finite(self) -> bool:
+        """Whether no value was NaN or infinite."""
+        ...
+
+
+# Watches a block while it runs inside the context.
+Observe = Callable[[nn.Module], AbstractContextManager[Sequence[Observed]]]
+
+
 @dataclass
 class Streams:
     """What enters the next block, batch by batch.
@@ -58,22 +103,25 @@ class Streams:
 
 
 @dataclass
-class Walk:
+class Walk(Generic[JobT]):
     """A way over all blocks that can be broken off and taken up again.
 
     activations        a folder for hidden states
     activation_memory  bytes of them that are kept in memory too
     tokens             calibration sequences of this process, int64 [N, S]; None for no calibration
     title              of the progress bar
+    observe            watches the blocks, for `Block.observed`; None for statistics of the linears'
+                       inputs, `Block.inputs`
     """
 
-    job: Job
+    job: JobT
     commits: Commits
     activations: Path
     activation_memory: int
     clock: Clock
     tokens: Tensor | None = None
     title: str = "Compressing blocks"
+    observe: Observe | None = None
 
     @torch.no_grad()
     def visit_all(
@@ -120,18 +168,20 @@ class Walk:
         """
         model = self.job.model
         module = model.load_block(index)
-        statistics: Sequence[InputStatistics] = []
+        seen: Sequence[Any] = []
         probe = None
         kwargs = [given[index] for given in streams.kwargs] if streams else []
         if streams:
             probe = probe_of(streams.hidden[0], kwargs[0], model.device)
-            statistics = self._observe(index, module, streams, kwargs, propagate)
+            seen = self._observe(index, module, streams, kwargs, propagate)
         name, dtype = model.block_name(index), self.job.dtype
-        block = Block(index, name, module, statistics, probe, dtype, self._samples(streams, kwargs))
+        inputs, observed = (seen, ()) if self.observe is None else ((), seen)
+        samples = self._samples(streams, kwargs)
+        block = Block(index, name, module, inputs, probe, dtype, samples, observed)
         result = processes().first(partial(visit, block))
         processes().spread(module)
         if streams and propagate and index + 1 < model.num_blocks:
-            del block, statistics  # their memory, before the block is copied
+            del block, seen, inputs, observed, samples  # their memory, before the block is copied
             runner = model.compute_copy(module)
             pairs = zip(streams.hidden.drain(), kwargs, strict=True)
             outputs = (model.run_block(runner, *pair) for pair in pairs)
@@ -145,10 +195,10 @@ class Walk:
         streams: Streams,
         kwargs: list[dict[str, Any]],
         propagate: bool,
-    ) -> list[InputStatistics]:
-        """Run a block as it is on all batches; returns statistics of its linears' inputs.
+    ) -> Sequence[Observed]:
+        """Run a block as it is on all batches; returns what was seen of it.
 
-        Raises InputError when one is NaN or infinite, which the weights need not be for it.
+        Raises InputError where that is NaN or infinite, which the weights need not be for it.
         """
         model = self.job.model
         runner = model.compute_copy(module)
@@ -158,7 +208,12 @@ class Walk:
             pairs = zip(streams.originals.drain(), kwargs, strict=True)
             outputs = (model.run_block(runner, *pair) for pair in pairs)
             streams.originals = self._store("originals", index + 1, outputs)
-        with collecting(runner, paired, outputs=not propagate) as statistics:
+        if self.observe is None:
+            watched: AbstractContextManager[Sequence[Observed]]
+            watched = collecting(runner, paired, outputs=not propagate)
+        else:
+            watched = self.observe(runner)
+        with watched as seen:
             if paired and streams.originals is not None:
                 pairs = zip(streams.originals.drain(), streams.hidden, kwargs, strict=True)
                 outputs = (self._run_pair(runner, *pair) for pair in pairs)
@@ -171,15 +226,15 @@ class Walk:
                     streams.hidden = self._store("hidden", index + 1, outputs)
             for _ in outputs:  # those that nothing has stored
                 continue
-        for statistic in statistics:
-            statistic.pool(processes())
-            if not all_finite(statistic.max_abs):
+        for one in seen:
+            one.pool(processes())
+            if not one.is_finite():
                 raise InputError(
-                    f"what enters {', '.join(statistic.linears)} of {model.block_name(index)} is "
-                    f"NaN or infinite in {str(model.compute_dtype).removeprefix('torch.')}; try "
-                    "--compute-dtype float32, and if it comes again the model is broken"
+                    f"what enters {one.what} of {model.block_name(index)} is NaN or infinite in "
+                    f"{str(model.compute_dtype).removeprefix('torch.')}; try --compute-dtype "
+                    "float32, and if it comes again the model is broken"
                 )
-        return statistics
+        return seen
 
     def _samples(
         self, streams: Streams | None, kwargs: list[dict[str, Any]]

@@ -1,1 +1,1 @@
-"""Smaller architectures: depth, width, attention.  Nothing here yet."""
+"""Smaller architectures: depth and width (pruning).  Attention to come."""

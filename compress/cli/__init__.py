@@ -17,6 +17,7 @@ PATIENCE = 30
 # command -> (module, attribute); loaded when used, so that --help and errors come at once
 COMMANDS = {
     "quantize": ("compress.cli.quantize", "quantize_command"),
+    "prune": ("compress.cli.prune", "prune_command"),
     "distill": ("compress.cli.distill", "distill_command"),
     "run": ("compress.cli.run", "run_command"),
     "export": ("compress.cli.export", "export_command"),

@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compress.cli.output import print_json, print_plan, print_report, print_training
+from compress.cli.output import (
+    print_json,
+    print_plan,
+    print_pruning,
+    print_report,
+    print_training,
+)
 from compress.core.errors import InputError
 from compress.core.resources import parse_size
 
 if TYPE_CHECKING:
-    from compress.recipe import DistillRecipe, Recipe
+    from compress.recipe import AnyRecipe
 
 
 class Size(click.ParamType):
@@ -60,7 +66,7 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def carry_out(
-    recipe: Recipe | DistillRecipe,
+    recipe: AnyRecipe,
     overwrite: bool,
     restart: bool,
     activation_memory: int | None,
@@ -72,7 +78,8 @@ def carry_out(
     from compress.distillation import run_distillation
     from compress.dry_run import plan_recipe
     from compress.pipeline import run_recipe
-    from compress.recipe import DistillRecipe
+    from compress.pruning import run_pruning
+    from compress.recipe import DistillRecipe, PruneRecipe
 
     if isinstance(recipe, DistillRecipe):
         if dry_run or activation_memory is not None:
@@ -80,6 +87,10 @@ def carry_out(
                 "a distillation takes neither --dry-run nor --activation-memory; leave them out"
             )
         result, show = run_distillation(recipe, overwrite, restart), print_training
+    elif isinstance(recipe, PruneRecipe):
+        if dry_run:
+            raise InputError("a pruning takes no --dry-run; leave it out")
+        result, show = run_pruning(recipe, overwrite, restart, activation_memory), print_pruning
     elif dry_run:
         result, show = plan_recipe(recipe, overwrite, activation_memory), print_plan
     else:

@@ -128,6 +128,40 @@ def print_training(report: dict[str, Any]) -> None:
     print_pairs("Result", rows)
 
 
+def print_pruning(report: dict[str, Any]) -> None:
+    """Print what `run_pruning` returned."""
+    pruning, sizes = report["pruning"], report["sizes"]
+    by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for layer in pruning["refitted"]:
+        by_kind[layer["name"].rpartition(".")[2]].append(layer)
+    if by_kind:
+        table = Table(title="Relative squared error of outputs", title_justify="left")
+        for column in ("linears", "count", "cut, mean", "refitted, mean", "worst", "in block"):
+            table.add_column(column, justify="left" if column == "linears" else "right")
+        for kind, layers in by_kind.items():
+            cut = sum(layer["cut_error"] for layer in layers) / len(layers)
+            mean = sum(layer["error"] for layer in layers) / len(layers)
+            worst = max(layers, key=lambda layer: layer["error"])
+            block = re.findall(r"\d+", worst["name"])[-1]
+            errors = (f"{value:.2e}" for value in (cut, mean, worst["error"]))
+            table.add_row(kind, str(len(layers)), *errors, block)
+        Console(highlight=False).print(table)
+    before, after = pruning["original_shape"], pruning["shape"]
+    changed = [f"{key} {before[key]} to {after[key]}" for key in after if before[key] != after[key]]
+    rows = {
+        "output": report["out"],
+        "report": f"{report['out']}/report.html",
+        "pruned": ", ".join(changed),
+        "blocks removed": ", ".join(map(str, pruning["removed_blocks"])) or "none",
+        "parameters": f"{sizes['parameters']:,}, was {sizes['original_parameters']:,} "
+        f"({1 - sizes['parameters'] / sizes['original_parameters']:.1%} fewer)",
+        "size": f"{in_words(sizes['bytes'])}, was {in_words(sizes['original_bytes'])}",
+        "time": f"{report['seconds']:.0f} s, of which calibration text "
+        f"{report['calibration_seconds']:.0f} s",
+    }
+    print_pairs("Result", rows)
+
+
 def _error_cells(layers: list[dict[str, Any]]) -> list[str]:
     weight = sum(layer["weight_error"] for layer in layers) / len(layers)
     measured = [layer for layer in layers if layer["output_error"] is not None]

@@ -59,6 +59,7 @@ class Block:
     probe   runs a module like this one on a calibration sample, [1, S, D]; None without statistics
     dtype   the dtype that the checkpoint stores floating-point tensors in
     samples what the block is trained on; None unless the stage trains blocks
+    observed what was seen by what watched the block in place of `inputs`
     """
 
     index: int
@@ -68,6 +69,7 @@ class Block:
     probe: Callable[[nn.Module], Tensor] | None
     dtype: Any
     samples: BlockSamples | None = None
+    observed: Sequence[Any] = ()
 
     def full_name(self, name: str) -> str:
         """The name in the model of something in this block."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from compress.core.blocks import linears_of
 from compress.core.processes import Processes
+from compress.core.shards import all_finite
 
 TILE = 256  # columns of H computed at once; only tiles on and above the diagonal are
 
@@ -67,6 +68,15 @@ class InputStatistics:
         torch.maximum(self.max_abs, magnitude.amax(dim=0).float(), out=self.max_abs)
         self.tokens += flat.shape[0]
         _add_outer_product(self._outer, flat)
+
+    @property
+    def what(self) -> str:
+        """The linears, in a message."""
+        return ", ".join(self.linears)
+
+    def is_finite(self) -> bool:
+        """Whether no input was NaN or infinite."""
+        return all_finite(self.max_abs)
 
     def pool(self, processes: Processes) -> None:
         """Take in what the other processes saw; all of them call this, and end up equal."""

@@ -23,12 +23,22 @@ import torch
 
 from compress import walk
 from compress.pipeline import run_recipe
-from compress.recipe import build_recipe
+from compress.pruning import run_pruning
+from compress.recipe import build_pruning, build_recipe
 
 # A forked process cannot use the threads that its parent has started.
 torch.set_num_threads(1)
 WITH_TIMES = ("run.json", "report.html", "losses.jsonl")
 walk.TOKENS_PER_BATCH = 256  # several batches of little text
+
+
+def carry_out(values: dict[str, Any], out: Path, **how: Any) -> None:
+    """Quantize or prune."""
+    values = values | {"out": str(out)}
+    if values["stages"][0]["method"] == "prune":
+        run_pruning(build_pruning(values), **how)
+    else:
+        run_recipe(build_recipe(values), **how)
 
 
 def run(values: dict[str, Any], out: Path, before: Callable[[], None] = lambda: None) -> int:
@@ -38,7 +48,7 @@ def run(values: dict[str, Any], out: Path, before: Callable[[], None] = lambda: 
     try:
         before()
         with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
-            run_recipe(build_recipe(values | {"out": str(out)}), activation_memory=60_000)
+            carry_out(values, out, activation_memory=60_000)
     except BaseException as error:
         print(repr(error), file=sys.stderr, flush=True)
         os._exit(1)
@@ -127,7 +137,7 @@ def check(out: Path, whole: dict[str, str], how: str) -> None:
 
 def main() -> None:
     values, out, mode = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    run_recipe(build_recipe(values | {"out": str(out)}))  # here, so that no other has to import
+    carry_out(values, out)  # here, so that no other has to import
     shutil.rmtree(out)
     started = time.monotonic()
     killed(run(values, out))

@@ -1,0 +1,143 @@
+"""What pruning loses before any training, on each axis and by each score, as a page in Markdown.
+
+    python benchmarks/pruning.py WORK_FOLDER --model smollm2 --train c4.txt \\
+        --text wikitext2_valid.txt --out FILE.md
+
+Every run is a `compress prune` in a process of its own, by its command in the page; speeds are of
+`compress bench latency`.  What has scores is not run again (benchmarks/scored.py).  `--only REGEX`
+picks runs by name; the page is of all that have scores.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from runtime_cpu import processor
+from scored import Scored, compress
+
+# what is kept of SmolLM2-135M: depth 30, ffn 1536, hidden 576, heads 9
+AXES = {
+    "depth 24": ("--depth", "24"),
+    "ffn 1152": ("--ffn", "1152"),
+    "hidden 512": ("--hidden", "512"),
+    "heads 6": ("--heads", "6"),
+}
+AXES["all four"] = tuple(word for asked in AXES.values() for word in asked)
+METHODS = {
+    "default": (),
+    "default, not refitted": ("--no-refit",),
+    "Minitron": ("--score", "activation", "--no-refit"),
+    "magnitude": ("--score", "magnitude", "--depth-score", "magnitude", "--no-refit"),
+    "random": ("--score", "random", "--depth-score", "random", "--no-refit"),
+}
+ONLY_DEPTH = ("default", "magnitude", "random")  # of blocks the others are the default
+SPEED = ("--prompt-tokens", "512", "--new-tokens", "128", "--json")
+
+
+def main() -> None:
+    options = parse()
+    scores = options.scores or options.work / "scores"
+    scored = Scored(options.model, options.text, options.windows, options.work, scores)
+    for name, command in runs_of(options):
+        if re.search(options.only, name) and not scored.has(name):
+            scored.make(name, command)
+    for name in speeds_of():
+        if re.search(options.only, f"speed {name}") and not scored.has(f"speed-{name}"):
+            folder = options.model if name == "original" else str(options.work / name)
+            found = json.loads(compress("bench", "latency", folder, *SPEED))
+            scored.put(f"speed-{name}", found | {"model": name})
+    text = page(options, scored)
+    (options.out or options.work / "pruning.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--train", required=True, help="a text file to calibrate on")
+    parser.add_argument("--text", required=True, help="a text file to score on")
+    parser.add_argument("--samples", default="64")
+    parser.add_argument("--windows", default="32")
+    parser.add_argument("--only", default="", help="runs whose name matches")
+    parser.add_argument("--scores", type=Path, help="[default: scores in WORK_FOLDER]")
+    parser.add_argument("--out", type=Path, help="[default: pruning.md in WORK_FOLDER]")
+    return parser.parse_args()
+
+
+def name_of(axis: str, method: str) -> str:
+    return f"{axis} {method}".replace(",", "").replace(" ", "-").lower()
+
+
+def runs_of(options: argparse.Namespace) -> Iterable[tuple[str, tuple[str, ...]]]:
+    """Name and command of every checkpoint, in the order of the page."""
+    for axis, asked in AXES.items():
+        for method, how in METHODS.items():
+            if axis.startswith("depth") and method not in ONLY_DEPTH:
+                continue
+            data = ("--calibration", options.train, "--samples", options.samples)
+            yield name_of(axis, method), ("prune", options.model, *asked, *how, *data)
+
+
+def speeds_of() -> list[str]:
+    """The checkpoints whose speed is measured."""
+    return ["original", *(name_of(axis, "default") for axis in AXES)]
+
+
+def page(options: argparse.Namespace, scored: Scored) -> str:
+    """The record of runs that have scores."""
+    found = {name: scored.get(name) for name, _ in runs_of(options) if scored.has(name)}
+    lines = [
+        "# What pruning loses, before training",
+        "",
+        f"{options.model}, {processor()}; calibrated on {options.samples} sequences of 512 tokens "
+        f"of {Path(options.train).name}, scored on the first {options.windows} windows of 512 "
+        f"tokens of {Path(options.text).name} in float32. KL is from the original, in nats a "
+        "token. Minitron is its activation scores without a refit; of blocks it is the default.",
+        "",
+    ]
+    if found:
+        original = next(iter(found.values()))["perplexity_original"]
+        lines += ["| | parameters | perplexity | KL |", "|---|---|---|---|"]
+        lines.append(f"| original | | {original:.2f} | 0 |")
+        for axis in AXES:
+            for method in METHODS:
+                if score := found.get(name_of(axis, method)):
+                    lines.append(row(f"{axis}, {method}", score))
+        lines.append("")
+    speeds = {
+        name: scored.get(f"speed-{name}") for name in speeds_of() if scored.has(f"speed-{name}")
+    }
+    if "original" in speeds:
+        lines += speed_lines(speeds)
+    lines += ["## Commands", ""]
+    for name, command in runs_of(options):
+        if name in found:
+            words = (Path(word).name if word == options.train else word for word in command)
+            lines.append(f"    compress {' '.join(words)} --out {name}")
+    return "\n".join([*lines, ""])
+
+
+def row(name: str, score: dict[str, Any]) -> str:
+    perplexity, divergence = score["perplexity"], score["kl_mean"]
+    shown = f"{perplexity:.2f}" if perplexity < 1e5 else f"{perplexity:.1e}"
+    return f"| {name} | {score['parameters']:,} | {shown} | {divergence:.4f} |"
+
+
+def speed_lines(speeds: dict[str, dict[str, Any]]) -> list[str]:
+    """A table of tokens per second, and as a ratio to the original's."""
+    lines = ["## Speed, batch 1, 512 tokens and 128 new ones", ""]
+    lines += ["| | decoding, tokens/s | ratio | first token, ms |", "|---|---|---|---|"]
+    base = speeds["original"]["decode_tokens_per_s"]
+    for name, found in speeds.items():
+        rate = found["decode_tokens_per_s"]
+        first = found["time_to_first_token_s"] * 1000
+        lines.append(f"| {name} | {rate:.0f} | {rate / base:.2f} | {first:.0f} |")
+    return [*lines, ""]
+
+
+if __name__ == "__main__":
+    main()

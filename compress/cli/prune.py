@@ -1,0 +1,120 @@
+"""`compress prune`: a smaller stock model, from flags."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from compress.cli.options import JSON, OVERWRITE, RESTART, Size, carry_out, given
+from compress.core.errors import InputError
+
+
+@click.command("prune")
+@click.argument("model")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Output folder.")
+@click.option("--depth", type=int, help="Blocks to keep.")
+@click.option("--layers-out", type=int, help="Blocks to remove, in place of --depth.")
+@click.option("--hidden", type=int, help="Channels of the hidden states to keep.")
+@click.option("--ffn", type=int, help="Neurons of each block's MLP to keep.")
+@click.option("--heads", type=int, help="Query heads of each block to keep.")
+@click.option(
+    "--kv-heads",
+    type=int,
+    help="KV heads to keep.  [default: all, or one a head where it was so]",
+)
+@click.option(
+    "--score",
+    help="Of heads, neurons and channels: contribution, activation (Minitron's), magnitude or "
+    "random.  [default: contribution]",
+)
+@click.option(
+    "--depth-score", help="Of blocks: influence, magnitude or random.  [default: influence]"
+)
+@click.option(
+    "--refit/--no-refit",
+    default=None,
+    help="Solve for the weights that are kept.  [default: refit]",
+)
+@click.option(
+    "--set", "changes", multiple=True, metavar="KEY=VALUE", help="Another setting. Repeatable."
+)
+@click.option(
+    "--calibration",
+    help="self, a .txt, .jsonl, .parquet or .safetensors (token ids) file, or a data set "
+    "id[:config[:split]].  [default: self]",
+)
+@click.option("--samples", type=int, help="Calibration sequences.  [default: 1024]")
+@click.option("--seq-len", type=int, help="Tokens a sequence.  [default: 512]")
+@click.option("--seed", type=int, help="Seed of the calibration sample.  [default: 0]")
+@click.option("--dtype", help="Of the weights: auto, float32, bfloat16, float16.  [default: auto]")
+@click.option(
+    "--compute-dtype",
+    help="Of calibration forwards: auto, float32, bfloat16, float16.  [default: auto]",
+)
+@OVERWRITE
+@RESTART
+@click.option(
+    "--activation-memory",
+    type=Size(),
+    help="Hidden states to keep in memory, beside the disk: 500MB, 2GB.  "
+    "[default: a quarter of what is free]",
+)
+@JSON
+def prune_command(
+    model: str,
+    out: Path,
+    layers_out: int | None,
+    changes: tuple[str, ...],
+    calibration: str | None,
+    samples: int | None,
+    seq_len: int | None,
+    seed: int | None,
+    dtype: str | None,
+    compute_dtype: str | None,
+    overwrite: bool,
+    restart: bool,
+    activation_memory: int | None,
+    as_json: bool,
+    **kept: Any,
+) -> None:
+    """Take blocks, heads, neurons or channels out of MODEL, and write a stock model.
+
+    MODEL is a Hugging Face id, a folder, a .gguf file, or the alias smollm2.  Nothing is trained:
+    `compress distill` heals what comes out.
+
+    \b
+    Examples:
+      compress prune smollm2 --depth 24 --out smollm2-24
+      compress prune smollm2 --ffn 1152 --heads 6 --calibration c4.txt --out smollm2-thin
+      compress prune Qwen/Qwen3-1.7B --layers-out 8 --hidden 1536 --out qwen3-small
+      compress prune smollm2 --ffn 1152 --score magnitude --no-refit --out baseline
+
+    A run that was interrupted or killed goes on when the same command is given again.
+    """
+    from compress.recipe import build_pruning
+
+    recipe = build_pruning(
+        {
+            "model": model,
+            "out": out,
+            "stages": [given(layers_out=layers_out, **kept) | _settings(changes)],
+            "calibration": given(source=calibration, samples=samples, seq_len=seq_len, seed=seed),
+            **given(dtype=dtype, compute_dtype=compute_dtype),
+        },
+        "prune",
+    )
+    carry_out(recipe, overwrite, restart, activation_memory, False, as_json)
+
+
+def _settings(changes: Sequence[str]) -> dict[str, Any]:
+    """The settings in `--set` arguments."""
+    from compress.recipe import parse_yaml
+
+    found = {}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not (key and equals and value):
+            raise InputError(f"--set '{change}' is not KEY=VALUE, e.g. damping=0.02")
+        found[key] = parse_yaml(value, f"--set {key}")
+    return found

@@ -1,0 +1,159 @@
+"""What can be known before a pruning: whether it will work, and what it will take."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compress import calibration
+from compress.core.blocks import BlockModel
+from compress.core.device import default_device, native_bfloat16
+from compress.core.errors import InputError, reason_of
+from compress.core.outfolder import OutputFolder
+from compress.core.processes import processes
+from compress.core.progress import say
+from compress.core.resources import free_disk, free_memory, in_words
+from compress.core.shards import SINGLE_FILE_BYTES
+from compress.core.source import read_config, resolve_model
+from compress.preflight import INTERPRETER_BYTES
+from compress.prune.config import PruneConfig
+from compress.prune.parts import Parts, check_norms, parts_of
+from compress.prune.shape import Shape, pruned_shape, shape_of
+from compress.prune.stage import PruneStage
+from compress.prune.stock import config_entries
+from compress.prune.surgery import Kept, cut
+from compress.recipe import PruneRecipe
+
+UNITS = ("hidden", "ffn", "heads", "kv_heads")
+
+
+@dataclass(frozen=True)
+class PruneJob:
+    """A recipe that can be carried out: its model and stage, and what `auto` became here.
+
+    parameters  of the pruned model
+    """
+
+    recipe: PruneRecipe
+    model: BlockModel
+    stage: PruneStage
+    device: torch.device
+    dtype: torch.dtype
+    parameters: int
+
+    @property
+    def config(self) -> PruneConfig:
+        """Of the one stage."""
+        return self.recipe.stages[0]
+
+
+def preflight(recipe: PruneRecipe) -> PruneJob:
+    """Everything that can be refused in the first second; InputError then."""
+    device, compute = default_device(), recipe.compute_dtype
+    if compute == "auto":
+        compute = "bfloat16" if native_bfloat16(device) else "float32"
+    model = BlockModel(resolve_model(recipe.model), device, getattr(torch, compute))
+    dtype = model.stored_dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    config = recipe.stages[0]
+    shape = shape_of(model.config)
+    target = pruned_shape(shape, config)
+    parts = _parts(model, shape, target) if target.is_narrower_than(shape) else None
+    parameters = _check_class(model, parts, shape, target)
+    stage = PruneStage(config, shape, target, parts)
+    if stage.observes:
+        calibration.check_source(recipe.calibration)
+        if recipe.calibration.samples < (count := processes().count):
+            raise InputError(
+                f"{recipe.calibration.samples} samples cannot be shared out over {count} "
+                "processes; give more --samples, or start fewer processes"
+            )
+    for name in model.unknown_names():
+        say(f"Not carried over: {name} is in the checkpoint, but the model class does not use it")
+    return PruneJob(recipe, model, stage, device, dtype, parameters)
+
+
+def _parts(model: BlockModel, shape: Shape, target: Shape) -> Parts:
+    """The parts of the blocks, which are alike.  Raises InputError where they cannot be cut so."""
+    ref = model.source.ref
+    parts = parts_of(model.meta_block(0), ref)
+    for index in range(1, model.num_blocks):
+        if parts_of(model.meta_block(index), ref) != parts:
+            raise InputError(f"blocks 0 and {index} of '{ref}' have different parts; not supported")
+    if target.hidden < shape.hidden:
+        check_norms(model.load_block(0), parts, ref)
+        for name in model.outer_names():
+            if model.reader.shapes[name][-1] != shape.hidden:
+                raise InputError(
+                    f"tensor {name} of '{ref}' is {list(model.reader.shapes[name])}, and hidden "
+                    "channels cannot be taken out of it; leave hidden as it is"
+                )
+    return parts
+
+
+def _check_class(model: BlockModel, parts: Parts | None, shape: Shape, target: Shape) -> int:
+    """Build the stock class of the target without weights; returns its parameters.
+
+    Raises InputError when transformers refuses the config, or it asks for other shapes than a
+    block will have.
+    """
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    raw = read_config(model.source.folder)
+    layers = list(range(target.depth))
+    wanted: dict[str, Any] = raw | config_entries(raw, target, layers)
+    try:
+        config = CONFIG_MAPPING[wanted["model_type"]].from_dict(wanted)
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # a config class may refuse by any exception
+        raise InputError(
+            f"'{model.source.ref}' cannot be made {target}: {reason_of(error)}"
+        ) from None
+    block = copy.deepcopy(model.meta_block(0))
+    if parts is not None:
+        firsts = {key: torch.arange(getattr(target, key)) for key in UNITS}
+        cut(block, parts, Kept(**firsts), shape.head_dim)
+    theirs = built.get_submodule(model.block_name(0)).state_dict()
+    ours = block.state_dict()
+    for name in ours.keys() | theirs.keys():
+        found = [list(side[name].shape) if name in side else None for side in (ours, theirs)]
+        if found[0] != found[1]:
+            raise InputError(
+                f"'{model.source.ref}' cannot be made {target}: {name} of a block would be "
+                f"{found[0]}, and {type(built).__name__} takes {found[1]}"
+            )
+    tied = set(getattr(built, "all_tied_weights_keys", None) or ())
+    return sum(p.numel() for name, p in built.named_parameters() if name not in tied)
+
+
+def check_resources(job: PruneJob, activation_memory: int, folder: OutputFolder) -> None:
+    """Raise InputError where disk or memory will not do."""
+    model, data = job.model, job.recipe.calibration
+    output = job.parameters * job.dtype.itemsize
+    merged = output if output <= SINGLE_FILE_BYTES else 0
+    states = 0
+    block = model.meta_block(0)
+    weights = 4 * sum(parameter.numel() for parameter in block.parameters())
+    moments = 0
+    if job.stage.observes:
+        width = job.stage.shape.hidden * model.compute_dtype.itemsize
+        states = data.samples * data.seq_len * width
+        widths = (job.stage.shape.ffn, job.stage.shape.hidden)
+        moments = 4 * job.stage.workspace * max(widths) ** 2
+    disk = output + merged + 2 * states
+    place = folder.out.absolute().parent
+    held = sum(path.stat().st_size for path in folder.progress.rglob("*") if path.is_file())
+    if disk > (free := free_disk(place) + held):
+        raise InputError(
+            f"output '{folder.out}' takes up to {in_words(disk)} of disk while it is made, and "
+            f"'{place}' has {in_words(free)} free; free some, or put --out elsewhere"
+        )
+    on_gpu = job.device.type != "cpu"
+    memory = INTERPRETER_BYTES + min(states, activation_memory)
+    memory += 0 if on_gpu else 2 * weights + moments
+    if memory > (free := free_memory()):
+        raise InputError(
+            f"this run takes about {in_words(memory)} of memory, and {in_words(free)} are free; "
+            "close something, or lower --activation-memory"
+        )
