@@ -19,7 +19,7 @@ from runtime_cpu import processor
 from scored import Scored, compress
 
 # what is kept of SmolLM2-135M: depth 30, ffn 1536, hidden 576, heads 9
-AXES = {
+AXES: dict[str, tuple[str, ...]] = {
     "depth 24": ("--depth", "24"),
     "ffn 1152": ("--ffn", "1152"),
     "hidden 512": ("--hidden", "512"),

@@ -12,12 +12,15 @@ if TYPE_CHECKING:
     from compress.distillation import run_distillation
     from compress.evaluate import evaluate_text
     from compress.pipeline import run_recipe
+    from compress.pruning import run_pruning
     from compress.quant.methods import METHODS
     from compress.recipe import (
         CalibrationConfig,
         DistillRecipe,
+        PruneRecipe,
         Recipe,
         build_distillation,
+        build_pruning,
         build_recipe,
         load_recipe,
     )
@@ -34,13 +37,16 @@ _HOMES = {
     "Grammar": "compress.runtime.grammar",
     "InputError": "compress.core.errors",
     "LLM": "compress.runtime.llm",
+    "PruneRecipe": "compress.recipe",
     "Recipe": "compress.recipe",
     "SamplingParams": "compress.runtime.sampling_params",
     "build_distillation": "compress.recipe",
+    "build_pruning": "compress.recipe",
     "build_recipe": "compress.recipe",
     "evaluate_text": "compress.evaluate",
     "load_recipe": "compress.recipe",
     "run_distillation": "compress.distillation",
+    "run_pruning": "compress.pruning",
     "run_recipe": "compress.pipeline",
 }
 
@@ -51,13 +57,16 @@ __all__ = [
     "DistillRecipe",
     "Grammar",
     "InputError",
+    "PruneRecipe",
     "Recipe",
     "SamplingParams",
     "build_distillation",
+    "build_pruning",
     "build_recipe",
     "evaluate_text",
     "load_recipe",
     "run_distillation",
+    "run_pruning",
     "run_recipe",
 ]
 

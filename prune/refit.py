@@ -12,12 +12,11 @@ of channels this is optimal brain surgery's update of the weights that stay (Has
 no second pass: H is the statistic that every method here is computed from.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-MOST_RAISED = 8  # times that the damping grows tenfold until H can be inverted
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,10 @@ def refit(weight: Tensor, kept: Tensor, second_moment: Tensor, damping: float) -
     residual = weight @ beside - start @ moment
     mean = moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
     identity = torch.eye(len(kept), device=moment.device, dtype=moment.dtype)
-    for _ in range(MOST_RAISED):
-        factor, failed = torch.linalg.cholesky_ex(moment + damping * mean * identity)
-        if not failed:
-            break
+    factor, failed = torch.linalg.cholesky_ex(moment + damping * mean * identity)
+    while failed and math.isfinite(damping):
         damping *= 10
+        factor, failed = torch.linalg.cholesky_ex(moment + damping * mean * identity)
     found = start + torch.cholesky_solve(residual.T, factor).T
     output = weight @ second_moment
     power = float((output * weight).sum())

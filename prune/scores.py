@@ -93,8 +93,8 @@ def _after_block(
 def _watch_parts(
     seen: Activations, block: nn.Module, parts: Parts, head_dim: int
 ) -> list[RemovableHandle]:
-    output = block.get_submodule(parts.linear("o_proj"))
-    weight = output.weight.detach().float().unflatten(1, (-1, head_dim))  # [D, N, H]
+    weight = block.get_parameter(f"{parts.linear('o_proj')}.weight").detach().float()
+    weight = weight.unflatten(1, (-1, head_dim))  # [D, N, H]
     gram = torch.einsum("dnh,dni->nhi", weight, weight)
 
     def before_output(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -115,7 +115,7 @@ def _watch_parts(
 
     down = block.get_submodule(parts.linear("down_proj"))
     handles = [
-        output.register_forward_pre_hook(before_output),
+        block.get_submodule(parts.linear("o_proj")).register_forward_pre_hook(before_output),
         down.register_forward_pre_hook(before_down),
     ]
     for name in parts.norms:

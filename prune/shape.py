@@ -53,10 +53,10 @@ NAMES: Mapping[str, str] = {
 
 def shape_of(config: Any) -> Shape:
     """The shape of a model by its transformers config; 0 for what that does not have."""
-    found = {key: getattr(config, name, None) for key, name in NAMES.items()}
+    found = {key: getattr(config, name, None) or 0 for key, name in NAMES.items()}
     found["kv_heads"] = found["kv_heads"] or found["heads"]
-    found["head_dim"] = found["head_dim"] or found["hidden"] // found["heads"]
-    return Shape(**{key: number or 0 for key, number in found.items()})
+    found["head_dim"] = found["head_dim"] or found["hidden"] // max(found["heads"], 1)
+    return Shape(**found)
 
 
 def pruned_shape(shape: Shape, config: PruneConfig) -> Shape:

@@ -7,7 +7,14 @@ import yaml
 
 from compress.core.errors import InputError
 from compress.quant.methods import METHODS
-from compress.recipe import DISTILL, build_distillation, build_recipe, load_recipe, method_of
+from compress.recipe import (
+    DISTILL,
+    PRUNE,
+    build_distillation,
+    build_recipe,
+    load_recipe,
+    method_of,
+)
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 
@@ -20,7 +27,11 @@ def test_recipe_is_valid_and_says_its_command(path):
 
 
 def test_every_method_has_a_recipe():
-    assert {method_of(load_recipe(path).stages[0]) for path in RECIPES} == {*METHODS, DISTILL}
+    assert {method_of(load_recipe(path).stages[0]) for path in RECIPES} == {
+        *METHODS,
+        DISTILL,
+        PRUNE,
+    }
 
 
 GOOD = {"model": "m", "out": "o", "stages": [{"method": "awq"}]}
@@ -82,9 +93,35 @@ def test_losses_that_are_not_named_have_no_weight():
     assert weights(cross_entropy=0.5, forward_kl=2.0).forward_kl == 2.0
 
 
-def test_distillation_is_not_a_method_of_quantization():
-    with pytest.raises(InputError, match="is the command compress distill"):
-        build_recipe({**GOOD, "stages": [{"method": "distill"}]})
+@pytest.mark.parametrize("method", ["distill", "prune"])
+def test_these_are_no_methods_of_quantization(method):
+    with pytest.raises(InputError, match=f"is the command compress {method}"):
+        build_recipe({**GOOD, "stages": [{"method": method}]})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stages": [{"method": "prune", "fnn": 3}]}, "did you mean 'ffn'"),
+        ({"stages": [{"method": "prune", "damping": 0}]}, "damping"),
+        ({"calibration": 3}, "'calibration' is 3; it must hold keys and values"),
+        ({"calibration": {"samples": 0}}, "samples"),
+        ({"out": ".."}, "not a folder name"),
+    ],
+)
+def test_what_is_wrong_in_a_pruning_is_named(change, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = {"model": "m", "out": "o", "stages": [{"method": "prune", "ffn": 8}]}
+    Path("r.yaml").write_text(yaml.safe_dump({**good, **change}))
+    with pytest.raises(InputError, match=message):
+        load_recipe(Path("r.yaml"))
+
+
+def test_a_pruning_looks_at_as_many_samples_as_published(tmp_path):
+    path = tmp_path / "r.yaml"
+    stage = {"method": "prune", "ffn": 8}
+    path.write_text(yaml.safe_dump({"model": "m", "out": "o", "stages": [stage]}))
+    assert load_recipe(path).calibration.samples == 1024
 
 
 def test_missing_and_unreadable_files(tmp_path):
