@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -81,21 +84,23 @@ def carry_out(
     from compress.pruning import run_pruning
     from compress.recipe import DistillRecipe, PruneRecipe
 
-    if isinstance(recipe, DistillRecipe):
-        if dry_run or activation_memory is not None:
-            raise InputError(
-                "a distillation takes neither --dry-run nor --activation-memory; leave them out"
-            )
-        result, show = run_distillation(recipe, overwrite, restart), print_training
-    elif isinstance(recipe, PruneRecipe):
-        if dry_run:
-            raise InputError("a pruning takes no --dry-run; leave it out")
-        result, show = run_pruning(recipe, overwrite, restart, activation_memory), print_pruning
-    elif dry_run:
-        result, show = plan_recipe(recipe, overwrite, activation_memory), print_plan
-    else:
-        result = run_recipe(recipe, overwrite, restart, activation_memory)
-        show = print_report
+    with redirect_stdout(sys.stderr):  # trackers and other libraries print
+        if isinstance(recipe, DistillRecipe):
+            if dry_run or activation_memory is not None:
+                raise InputError(
+                    "a distillation takes neither --dry-run nor --activation-memory; leave them out"
+                )
+            result, show = run_distillation(recipe, overwrite, restart), print_training
+        elif isinstance(recipe, PruneRecipe):
+            if dry_run:
+                raise InputError("a pruning takes no --dry-run; leave it out")
+            result, show = run_pruning(recipe, overwrite, restart, activation_memory), print_pruning
+        elif dry_run:
+            result, show = plan_recipe(recipe, overwrite, activation_memory), print_plan
+        else:
+            result = run_recipe(recipe, overwrite, restart, activation_memory)
+            show = print_report
+    atexit.register(setattr, sys, "stdout", sys.stderr)  # they do so at exit too
     if processes().is_first:
         print_json(result) if as_json else show(result)
 

@@ -211,6 +211,16 @@ def test_the_command(values, tmp_path, text_file):
     assert "down_proj" in shown.stdout
 
 
+def test_what_libraries_print_is_not_among_the_results(values, tmp_path, text_file, monkeypatch):
+    """Trackers such as trackio print to standard output."""
+    monkeypatch.setattr("compress.pruning.write_report", lambda folder: print("a library speaks"))
+    command = ["prune", values()["model"], "--ffn", "56", "--calibration", str(text_file)]
+    command += ["--samples", "8", "--seq-len", "32", "--out", str(tmp_path / "out"), "--json"]
+    done = CliRunner().invoke(main, command)
+    assert json.loads(done.stdout)["pruning"]
+    assert "a library speaks" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
