@@ -53,26 +53,21 @@ def places_of(parts: Parts, kept: Kept, head_dim: int) -> dict[str, Place]:
 
 
 def cut(block: nn.Module, parts: Parts, kept: Kept, head_dim: int) -> None:
-    """Leave in a block what is kept, so that it runs on hidden states [B, S, D']."""
+    """Leave in a block's parameters what is kept; the block is to be written, not to be run."""
     for name, (rows, columns) in places_of(parts, kept, head_dim).items():
         linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        put_weight(linear, take(linear.weight.data, rows, columns))
+        linear.weight = _parameter(take(linear.weight.data, rows, columns))
         if linear.bias is not None:
-            linear.bias = nn.Parameter(take(linear.bias.data, rows), requires_grad=False)
+            linear.bias = _parameter(take(linear.bias.data, rows))
     for name in parts.norms:
-        for key, gain in block.get_submodule(name).named_parameters():
-            norm = block.get_submodule(name)
-            setattr(norm, key, nn.Parameter(take(gain.data, kept.hidden), requires_grad=False))
-    if kept.heads is not None and kept.kv_heads is not None:
-        attention = block.get_submodule(parts.attention)
-        attention.num_key_value_groups = len(kept.heads) // len(kept.kv_heads)  # type: ignore
+        norm = block.get_submodule(name)
+        for key, gain in list(norm.named_parameters()):
+            setattr(norm, key, _parameter(take(gain.data, kept.hidden)))
 
 
-def put_weight(linear: nn.Linear, weight: Tensor) -> None:
-    """Give a linear another weight, [out, in] of any sizes."""
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.out_features, linear.in_features = weight.shape
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def take(tensor: Tensor, rows: Tensor | None, columns: Tensor | None = None) -> Tensor:

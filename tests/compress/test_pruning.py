@@ -190,9 +190,9 @@ def test_blocks_of_unknown_parts_can_be_removed(values, tmp_path):
         run_pruning(build_pruning(values("phi3", out="other", ffn=40)))
 
 
-def test_killed_before_every_step(values, tmp_path):
+def test_killed_before_every_step(values, model_folder, tmp_path):
     (tmp_path / "place").mkdir()
-    given = values(**ALL) | {"stages": [{"method": "prune", **ALL}]}
+    given = values(folder=model_folder(layers=2)) | {"stages": [{"method": "prune", **ALL}]}
     given.pop("out")
     found = kill(given, tmp_path / "place" / "out", "every")
     assert found["killed"] > 20  # a commit for each block in both walks, parts, side files
