@@ -7,15 +7,19 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from compress.core.source import resolve_model
 from compress.quant.packed import PackedFolder
 
+QUANTIZE = ("quantize", "--method", "awq", "--group-size", "16")
+PRUNE = ("prune", "--hidden", "40", "--ffn", "56", "--heads", "4", "--layers-out", "1")
 
-def launch(processes, out, model, text_file, *more):
+
+def launch(processes, out, model, text_file, *more, does=QUANTIZE):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes"]
     command += [str(processes), *(["--multi_gpu"] if processes > 1 else []), "-m", "compress"]
-    command += ["quantize", str(model), "--method", "awq", "--group-size", "16"]
+    command += [does[0], str(model), *does[1:]]
     command += ["--calibration", str(text_file), "--samples", "7", "--seq-len", "64"]
     command += ["--compute-dtype", "float32", "--out", str(out), "--json", *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -56,3 +60,17 @@ def test_too_few_samples_for_the_processes(model_folder, text_file, tmp_path):
         "fewer processes"
     ]
     assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_prune_as_one(model_folder, text_file, tmp_path):
+    """The same is kept, and refits differ by float32 rounding of second moments."""
+    model = model_folder("qwen3")
+    for count in (1, 2):
+        done = launch(count, tmp_path / str(count), model, text_file, does=PRUNE)
+        assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / n / "compress.json").read_text())["pruning"] for n in "12")
+    assert one["blocks"] == two["blocks"]
+    assert one["hidden"] == two["hidden"]
+    weights = [load_file(tmp_path / n / "model.safetensors") for n in "12"]
+    for name, value in weights[0].items():
+        assert (weights[1][name] - value).abs().max() < 1e-4 * value.abs().max(), name
