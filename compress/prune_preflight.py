@@ -82,20 +82,14 @@ def _parts(model: BlockModel, shape: Shape, target: Shape) -> Parts:
             raise InputError(f"blocks 0 and {index} of '{ref}' have different parts; not supported")
     if target.hidden < shape.hidden:
         check_norms(model.load_block(0), parts, ref)
-        for name in model.outer_names():
-            if model.reader.shapes[name][-1] != shape.hidden:
-                raise InputError(
-                    f"tensor {name} of '{ref}' is {list(model.reader.shapes[name])}, and hidden "
-                    "channels cannot be taken out of it; leave hidden as it is"
-                )
     return parts
 
 
 def _check_class(model: BlockModel, parts: Parts | None, shape: Shape, target: Shape) -> int:
     """Build the stock class of the target without weights; returns its parameters.
 
-    Raises InputError when transformers refuses the config, or it asks for other shapes than a
-    block will have.
+    Raises InputError when transformers refuses the config, or it asks for other shapes than the
+    tensors outside the blocks and those of a block will have.
     """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -114,14 +108,19 @@ def _check_class(model: BlockModel, parts: Parts | None, shape: Shape, target: S
     if parts is not None:
         firsts = {key: torch.arange(getattr(target, key)) for key in UNITS}
         cut(block, parts, Kept(**firsts), shape.head_dim)
-    theirs = built.get_submodule(model.block_name(0)).state_dict()
-    ours = block.state_dict()
-    for name in ours.keys() | theirs.keys():
-        found = [list(side[name].shape) if name in side else None for side in (ours, theirs)]
-        if found[0] != found[1]:
+    place = f"{model.block_name(0)}."
+    ours = {place + name: tuple(value.shape) for name, value in block.state_dict().items()}
+    for name in model.outer_names():
+        *rows, width = model.reader.shapes[name]
+        ours[name] = (*rows, target.hidden if width == shape.hidden else width)
+    theirs = {model.stored_name(name): value.shape for name, value in built.state_dict().items()}
+    for name, found in ours.items():
+        stored = model.stored_name(name)
+        if stored not in theirs or tuple(theirs[stored]) != found:
+            wanted_shape = list(theirs[stored]) if stored in theirs else "nothing"
             raise InputError(
-                f"'{model.source.ref}' cannot be made {target}: {name} of a block would be "
-                f"{found[0]}, and {type(built).__name__} takes {found[1]}"
+                f"'{model.source.ref}' cannot be made {target}: {name} would be {list(found)}, "
+                f"and {type(built).__name__} takes {wanted_shape}"
             )
     tied = set(getattr(built, "all_tied_weights_keys", None) or ())
     return sum(p.numel() for name, p in built.named_parameters() if name not in tied)

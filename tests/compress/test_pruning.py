@@ -15,6 +15,7 @@ from compress.cli import main
 from compress.core.errors import InputError
 from compress.core.source import ModelSource
 from compress.evaluate import TextEvalConfig, evaluate_text
+from compress.prune import stock
 from compress.pruning import run_pruning
 from compress.recipe import build_pruning
 from tests.compress.test_resume import kill
@@ -179,6 +180,31 @@ def test_the_refit_is_what_is_reported(values, tmp_path, text_file):
     assert all(linear["error"] < 0.95 * linear["cut_error"] for linear in refitted)
     assert (tmp_path / "out" / "report.html").is_file()
     assert "80 to 40" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_refit_looks_at_the_first_sequences(values, tmp_path):
+    """Scores by weights, so that the sequences matter to the refit alone."""
+    given = values(ffn=40, score="magnitude", refit_samples=2)
+    run_pruning(build_pruning(given))
+    given["calibration"] = given["calibration"] | {"samples": 2}
+    run_pruning(build_pruning(given | {"out": tmp_path / "two"}))
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "two")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize("name", ["intermediate_size", "hidden_size"])
+def test_a_class_that_takes_other_shapes_is_refused(name, values, monkeypatch, tmp_path):
+    """Before anything is written, whatever the config says."""
+    right = stock.config_entries
+
+    def wrong(raw, target, layers):
+        entries = right(raw, target, layers)
+        return entries | {name: entries[name] + 6}
+
+    monkeypatch.setattr("compress.prune_preflight.config_entries", wrong)
+    with pytest.raises(InputError, match="cannot be made depth 4, hidden 42.*takes"):
+        run_pruning(build_pruning(values(hidden=42)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_blocks_of_unknown_parts_can_be_removed(values, tmp_path):
