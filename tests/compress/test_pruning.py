@@ -202,7 +202,7 @@ def test_a_class_that_takes_other_shapes_is_refused(name, values, monkeypatch, t
         return entries | {name: entries[name] + 6}
 
     monkeypatch.setattr("compress.prune_preflight.config_entries", wrong)
-    with pytest.raises(InputError, match="cannot be made depth 4, hidden 42.*takes"):
+    with pytest.raises(InputError, match=r"cannot be made depth 4, hidden 42.*takes"):
         run_pruning(build_pruning(values(hidden=42)))
     assert list(tmp_path.iterdir()) == []
 
