@@ -27,7 +27,7 @@ from typing import Any
 
 from layers_removed import remove
 from runtime_cpu import processor
-from scored import Scored
+from scored import Scored, add_options
 
 from compress.core.counts import parse_count
 
@@ -66,19 +66,12 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--train", required=True, help="a text file to calibrate and train on")
-    parser.add_argument("--text", required=True, help="a text file to score on")
+    add_options(parser, "healing.md")
     parser.add_argument("--removed", default="3-5,13-15", help="layers that the student lacks")
     parser.add_argument("--tokens", default="200k")
     parser.add_argument("--bits", type=int, nargs="*", default=[3, 4])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--group-size", default="64")
-    parser.add_argument("--windows", default="32")
-    parser.add_argument("--only", default="", help="runs whose name matches")
-    parser.add_argument("--scores", type=Path, help="[default: scores in WORK_FOLDER]")
-    parser.add_argument("--out", type=Path, help="[default: healing.md in WORK_FOLDER]")
     return parser.parse_args()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime_cpu import processor
-from scored import Scored, compress
+from scored import Scored, add_options, compress
 
 # what is kept of SmolLM2-135M: depth 30, ffn 1536, hidden 576, heads 9
 AXES: dict[str, tuple[str, ...]] = {
@@ -56,15 +56,8 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--train", required=True, help="a text file to calibrate on")
-    parser.add_argument("--text", required=True, help="a text file to score on")
+    add_options(parser, "pruning.md")
     parser.add_argument("--samples", default="64")
-    parser.add_argument("--windows", default="32")
-    parser.add_argument("--only", default="", help="runs whose name matches")
-    parser.add_argument("--scores", type=Path, help="[default: scores in WORK_FOLDER]")
-    parser.add_argument("--out", type=Path, help="[default: pruning.md in WORK_FOLDER]")
     return parser.parse_args()
 
 

@@ -4,6 +4,7 @@ Checkpoints stay in a work folder, where a run that was broken off goes on, and 
 so that what has scores is not made again.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -65,6 +66,18 @@ class Scored:
 
     def _path(self, name: str) -> Path:
         return self.scores / f"{name}.json"
+
+
+def add_options(parser: argparse.ArgumentParser, page: str) -> None:
+    """The options that every benchmark of scored checkpoints has; it writes `page`."""
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--train", required=True, help="a text file to calibrate and train on")
+    parser.add_argument("--text", required=True, help="a text file to score on")
+    parser.add_argument("--windows", default="32")
+    parser.add_argument("--only", default="", help="runs whose name matches")
+    parser.add_argument("--scores", type=Path, help="[default: scores in WORK_FOLDER]")
+    parser.add_argument("--out", type=Path, help=f"[default: {page} in WORK_FOLDER]")
 
 
 def compress(*command: str) -> str:

@@ -166,11 +166,7 @@ def distill_card(report: dict[str, Any]) -> str:
         f"`{student}`, trained{of_teacher} with compress {report['versions']['compress-llm']} on "
         f"{training['tokens']:,} tokens of `{Path(stage['data']['source']).name}`: {losses}{how}.",
         "",
-        "```python",
-        "from transformers import AutoModelForCausalLM",
-        f'model = AutoModelForCausalLM.from_pretrained("{recipe["out"]}")',
-        "```",
-        "",
+        *_plain_loading(recipe["out"]),
     ]
     if evaluations := training["evaluations"]:
         lines += [
@@ -195,11 +191,7 @@ def prune_card(report: dict[str, Any]) -> str:
         f"{sizes['parameters']:,} parameters of {sizes['original_parameters']:,}. It was not "
         "trained after that: `compress distill` does.",
         "",
-        "```python",
-        "from transformers import AutoModelForCausalLM",
-        f'model = AutoModelForCausalLM.from_pretrained("{recipe["out"]}")',
-        "```",
-        "",
+        *_plain_loading(recipe["out"]),
         "`compress.json` has what was kept, and how much each refitted linear lost.",
         "",
     ]
@@ -251,6 +243,11 @@ def _size_table(sizes: dict[str, Any], linears: int) -> list[str]:
         f"| quantized linears | {linears}, {sizes['quantized_weights']:,} weights of "
         f"{sizes['parameters']:,} parameters |",
     ]
+
+
+def _plain_loading(out: str) -> list[str]:
+    load = f'model = AutoModelForCausalLM.from_pretrained("{out}")'
+    return ["```python", "from transformers import AutoModelForCausalLM", load, "```", ""]
 
 
 def _loading_lines(out: str, format_name: str, symmetric: bool) -> list[str]:

@@ -45,17 +45,49 @@ JSON = click.option(
 )
 
 
+ACTIVATION_MEMORY = click.option(
+    "--activation-memory",
+    type=Size(),
+    help="Hidden states to keep in memory, beside the disk: 500MB, 2GB.  "
+    "[default: a quarter of what is free]",
+)
+
+
+def calibration_options(samples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Options of what a model is calibrated on and of dtypes; `samples` is the recipe's default."""
+    options = [
+        click.option(
+            "--calibration",
+            help="self, a .txt, .jsonl, .parquet or .safetensors (token ids) file, or a data set "
+            "id[:config[:split]].  [default: self]",
+        ),
+        click.option("--samples", type=int, help=f"Calibration sequences.  [default: {samples}]"),
+        click.option("--seq-len", type=int, help="Tokens a sequence.  [default: 512]"),
+        click.option("--seed", type=int, help="Seed of the calibration sample.  [default: 0]"),
+        click.option(
+            "--dtype",
+            help="Of what is in float: auto, float32, bfloat16, float16.  [default: auto]",
+        ),
+        click.option(
+            "--compute-dtype",
+            help="Of calibration forwards: auto, float32, bfloat16, float16.  [default: auto]",
+        ),
+    ]
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 def run_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that `carry_out` takes, in the order in which --help shows them."""
     options = [
         OVERWRITE,
         RESTART,
-        click.option(
-            "--activation-memory",
-            type=Size(),
-            help="Hidden states to keep in memory, beside the disk: 500MB, 2GB.  "
-            "[default: a quarter of what is free]",
-        ),
+        ACTIVATION_MEMORY,
         click.option(
             "--dry-run",
             is_flag=True,

@@ -6,7 +6,15 @@ from typing import Any
 
 import click
 
-from compress.cli.options import JSON, OVERWRITE, RESTART, Size, carry_out, given
+from compress.cli.options import (
+    ACTIVATION_MEMORY,
+    JSON,
+    OVERWRITE,
+    RESTART,
+    calibration_options,
+    carry_out,
+    given,
+)
 from compress.core.errors import InputError
 
 
@@ -39,27 +47,10 @@ from compress.core.errors import InputError
 @click.option(
     "--set", "changes", multiple=True, metavar="KEY=VALUE", help="Another setting. Repeatable."
 )
-@click.option(
-    "--calibration",
-    help="self, a .txt, .jsonl, .parquet or .safetensors (token ids) file, or a data set "
-    "id[:config[:split]].  [default: self]",
-)
-@click.option("--samples", type=int, help="Calibration sequences.  [default: 1024]")
-@click.option("--seq-len", type=int, help="Tokens a sequence.  [default: 512]")
-@click.option("--seed", type=int, help="Seed of the calibration sample.  [default: 0]")
-@click.option("--dtype", help="Of the weights: auto, float32, bfloat16, float16.  [default: auto]")
-@click.option(
-    "--compute-dtype",
-    help="Of calibration forwards: auto, float32, bfloat16, float16.  [default: auto]",
-)
+@calibration_options(samples=1024)
 @OVERWRITE
 @RESTART
-@click.option(
-    "--activation-memory",
-    type=Size(),
-    help="Hidden states to keep in memory, beside the disk: 500MB, 2GB.  "
-    "[default: a quarter of what is free]",
-)
+@ACTIVATION_MEMORY
 @JSON
 def prune_command(
     model: str,

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from compress.cli.options import carry_out, given, run_options
+from compress.cli.options import calibration_options, carry_out, given, run_options
 from compress.core.errors import InputError
 
 
@@ -35,21 +35,7 @@ from compress.core.errors import InputError
     help="A setting of the method (clip=false), or of some linears by name, its end or re:REGEX "
     "(down_proj:bits=8). Several as KEY=VALUE,KEY=VALUE. Repeatable.",
 )
-@click.option(
-    "--calibration",
-    help="self, a .txt, .jsonl, .parquet or .safetensors (token ids) file, or a data set "
-    "id[:config[:split]].  [default: self]",
-)
-@click.option("--samples", type=int, help="Calibration sequences.  [default: 64]")
-@click.option("--seq-len", type=int, help="Tokens a sequence.  [default: 512]")
-@click.option("--seed", type=int, help="Seed of the calibration sample.  [default: 0]")
-@click.option(
-    "--dtype", help="Of what stays in float: auto, float32, bfloat16, float16.  [default: auto]"
-)
-@click.option(
-    "--compute-dtype",
-    help="Of calibration forwards: auto, float32, bfloat16, float16.  [default: auto]",
-)
+@calibration_options(samples=64)
 @run_options
 def quantize_command(
     model: str,
