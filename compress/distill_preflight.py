@@ -11,7 +11,7 @@ from compress.core.device import default_device
 from compress.core.errors import InputError, shown
 from compress.core.outfolder import OutputFolder
 from compress.core.progress import say
-from compress.core.resources import free_disk, free_memory, in_words
+from compress.core.resources import free_memory, in_words
 from compress.core.source import resolve_model
 from compress.core.tokenizer import load_tokenizer
 from compress.distill.checkpoint import KEPT
@@ -163,13 +163,7 @@ def _adapter_parameters(job: DistillJob) -> int:
 def check_resources(job: DistillJob, folder: OutputFolder) -> None:
     """Raise InputError where disk or memory will not do."""
     needs = needs_of(job)
-    place = folder.out.absolute().parent
-    held = sum(path.stat().st_size for path in folder.progress.rglob("*") if path.is_file())
-    if needs["disk"] > (free := free_disk(place) + held):
-        raise InputError(
-            f"output '{folder.out}' takes up to {in_words(needs['disk'])} of disk while it is made "
-            f"and '{place}' has {in_words(free)} free; free some, or put --out elsewhere"
-        )
+    folder.check_disk(needs["disk"])
     on_gpu = job.device.type == "cuda"
     free = torch.cuda.mem_get_info(job.device)[0] if on_gpu else free_memory() - INTERPRETER_BYTES
     if needs["memory"] > free:

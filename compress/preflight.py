@@ -13,7 +13,7 @@ from compress.core.errors import InputError
 from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
 from compress.core.progress import say
-from compress.core.resources import free_disk, free_memory, in_words
+from compress.core.resources import free_memory, in_words
 from compress.core.shards import SINGLE_FILE_BYTES
 from compress.core.source import resolve_model
 from compress.core.stage import Stage
@@ -215,13 +215,7 @@ def _training_bytes(job: Job) -> tuple[int, int]:
 
 def check_resources(job: Job, needs: Needs, folder: OutputFolder) -> None:
     """Raise InputError where disk or memory will not do."""
-    place = folder.out.absolute().parent
-    held = sum(path.stat().st_size for path in folder.progress.rglob("*") if path.is_file())
-    if needs.disk > (free := free_disk(place) + held):
-        raise InputError(
-            f"output '{folder.out}' takes up to {in_words(needs.disk)} of disk while it is made, "
-            f"and '{place}' has {in_words(free)} free; free some, or put --out elsewhere"
-        )
+    folder.check_disk(needs.disk)
     free = free_memory()
     if needed_text(job) and job.recipe.calibration.source == "self":
         whole = job.model.num_parameters * (2 if native_bfloat16(job.device) else 4)

@@ -13,7 +13,7 @@ from compress.core.errors import InputError, reason_of
 from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
 from compress.core.progress import say
-from compress.core.resources import free_disk, free_memory, in_words
+from compress.core.resources import free_memory, in_words
 from compress.core.shards import SINGLE_FILE_BYTES
 from compress.core.source import read_config, resolve_model
 from compress.preflight import INTERPRETER_BYTES
@@ -140,14 +140,7 @@ def check_resources(job: PruneJob, activation_memory: int, folder: OutputFolder)
         states = data.samples * data.seq_len * width
         widths = (job.stage.shape.ffn, job.stage.shape.hidden)
         moments = 4 * job.stage.workspace * max(widths) ** 2
-    disk = output + merged + 2 * states
-    place = folder.out.absolute().parent
-    held = sum(path.stat().st_size for path in folder.progress.rglob("*") if path.is_file())
-    if disk > (free := free_disk(place) + held):
-        raise InputError(
-            f"output '{folder.out}' takes up to {in_words(disk)} of disk while it is made, and "
-            f"'{place}' has {in_words(free)} free; free some, or put --out elsewhere"
-        )
+    folder.check_disk(output + merged + 2 * states)
     on_gpu = job.device.type != "cpu"
     memory = INTERPRETER_BYTES + min(states, activation_memory)
     memory += 0 if on_gpu else 2 * weights + moments

@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 from compress.core.commits import Commits
 from compress.core.errors import InputError
 from compress.core.progress import say
+from compress.core.resources import free_disk, in_words
 
 
 class OutputFolder:
@@ -62,6 +63,19 @@ class OutputFolder:
             if isinstance(error, InputError):
                 raise
             raise self._refused(error) from None
+
+    def check_disk(self, needed: int) -> None:
+        """Raise InputError where the disk has fewer bytes free than a run needs.
+
+        What a broken-off run towards this output holds counts as free.
+        """
+        place = self.out.absolute().parent
+        held = sum(path.stat().st_size for path in self.progress.rglob("*") if path.is_file())
+        if needed > (free := free_disk(place) + held):
+            raise InputError(
+                f"output '{self.out}' takes up to {in_words(needed)} of disk while it is made, and "
+                f"'{place}' has {in_words(free)} free; free some, or put --out elsewhere"
+            )
 
     @property
     def has_trained(self) -> bool:

@@ -357,7 +357,7 @@ def test_too_little_memory_or_disk(recipe, monkeypatch):
         patched.setattr(distill_preflight, "free_memory", lambda: 1000)
         with pytest.raises(InputError, match=r"training takes at least .* of memory"):
             run_distillation(recipe())
-    monkeypatch.setattr(distill_preflight, "free_disk", lambda _: 1000)
+    monkeypatch.setattr("compress.core.outfolder.free_disk", lambda _: 1000)
     with pytest.raises(InputError, match="of disk while it is made"):
         run_distillation(recipe())
 

@@ -207,6 +207,17 @@ def test_a_class_that_takes_other_shapes_is_refused(name, values, monkeypatch, t
     assert list(tmp_path.iterdir()) == []
 
 
+def test_too_little_memory_or_disk(values, monkeypatch, tmp_path):
+    with monkeypatch.context() as patched:
+        patched.setattr("compress.prune_preflight.free_memory", lambda: 1000)
+        with pytest.raises(InputError, match="of memory, and 1 kB are free"):
+            run_pruning(build_pruning(values(ffn=40)))
+    monkeypatch.setattr("compress.core.outfolder.free_disk", lambda _: 1000)
+    with pytest.raises(InputError, match="of disk while it is made"):
+        run_pruning(build_pruning(values(ffn=40)))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_blocks_of_unknown_parts_can_be_removed(values, tmp_path):
     """Phi 3 has fused projections."""
     report = run_pruning(build_pruning(values("phi3", depth=2)))
