@@ -216,16 +216,9 @@ def _training_bytes(job: Job) -> tuple[int, int]:
 def check_resources(job: Job, needs: Needs, folder: OutputFolder) -> None:
     """Raise InputError where disk or memory will not do."""
     folder.check_disk(needs.disk)
-    free = free_memory()
-    if needed_text(job) and job.recipe.calibration.source == "self":
-        whole = job.model.num_parameters * (2 if native_bfloat16(job.device) else 4)
-        if job.device.type == "cpu" and whole > free:
-            raise InputError(
-                f"calibration on text that the model samples itself loads the whole model, "
-                f"{in_words(whole)}, and {in_words(free)} of memory are free; give --calibration "
-                "a text file or a data set"
-            )
-    if needs.host > free:
+    if needed_text(job):
+        check_sampling(job.recipe.calibration, job.model, job.device)
+    if needs.host > (free := free_memory()):
         raise InputError(
             f"this run takes about {in_words(needs.host)} of memory, and {in_words(free)} are "
             "free; close something, or lower --activation-memory"
@@ -234,6 +227,17 @@ def check_resources(job: Job, needs: Needs, folder: OutputFolder) -> None:
         raise InputError(
             f"a block takes about {in_words(needs.device)} of GPU memory, and {in_words(free)} "
             "are free; close what else uses the GPU, or hide it with CUDA_VISIBLE_DEVICES="
+        )
+
+
+def check_sampling(data: CalibrationConfig, model: BlockModel, device: torch.device) -> None:
+    """Raise InputError where text is to be sampled from a model that memory does not hold."""
+    whole = model.num_parameters * (2 if native_bfloat16(device) else 4)
+    if data.source == "self" and device.type == "cpu" and whole > (free := free_memory()):
+        raise InputError(
+            f"calibration on text that the model samples itself loads the whole model, "
+            f"{in_words(whole)}, and {in_words(free)} of memory are free; give --calibration "
+            "a text file or a data set"
         )
 
 

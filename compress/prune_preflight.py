@@ -16,7 +16,7 @@ from compress.core.progress import say
 from compress.core.resources import free_memory, in_words
 from compress.core.shards import SINGLE_FILE_BYTES
 from compress.core.source import read_config, resolve_model
-from compress.preflight import INTERPRETER_BYTES
+from compress.preflight import INTERPRETER_BYTES, check_sampling
 from compress.prune.config import PruneConfig
 from compress.prune.parts import Parts, check_norms, parts_of
 from compress.prune.shape import Shape, pruned_shape, shape_of
@@ -95,7 +95,7 @@ def _check_class(model: BlockModel, parts: Parts | None, shape: Shape, target: S
 
     raw = read_config(model.source.folder)
     layers = list(range(target.depth))
-    wanted: dict[str, Any] = raw | config_entries(raw, target, layers)
+    wanted: dict[str, Any] = raw | config_entries(model.config, target, layers)
     try:
         config = CONFIG_MAPPING[wanted["model_type"]].from_dict(wanted)
         with torch.device("meta"):
@@ -141,6 +141,8 @@ def check_resources(job: PruneJob, activation_memory: int, folder: OutputFolder)
         widths = (job.stage.shape.ffn, job.stage.shape.hidden)
         moments = 4 * job.stage.workspace * max(widths) ** 2
     folder.check_disk(output + merged + 2 * states)
+    if job.stage.observes:
+        check_sampling(data, model, job.device)
     on_gpu = job.device.type != "cpu"
     memory = INTERPRETER_BYTES + min(states, activation_memory)
     memory += 0 if on_gpu else 2 * weights + moments

@@ -19,7 +19,6 @@ from compress.core.commits import numbered
 from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
 from compress.core.shards import ShardWriter, in_stored_dtype
-from compress.core.source import read_config
 from compress.core.stage import Block
 from compress.inspection import inspect_folder
 from compress.pipeline import broken_off, identity, made_once, outer_tensors
@@ -70,7 +69,7 @@ def _prune(walk: Walk[PruneJob], folder: OutputFolder) -> dict[str, Any]:
     plan = _plan(walk, tokens)
     writer = ShardWriter(folder.output)
     if walk.commits.get("outer") is None:
-        outer = partial(_outer_rows, plan=plan)
+        outer = partial(_outer_rows, plan=plan, width=stage.shape.hidden)
         first(lambda: writer.write("outer", outer_tensors(job.model, job.dtype, outer)))
         first(lambda: walk.commits.put("outer", True))
     walk.observe, walk.title, walk.tokens = None, "Pruning blocks", None
@@ -99,9 +98,9 @@ def _plan(walk: Walk[PruneJob], tokens: Tensor | None) -> Plan:
     return Plan(**commits.get("plan"))
 
 
-def _outer_rows(rows: Tensor, plan: Plan) -> Tensor:
-    """Of a tensor outside the blocks, whose last dimension is hidden channels, what is kept."""
-    if plan.hidden is None:
+def _outer_rows(rows: Tensor, plan: Plan, width: int) -> Tensor:
+    """Of a tensor outside the blocks what is kept, where it ends in the hidden channels."""
+    if plan.hidden is None or rows.shape[-1] != width:
         return rows
     kept = rows.index_select(-1, plan.hidden.to(rows.device))
     return kept * plan.final_gain if rows.dim() == 1 else kept
@@ -131,7 +130,7 @@ def _finish(
     job, source = walk.job, walk.job.model.source
     parts = [numbered("block", number) for number in range(len(plan.layers))]
     total = writer.finish(["outer", *parts])
-    entries = config_entries(read_config(source.folder), job.stage.target, plan.layers)
+    entries = config_entries(job.model.config, job.stage.target, plan.layers)
     report = _report(job, plan, made, total)
     times = {"calibration_seconds": made["calibration_seconds"], "seconds": walk.clock.seconds}
     times = {name: round(value, 1) for name, value in times.items()}

@@ -197,8 +197,8 @@ def test_a_class_that_takes_other_shapes_is_refused(name, values, monkeypatch, t
     """Before anything is written, whatever the config says."""
     right = stock.config_entries
 
-    def wrong(raw, target, layers):
-        entries = right(raw, target, layers)
+    def wrong(config, target, layers):
+        entries = right(config, target, layers)
         return entries | {name: entries[name] + 6}
 
     monkeypatch.setattr("compress.prune_preflight.config_entries", wrong)

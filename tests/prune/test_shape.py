@@ -1,6 +1,7 @@
 """What can be asked of a shape, and the stock class that holds the answer."""
 
 import pytest
+from transformers import LlamaConfig, Qwen2Config
 
 from compress.core.errors import InputError
 from compress.prune.config import PruneConfig
@@ -48,7 +49,7 @@ def test_what_is_not_possible_is_refused(asked, message):
 
 
 def test_llama_becomes_mistral_only_where_it_must():
-    raw = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    raw = LlamaConfig()
     odd = Shape(30, 512, 1536, 9, 3, 64)  # 512 is no multiple of 9
     entries = config_entries(raw, odd, range(30))
     assert entries["model_type"] == "mistral"
@@ -56,11 +57,11 @@ def test_llama_becomes_mistral_only_where_it_must():
     even = Shape(30, 512, 1536, 8, 2, 64)
     assert "model_type" not in config_entries(raw, even, range(30))
     with pytest.raises(InputError, match="choose a multiple"):
-        config_entries(raw | {"mlp_bias": True}, odd, range(30))
+        config_entries(LlamaConfig(mlp_bias=True), odd, range(30))
 
 
-def test_lists_by_layer_keep_the_layers_that_stay():
-    raw = {"model_type": "qwen2", "layer_types": ["a", "b", "c"], "no_rope_layers": [1, 0, 1]}
-    entries = config_entries(raw, Shape(2, 64, 96, 8, 8, 8), [0, 2])
-    assert entries["layer_types"] == ["a", "c"]
-    assert entries["no_rope_layers"] == [1, 1]
+def test_layers_keep_their_windows():
+    """Those from max_window_layers on have one, by numbers that pruning changes."""
+    config = Qwen2Config(num_hidden_layers=4, use_sliding_window=True, max_window_layers=2)
+    entries = config_entries(config, Shape(3, 64, 96, 8, 8, 8), [0, 2, 3])
+    assert entries["layer_types"] == ["full_attention", "sliding_attention", "sliding_attention"]
