@@ -21,7 +21,7 @@ from compress.quant.config import Grid, settle_grids
 from compress.quant.formats import FORMATS, Format
 from compress.quant.qat import QatConfig
 from compress.quant.weight import QuantizedWeight
-from compress.recipe import CalibrationConfig, Recipe
+from compress.recipe import CalibrationConfig, PruneRecipe, Recipe
 
 MOST_HELD_OUT = 16  # sequences to evaluate a training on
 HELD_OUT = 16  # of so many sequences one is held out
@@ -62,13 +62,7 @@ class Needs:
 
 def preflight(recipe: Recipe) -> Job:
     """Everything that can be refused in the first second; InputError then."""
-    source = resolve_model(recipe.model)
-    device = default_device()
-    compute = recipe.compute_dtype
-    if compute == "auto":
-        compute = "bfloat16" if native_bfloat16(device) else "float32"
-    model = BlockModel(source, device, getattr(torch, compute))
-    dtype = model.stored_dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    model, dtype = open_model(recipe)
     config = recipe.stages[0]
     linears = {
         f"{model.block_name(index)}.{name}": linear
@@ -89,16 +83,34 @@ def preflight(recipe: Recipe) -> Job:
         _check_block_training(recipe)
     if stage.needs_statistics or stage.trains_model:
         calibration.check_source(recipe.calibration)
-    if stage.needs_statistics and recipe.calibration.samples < processes().count:
-        raise InputError(
-            f"{recipe.calibration.samples} samples cannot be shared out over "
-            f"{processes().count} processes; give more --samples, or start fewer processes"
-        )
+    if stage.needs_statistics:
+        check_shares(recipe.calibration)
     for remark in remarks:
         say(remark)
+    return Job(recipe, model, stage, grids, model.device, dtype)
+
+
+def open_model(recipe: Recipe | PruneRecipe) -> tuple[BlockModel, torch.dtype]:
+    """The model of a recipe, on the device it is to be computed on, and the dtype to store.
+
+    Says what of the checkpoint will not be carried over.  Raises InputError.
+    """
+    device, compute = default_device(), recipe.compute_dtype
+    if compute == "auto":
+        compute = "bfloat16" if native_bfloat16(device) else "float32"
+    model = BlockModel(resolve_model(recipe.model), device, getattr(torch, compute))
     for name in model.unknown_names():
         say(f"Not carried over: {name} is in the checkpoint, but the model class does not use it")
-    return Job(recipe, model, stage, grids, device, dtype)
+    return model, model.stored_dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+
+
+def check_shares(data: CalibrationConfig) -> None:
+    """Raise InputError where there are more processes than sequences."""
+    if data.samples < (count := processes().count):
+        raise InputError(
+            f"{data.samples} samples cannot be shared out over {count} processes; give more "
+            "--samples, or start fewer processes"
+        )
 
 
 def _check_block_training(recipe: Recipe) -> None:

@@ -8,15 +8,12 @@ import torch
 
 from compress import calibration
 from compress.core.blocks import BlockModel
-from compress.core.device import default_device, native_bfloat16
 from compress.core.errors import InputError, reason_of
 from compress.core.outfolder import OutputFolder
-from compress.core.processes import processes
-from compress.core.progress import say
 from compress.core.resources import free_memory, in_words
 from compress.core.shards import SINGLE_FILE_BYTES
-from compress.core.source import read_config, resolve_model
-from compress.preflight import INTERPRETER_BYTES, check_sampling
+from compress.core.source import read_config
+from compress.preflight import INTERPRETER_BYTES, check_sampling, check_shares, open_model
 from compress.prune.config import PruneConfig
 from compress.prune.parts import Parts, check_norms, parts_of
 from compress.prune.shape import Shape, pruned_shape, shape_of
@@ -50,11 +47,7 @@ class PruneJob:
 
 def preflight(recipe: PruneRecipe) -> PruneJob:
     """Everything that can be refused in the first second; InputError then."""
-    device, compute = default_device(), recipe.compute_dtype
-    if compute == "auto":
-        compute = "bfloat16" if native_bfloat16(device) else "float32"
-    model = BlockModel(resolve_model(recipe.model), device, getattr(torch, compute))
-    dtype = model.stored_dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    model, dtype = open_model(recipe)
     config = recipe.stages[0]
     shape = shape_of(model.config)
     target = pruned_shape(shape, config)
@@ -63,14 +56,8 @@ def preflight(recipe: PruneRecipe) -> PruneJob:
     stage = PruneStage(config, shape, target, parts)
     if stage.observes:
         calibration.check_source(recipe.calibration)
-        if recipe.calibration.samples < (count := processes().count):
-            raise InputError(
-                f"{recipe.calibration.samples} samples cannot be shared out over {count} "
-                "processes; give more --samples, or start fewer processes"
-            )
-    for name in model.unknown_names():
-        say(f"Not carried over: {name} is in the checkpoint, but the model class does not use it")
-    return PruneJob(recipe, model, stage, device, dtype, parameters)
+        check_shares(recipe.calibration)
+    return PruneJob(recipe, model, stage, model.device, dtype, parameters)
 
 
 def _parts(model: BlockModel, shape: Shape, target: Shape) -> Parts:
