@@ -1,7 +1,8 @@
 """What can be known before a pruning: whether it will work, and what it will take."""
 
 import copy
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,12 +11,14 @@ from compress import calibration
 from compress.core.blocks import BlockModel
 from compress.core.errors import InputError, reason_of
 from compress.core.outfolder import OutputFolder
+from compress.core.progress import say
 from compress.core.resources import free_memory, in_words
 from compress.core.shards import SINGLE_FILE_BYTES
 from compress.core.source import read_config
 from compress.preflight import INTERPRETER_BYTES, check_sampling, check_shares, open_model
 from compress.prune.config import PruneConfig
 from compress.prune.parts import Parts, check_norms, parts_of
+from compress.prune.search import AXES, numbers_of, smallest
 from compress.prune.shape import Shape, pruned_shape, shape_of
 from compress.prune.stage import PruneStage
 from compress.prune.stock import config_entries
@@ -26,10 +29,26 @@ UNITS = ("hidden", "ffn", "heads", "kv_heads")
 
 
 @dataclass(frozen=True)
+class Space:
+    """Where a shape is looked for.
+
+    target, limit  the setting that asks for it, and its number
+    start          the original's shape with the numbers that are given
+    axes           those that may change
+    """
+
+    target: str
+    limit: float
+    start: Shape
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class PruneJob:
     """A recipe that can be carried out: its model and stage, and what `auto` became here.
 
-    parameters  of the pruned model
+    stage       of the shape asked for; where one is looked for, of the smallest in `space`
+    parameters  of the pruned model; where a shape is looked for, at most
     """
 
     recipe: PruneRecipe
@@ -38,11 +57,28 @@ class PruneJob:
     device: torch.device
     dtype: torch.dtype
     parameters: int
+    space: Space | None
 
     @property
     def config(self) -> PruneConfig:
         """Of the one stage."""
         return self.recipe.stages[0]
+
+    @property
+    def unit(self) -> int | None:
+        """What a parameter counts towards the target; None where that is a time."""
+        target = self.space.target if self.space else None
+        return {"target_params": 1, "target_memory": self.dtype.itemsize}.get(target or "")
+
+    def parameters_of(self, target: Shape) -> int:
+        """The number of parameters of a shape."""
+        shapes = tensor_shapes(self.model, self.stage.parts, self.stage.shape, target)
+        inside = f"{self.model.block_name(0)}."
+        return sum(
+            math.prod(found) * (target.depth if name.startswith(inside) else 1)
+            for name, found in shapes.items()
+            if name not in self.model.tied_names
+        )
 
 
 def preflight(recipe: PruneRecipe) -> PruneJob:
@@ -50,14 +86,64 @@ def preflight(recipe: PruneRecipe) -> PruneJob:
     model, dtype = open_model(recipe)
     config = recipe.stages[0]
     shape = shape_of(model.config)
-    target = pruned_shape(shape, config)
+    target = start = pruned_shape(shape, config)
+    space = None
+    if config.target is not None:
+        space = Space(*config.target, start, _free_axes(model, shape, config))
+        target = smallest(start, space.axes)
     parts = _parts(model, shape, target) if target.is_narrower_than(shape) else None
-    parameters = _check_class(model, parts, shape, target)
+    parameters = check_class(model, parts, shape, target)
     stage = PruneStage(config, shape, target, parts)
-    if stage.observes:
+    if stage.observes or space is not None:
         calibration.check_source(recipe.calibration)
         check_shares(recipe.calibration)
-    return PruneJob(recipe, model, stage, model.device, dtype, parameters)
+    job = PruneJob(recipe, model, stage, model.device, dtype, parameters, space)
+    if space is None:
+        return job
+    job = replace(job, parameters=job.parameters_of(start))
+    if (unit := job.unit) is not None:
+        check_limit(space, target, unit * job.parameters, unit * parameters)
+    return job
+
+
+def _free_axes(model: BlockModel, shape: Shape, config: PruneConfig) -> tuple[str, ...]:
+    """The axes on which no number is given, and this model can be cut.
+
+    Raises InputError where there is none.
+    """
+    given = {axis for axis in AXES if getattr(config, axis) is not None}
+    given |= {"depth"} if config.layers_out is not None else set()
+    given |= {"heads"} if config.kv_heads is not None else set()
+    free = [axis for axis in AXES if axis not in given and len(numbers_of(shape, axis)) > 1]
+    refused: dict[str, list[str]] = {}
+    for axis in [axis for axis in free if axis != "depth"]:
+        try:
+            _parts(model, shape, smallest(shape, [axis]))
+        except InputError as error:
+            refused.setdefault(str(error), []).append(axis)
+            free.remove(axis)
+    for reason, axes in refused.items():
+        say(f"Leaving {', '.join(axes)} as they are: {reason}")
+    if not free:
+        raise InputError(
+            "a target is given, and no number is left to choose; leave out one of "
+            f"{', '.join(AXES)}, or the target"
+        )
+    return tuple(free)
+
+
+def check_limit(space: Space, small: Shape, most: float, least: float) -> None:
+    """Raise InputError unless the limit is between what the start and the smallest shape take."""
+    if space.limit >= most:
+        raise InputError(
+            f"{space.target} = {space.limit:g} asks for nothing: {space.start} takes {most:g}; "
+            "give less"
+        )
+    if space.limit < least:
+        raise InputError(
+            f"{space.target} = {space.limit:g} is not possible: the smallest shape looked at "
+            f"({small}) takes {least:g}; give more, or numbers of your own"
+        )
 
 
 def _parts(model: BlockModel, shape: Shape, target: Shape) -> Parts:
@@ -72,36 +158,53 @@ def _parts(model: BlockModel, shape: Shape, target: Shape) -> Parts:
     return parts
 
 
-def _check_class(model: BlockModel, parts: Parts | None, shape: Shape, target: Shape) -> int:
-    """Build the stock class of the target without weights; returns its parameters.
-
-    Raises InputError when transformers refuses the config, or it asks for other shapes than the
-    tensors outside the blocks and those of a block will have.
-    """
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    raw = read_config(model.source.folder)
-    layers = list(range(target.depth))
-    wanted: dict[str, Any] = raw | config_entries(model.config, target, layers)
-    try:
-        config = CONFIG_MAPPING[wanted["model_type"]].from_dict(wanted)
-        with torch.device("meta"):
-            built = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # a config class may refuse by any exception
-        raise InputError(
-            f"'{model.source.ref}' cannot be made {target}: {reason_of(error)}"
-        ) from None
+def tensor_shapes(
+    model: BlockModel, parts: Parts | None, shape: Shape, target: Shape
+) -> dict[str, tuple[int, ...]]:
+    """Of each tensor outside the blocks and of the first block, what it becomes."""
     block = copy.deepcopy(model.meta_block(0))
     if parts is not None:
         firsts = {key: torch.arange(getattr(target, key)) for key in UNITS}
         cut(block, parts, Kept(**firsts), shape.head_dim)
     place = f"{model.block_name(0)}."
-    ours = {place + name: tuple(value.shape) for name, value in block.state_dict().items()}
+    found = {place + name: tuple(value.shape) for name, value in block.state_dict().items()}
     for name in model.outer_names():
         *rows, width = model.reader.shapes[name]
-        ours[name] = (*rows, target.hidden if width == shape.hidden else width)
+        found[name] = (*rows, target.hidden if width == shape.hidden else width)
+    return found
+
+
+def stock_config(model: BlockModel, target: Shape) -> Any:
+    """The config of transformers that holds a shape, for as many layers from the first.
+
+    Raises InputError or what the config's class refuses it by.
+    """
+    from transformers import CONFIG_MAPPING
+
+    raw = read_config(model.source.folder)
+    wanted: dict[str, Any] = raw | config_entries(model.config, target, list(range(target.depth)))
+    return CONFIG_MAPPING[wanted["model_type"]].from_dict(wanted)
+
+
+def check_class(model: BlockModel, parts: Parts | None, shape: Shape, target: Shape) -> int:
+    """Build the stock class of the target without weights; returns its parameters.
+
+    Raises InputError when transformers refuses the config, or it asks for other shapes than the
+    tensors outside the blocks and those of a block will have.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(stock_config(model, target))
+    except InputError:
+        raise
+    except Exception as error:  # a config class may refuse by any exception
+        raise InputError(
+            f"'{model.source.ref}' cannot be made {target}: {reason_of(error)}"
+        ) from None
     theirs = {model.stored_name(name): value.shape for name, value in built.state_dict().items()}
-    for name, found in ours.items():
+    for name, found in tensor_shapes(model, parts, shape, target).items():
         stored = model.stored_name(name)
         if stored not in theirs or tuple(theirs[stored]) != found:
             wanted_shape = list(theirs[stored]) if stored in theirs else "nothing"
@@ -122,17 +225,20 @@ def check_resources(job: PruneJob, activation_memory: int, folder: OutputFolder)
     block = model.meta_block(0)
     weights = 4 * sum(parameter.numel() for parameter in block.parameters())
     moments = 0
-    if job.stage.observes:
+    if job.stage.observes or job.space:
         width = job.stage.shape.hidden * model.compute_dtype.itemsize
         states = data.samples * data.seq_len * width
         widths = (job.stage.shape.ffn, job.stage.shape.hidden)
         moments = 4 * job.stage.workspace * max(widths) ** 2
-    folder.check_disk(output + merged + 2 * states)
-    if job.stage.observes:
+    made = max(len(AXES), job.config.finalists) + 1 if job.space else 0  # side by side
+    folder.check_disk(output * (1 + made) + merged + 2 * states)
+    if job.stage.observes or job.space:
         check_sampling(data, model, job.device)
     on_gpu = job.device.type != "cpu"
     memory = INTERPRETER_BYTES + min(states, activation_memory)
     memory += 0 if on_gpu else 2 * weights + moments
+    if job.space:  # the original and a pruned model are compared in float32
+        memory = max(memory, INTERPRETER_BYTES + 2 * torch.float32.itemsize * job.parameters)
     if memory > (free := free_memory()):
         raise InputError(
             f"this run takes about {in_words(memory)} of memory, and {in_words(free)} are free; "

@@ -6,16 +6,20 @@ What comes out is a stock class of transformers, in the original's dtype.  One b
 in memory, and a run that is broken off goes on after the last block that was committed.
 """
 
+import copy
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from compress import calibration, checkpoint
 from compress.core.commits import numbered
+from compress.core.errors import InputError
 from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
 from compress.core.shards import ShardWriter, in_stored_dtype
@@ -23,9 +27,11 @@ from compress.core.stage import Block
 from compress.inspection import inspect_folder
 from compress.pipeline import broken_off, identity, made_once, outer_tensors
 from compress.preflight import kept_in_memory
-from compress.prune.stage import Plan
+from compress.prune.shape import Shape
+from compress.prune.stage import Plan, PruneStage
 from compress.prune.stock import config_entries
 from compress.prune_preflight import PruneJob, check_resources, preflight
+from compress.prune_search import HELD_OUT, Search, ShapeSearch
 from compress.recipe import PRUNE, PruneRecipe
 from compress.report import write_report
 from compress.walk import Clock, Walk
@@ -36,11 +42,13 @@ def run_pruning(
     overwrite: bool = False,
     restart: bool = False,
     activation_memory: int | None = None,
+    only_rank: bool = False,
 ) -> dict[str, Any]:
     """Carry out a recipe and return its report, as written to compress.json with times added.
 
     A broken-off run towards the same output goes on where it was, unless `restart`.
-    `activation_memory` is as in `compress.pipeline.run_recipe`.
+    `activation_memory` is as in `compress.pipeline.run_recipe`.  With `only_rank` the search for a
+    shape is carried out alone, its report returned, and what was measured kept for a run without.
 
     Raises InputError before any long work when the model cannot have the shape asked for, or the
     calibration source, the machine or the output folder will not do.
@@ -50,6 +58,8 @@ def run_pruning(
     first = processes().first
     first(folder.check)
     job = preflight(recipe)
+    if only_rank and job.space is None:
+        raise InputError("only a target has a ranking; give one, such as --target-params 90M")
     memory = kept_in_memory(activation_memory)
     with ExitStack() as stack:
         first(lambda: check_resources(job, memory, folder))
@@ -58,44 +68,94 @@ def run_pruning(
         first(lambda: folder.begin(found(), restart))
         with broken_off(folder):
             walk = Walk(job, folder.commits, folder.activations, memory, clock)
-            return _prune(walk, folder)
+            return _prune(walk, folder, only_rank)
 
 
-def _prune(walk: Walk[PruneJob], folder: OutputFolder) -> dict[str, Any]:
+def _prune(walk: Walk[PruneJob], folder: OutputFolder, only_rank: bool) -> dict[str, Any]:
     """Do what preflight found possible; returns the report, with the times."""
-    job, stage, first = walk.job, walk.job.stage, processes().first
-    tokens = made_once(walk, partial(_tokens, job)) if stage.observes else None
+    job, stage, commits = walk.job, walk.job.stage, walk.commits
+    finder = None
+    if job.space is not None:
+        finder = ShapeSearch(job, job.space, commits, folder.trials)
+        finder.check()
+    rows = made_once(walk, partial(_tokens, job)) if stage.observes or finder else None
     calibrated = walk.clock.seconds
-    plan = _plan(walk, tokens)
-    writer = ShardWriter(folder.output)
-    if walk.commits.get("outer") is None:
-        outer = partial(_outer_rows, plan=plan, width=stage.shape.hidden)
-        first(lambda: writer.write("outer", outer_tensors(job.model, job.dtype, outer)))
-        first(lambda: walk.commits.put("outer", True))
-    walk.observe, walk.title, walk.tokens = None, "Pruning blocks", None
-    if tokens is not None and stage.needs_statistics:
-        walk.tokens = processes().share(tokens[: job.config.refit_samples])
-    visit = partial(_cut_and_write, job, plan, writer)
-    layers = chain.from_iterable(walk.visit_all("apply", visit, propagate=False))
-    made = {"layers": list(layers), "tokens": tokens, "calibration_seconds": calibrated}
-    return first(lambda: _finish(walk, folder, writer, plan, made)) or {}
+    tokens = None if rows is None else rows[: job.recipe.calibration.samples]
+    summaries = _scored(walk, tokens if stage.observes else None)
+    found = None
+    if finder is not None and rows is not None:
+
+        def make(name: str, shapes: Mapping[Path, Shape]) -> None:
+            cuts = [cut_of(job, shape, summaries, place) for place, shape in shapes.items()]
+            carve(walk, name, cuts, tokens)
+            processes().first(lambda: [one.finish(job) for one in cuts])
+
+        found = finder.find(make, rows[job.recipe.calibration.samples :])
+    if only_rank and found is not None:
+        processes().first(folder.leave)
+        return {"search": found.described, "seconds": round(walk.clock.seconds, 1)}
+    cut = cut_of(job, found.chosen if found else stage.target, summaries, folder.output)
+    (refitted,) = carve(walk, "apply", [cut], tokens)
+    made = Made(cut, refitted, tokens, calibrated, found)
+    return processes().first(lambda: _finish(walk, folder, made)) or {}
 
 
 def _tokens(job: PruneJob) -> Tensor:
-    vocabulary = job.model.config.get_text_config().vocab_size
-    source = job.model.source
-    return calibration.calibration_tokens(job.recipe.calibration, source, vocabulary, job.device)
+    """Token ids to calibrate on, and where a shape is looked for HELD_OUT sequences more."""
+    vocabulary, data = job.model.config.get_text_config().vocab_size, job.recipe.calibration
+    data = replace(data, samples=data.samples + HELD_OUT) if job.space else data
+    return calibration.calibration_tokens(data, job.model.source, vocabulary, job.device)
 
 
-def _plan(walk: Walk[PruneJob], tokens: Tensor | None) -> Plan:
-    """What is kept, decided once."""
-    stage, commits = walk.job.stage, walk.commits
-    if commits.get("plan") is None:
-        walk.tokens = None if tokens is None else processes().share(tokens)
-        walk.observe, walk.title = stage.observe, "Scoring blocks"
-        summaries = walk.visit_all("collect", stage.collect, propagate=False)
-        processes().first(lambda: commits.put("plan", stage.decide(summaries)))
-    return Plan(**commits.get("plan"))
+def _scored(walk: Walk[PruneJob], tokens: Tensor | None) -> list[dict[str, Any]]:
+    """What is known of every block, by its weights and by running it on the tokens."""
+    stage = walk.job.stage
+    walk.tokens = None if tokens is None else processes().share(tokens)
+    walk.observe, walk.title = stage.observe, "Scoring blocks"
+    return walk.visit_all("collect", stage.collect, propagate=False)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A pruned model in the making: what is kept of the original, and the folder it goes to."""
+
+    stage: PruneStage
+    plan: Plan
+    writer: ShardWriter
+
+    def write_outer(self, job: PruneJob) -> None:
+        """Write what is outside the blocks."""
+        self.writer.folder.mkdir(parents=True, exist_ok=True)
+        rows = partial(_outer_rows, plan=self.plan, width=self.stage.shape.hidden)
+        self.writer.write("outer", outer_tensors(job.model, job.dtype, rows))
+
+    def apply(self, job: PruneJob, block: Block) -> list[dict[str, Any]]:
+        """Prune a block, and write it under its new number; returns what was refitted."""
+        refitted = self.stage.apply(block, self.plan)
+        if block.index in self.plan.layers:
+            number = self.plan.layers.index(block.index)
+            place = job.model.block_name(number)
+            values = {f"{place}.{name}": value for name, value in block.module.state_dict().items()}
+            part = {
+                job.model.stored_name(name): in_stored_dtype(name, value, block.dtype)
+                for name, value in values.items()
+            }
+            self.writer.write(numbered("block", number), part)
+        return [asdict(linear) for linear in refitted]
+
+    def finish(self, job: PruneJob) -> int:
+        """Name the shards, with a config beside them; returns the bytes of weights.
+
+        Can be broken off and done again.
+        """
+        parts = [numbered("block", number) for number in range(len(self.plan.layers))]
+        total = self.writer.finish(["outer", *parts])
+        checkpoint.write_config(self.writer.folder, job.model.source, job.dtype, self.entries(job))
+        return total
+
+    def entries(self, job: PruneJob) -> dict[str, Any]:
+        """What changes in config.json."""
+        return config_entries(job.model.config, self.stage.target, self.plan.layers)
 
 
 def _outer_rows(rows: Tensor, plan: Plan, width: int) -> Tensor:
@@ -106,43 +166,78 @@ def _outer_rows(rows: Tensor, plan: Plan, width: int) -> Tensor:
     return kept * plan.final_gain if rows.dim() == 1 else kept
 
 
-def _cut_and_write(
-    job: PruneJob, plan: Plan, writer: ShardWriter, block: Block
-) -> list[dict[str, Any]]:
-    """Prune a block, and write it under its new number; returns what was refitted."""
-    refitted = job.stage.apply(block, plan)
-    if block.index in plan.layers:
-        number = plan.layers.index(block.index)
-        place = job.model.block_name(number)
-        values = {f"{place}.{name}": value for name, value in block.module.state_dict().items()}
-        part = {
-            job.model.stored_name(name): in_stored_dtype(name, value, block.dtype)
-            for name, value in values.items()
-        }
-        writer.write(numbered("block", number), part)
-    return [asdict(linear) for linear in refitted]
+def cut_of(job: PruneJob, shape: Shape, summaries: Sequence[dict[str, Any]], folder: Path) -> Cut:
+    """Decide what is kept of the model to have a shape, by what is known of its blocks."""
+    parts = job.stage.parts if shape.is_narrower_than(job.stage.shape) else None
+    stage = PruneStage(job.config, job.stage.shape, shape, parts)
+    return Cut(stage, Plan(**stage.decide(summaries)), ShardWriter(folder))
 
 
-def _finish(
-    walk: Walk[PruneJob], folder: OutputFolder, writer: ShardWriter, plan: Plan, made: Any
-) -> dict[str, Any]:
-    """Name the shards and write what stands beside them; can be broken off and done again."""
+def carve(
+    walk: Walk[PruneJob], name: str, cuts: Sequence[Cut], tokens: Tensor | None
+) -> list[list[dict[str, Any]]]:
+    """Write pruned models in one walk over the original; returns what was refitted in each.
+
+    name    under which it is committed
+    tokens  to refit on, as far as asked for
+    """
+    job = walk.job
+
+    def write_outer() -> None:
+        if walk.commits.get(f"{name}-outer") is None:
+            for cut in cuts:
+                cut.write_outer(job)
+            walk.commits.put(f"{name}-outer", True)
+
+    def visit(block: Block) -> list[list[dict[str, Any]]]:
+        refitted = []
+        for cut in cuts:
+            module = block.module if cut is cuts[-1] else copy.deepcopy(block.module)
+            refitted.append(cut.apply(job, replace(block, module=module)))
+        return refitted
+
+    processes().first(write_outer)
+    walk.observe, walk.tokens = None, None
+    walk.title = "Pruning blocks" if len(cuts) == 1 else f"Pruning to {len(cuts)} shapes, blocks"
+    if tokens is not None and any(cut.stage.needs_statistics for cut in cuts):
+        walk.tokens = processes().share(tokens[: job.config.refit_samples])
+    blocks = walk.visit_all(name, visit, propagate=False)
+    return [list(chain.from_iterable(of_cut)) for of_cut in zip(*blocks, strict=True)]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a run has made, for the report.
+
+    refitted    what each refitted linear lost
+    tokens      that were calibrated on, int64 [samples, seq_len]
+    calibrated  seconds until these were there
+    found       the search for the shape, where there was one
+    """
+
+    cut: Cut
+    refitted: Sequence[dict[str, Any]]
+    tokens: Tensor | None
+    calibrated: float
+    found: Search | None
+
+
+def _finish(walk: Walk[PruneJob], folder: OutputFolder, made: Made) -> dict[str, Any]:
+    """Write what stands beside the weights; can be broken off and done again."""
     job, source = walk.job, walk.job.model.source
-    parts = [numbered("block", number) for number in range(len(plan.layers))]
-    total = writer.finish(["outer", *parts])
-    entries = config_entries(job.model.config, job.stage.target, plan.layers)
-    report = _report(job, plan, made, total)
-    times = {"calibration_seconds": made["calibration_seconds"], "seconds": walk.clock.seconds}
+    report = _report(job, made, made.cut.finish(job))
+    times = {"calibration_seconds": made.calibrated, "seconds": walk.clock.seconds}
     times = {name: round(value, 1) for name, value in times.items()}
-    card = checkpoint.prune_card(report)
+    card, entries = checkpoint.prune_card(report), made.cut.entries(job)
     checkpoint.write_side_files(folder.output, source, job.dtype, entries, report, times, card)
     write_report(folder.output)
     return {**report, **times, "out": str(job.recipe.out)}
 
 
-def _report(job: PruneJob, plan: Plan, made: Any, total: int) -> dict[str, Any]:
-    """What compress.json says: nothing in it depends on the clock or the host."""
-    model, stage, tokens = job.model, job.stage, made["tokens"]
+def _report(job: PruneJob, made: Made, total: int) -> dict[str, Any]:
+    """What compress.json says: but for a latency that was asked for, nothing in it depends on the
+    clock or the host."""
+    model, tokens, plan, shape = job.model, made.tokens, made.cut.plan, made.cut.stage.shape
     blocks = [
         {
             "block": index,
@@ -164,18 +259,19 @@ def _report(job: PruneJob, plan: Plan, made: Any, total: int) -> dict[str, Any]:
             "bytes": total,
             "quantized_weights": 0,
             "original_parameters": model.num_parameters,
-            "parameters": job.parameters,
+            "parameters": job.parameters_of(made.cut.stage.target),
         },
         "layers": [],
         "pruning": {
-            "original_shape": asdict(stage.shape),
-            "shape": asdict(stage.target),
-            "removed_blocks": sorted(set(range(stage.shape.depth)) - set(plan.layers)),
+            "original_shape": asdict(shape),
+            "shape": asdict(made.cut.stage.target),
+            "removed_blocks": sorted(set(range(shape.depth)) - set(plan.layers)),
             "depth_scores": plan.depth_scores,
             "hidden": _ranges(plan.hidden),
             "blocks": blocks,
-            "refitted": made["layers"],
+            "refitted": made.refitted,
         },
+        **({"search": made.found.described} if made.found else {}),
     }
 
 

@@ -65,7 +65,7 @@ def pruned_shape(shape: Shape, config: PruneConfig) -> Shape:
     Without `kv_heads` there are as many as before, or one a head where it was so before.
 
     Raises InputError for a number that is none or more than there are, for heads that KV heads do
-    not divide, and where nothing would change.
+    not divide, and where nothing would change and no target asks for it.
     """
     asked = {key: getattr(config, key) for key in ("depth", "hidden", "ffn", "heads", "kv_heads")}
     if config.layers_out is not None:
@@ -94,8 +94,9 @@ def pruned_shape(shape: Shape, config: PruneConfig) -> Shape:
             f"has {shape.queries} and keeps equally many; possible are "
             f"{', '.join(map(str, possible))}, or other kv_heads"
         )
-    if found == shape:
+    if found == shape and config.target is None:
         raise InputError(
-            f"nothing would be pruned from {shape}; ask for less of depth, hidden, ffn or heads"
+            f"nothing would be pruned from {shape}; ask for less of depth, hidden, ffn or heads, "
+            "or for a target"
         )
     return found

@@ -107,8 +107,9 @@ def carry_out(
     activation_memory: int | None,
     dry_run: bool,
     as_json: bool,
+    only_rank: bool = False,
 ) -> None:
-    """Run a recipe, or only plan it, and print what came of it."""
+    """Run a recipe, or only plan it, and print what came of it; `only_rank` is of pruning."""
     from compress.core.processes import processes
     from compress.distillation import run_distillation
     from compress.dry_run import plan_recipe
@@ -126,7 +127,8 @@ def carry_out(
         elif isinstance(recipe, PruneRecipe):
             if dry_run:
                 raise InputError("a pruning takes no --dry-run; leave it out")
-            result, show = run_pruning(recipe, overwrite, restart, activation_memory), print_pruning
+            result = run_pruning(recipe, overwrite, restart, activation_memory, only_rank)
+            show = print_pruning
         elif dry_run:
             result, show = plan_recipe(recipe, overwrite, activation_memory), print_plan
         else:

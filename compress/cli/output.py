@@ -129,7 +129,11 @@ def print_training(report: dict[str, Any]) -> None:
 
 
 def print_pruning(report: dict[str, Any]) -> None:
-    """Print what `run_pruning` returned."""
+    """Print what `run_pruning` returned, of a ranking alone or of a model."""
+    if "search" in report:
+        _print_search(report["search"])
+    if "pruning" not in report:
+        return
     pruning, sizes = report["pruning"], report["sizes"]
     by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for layer in pruning["refitted"]:
@@ -160,6 +164,31 @@ def print_pruning(report: dict[str, Any]) -> None:
         f"{report['calibration_seconds']:.0f} s",
     }
     print_pairs("Result", rows)
+
+
+def _print_search(search: dict[str, Any]) -> None:
+    """Print the shapes that were looked at, with the one taken first."""
+    space = search["space"]
+    title = f"Shapes for {space['target']} = {space['limit']:g}, of {search['count']} that meet it"
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.caption = (
+        f"KL: nats a token on {search['sequences']} calibration sequences, before any training"
+    )
+    names = ("depth", "hidden", "ffn", "heads", "kv_heads")
+    timed = search["measured"][0]["milliseconds"] is not None
+    last = ("ms a token",) if timed else ()
+    for column in ("", *names, "parameters", "KL predicted", "KL", *last):
+        table.add_column(column.replace("_", " "), justify="right" if column else "left")
+    rows = [("one axis alone", found) for found in search["alone"]]
+    rows += [("taken", search["measured"][0])]
+    rows += [("measured", found) for found in search["measured"][1:]]
+    rows += [("not made", found) for found in search["others"]]
+    for what, found in rows:
+        losses = ("" if found[key] is None else f"{found[key]:.4f}" for key in ("predicted", "kl"))
+        numbers = (str(found["shape"][name]) for name in names)
+        time = (f"{found['milliseconds']:.2f}",) if timed else ()
+        table.add_row(what, *numbers, f"{found['parameters']:,}", *losses, *time)
+    Console(highlight=False).print(table)
 
 
 def _error_cells(layers: list[dict[str, Any]]) -> list[str]:

@@ -32,6 +32,23 @@ from compress.core.errors import InputError
     help="KV heads to keep.  [default: all, or one a head where it was so]",
 )
 @click.option(
+    "--target-params",
+    help="Look for the shape that loses least with so many parameters: 90M.  Numbers that are "
+    "given stay as they are.",
+)
+@click.option("--target-memory", help="The same for bytes of weights: 200MB, 4GiB.")
+@click.option(
+    "--target-latency",
+    type=float,
+    help="The same for milliseconds a token takes to decode, on this machine.",
+)
+@click.option("--finalists", type=int, help="Shapes to make and measure for it.  [default: 3]")
+@click.option(
+    "--only-rank",
+    is_flag=True,
+    help="Print the ranking of shapes, and write no model; what was measured is kept for it.",
+)
+@click.option(
     "--score",
     help="Of heads, neurons and channels: contribution, activation (Minitron's), magnitude or "
     "random.  [default: contribution]",
@@ -55,6 +72,7 @@ from compress.core.errors import InputError
 def prune_command(
     model: str,
     out: Path,
+    only_rank: bool,
     layers_out: int | None,
     changes: tuple[str, ...],
     calibration: str | None,
@@ -78,6 +96,8 @@ def prune_command(
     Examples:
       compress prune smollm2 --depth 24 --out smollm2-24
       compress prune smollm2 --ffn 1152 --heads 6 --calibration c4.txt --out smollm2-thin
+      compress prune smollm2 --target-params 90M --calibration c4.txt --out smollm2-90m
+      compress prune smollm2 --target-latency 8 --depth 30 --only-rank --out smollm2-fast
       compress prune Qwen/Qwen3-1.7B --layers-out 8 --hidden 1536 --out qwen3-small
       compress prune smollm2 --ffn 1152 --score magnitude --no-refit --out baseline
 
@@ -95,7 +115,7 @@ def prune_command(
         },
         "prune",
     )
-    carry_out(recipe, overwrite, restart, activation_memory, False, as_json)
+    carry_out(recipe, overwrite, restart, activation_memory, False, as_json, only_rank)
 
 
 def _settings(changes: Sequence[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Numbers of tokens as people write them."""
+"""Counts as people write them."""
 
 import re
 from decimal import Decimal
@@ -16,8 +16,8 @@ def parse_count(value: Any) -> Any:
         return value
     found = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?)\s*([kmb]?)\s*", value.lower())
     if not found:
-        raise ValueError("not a number of tokens; write it as 200000, 200k, 2M or 1.5B")
+        raise ValueError("not a number; write it as 200000, 200k, 2M or 1.5B")
     count = Decimal(found[1]) * UNITS[found[2]]
     if count % 1:
-        raise ValueError("not a whole number of tokens; write it as 200000, 200k, 2M or 1.5B")
+        raise ValueError("not a whole number; write it as 200000, 200k, 2M or 1.5B")
     return int(count)

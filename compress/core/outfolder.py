@@ -24,6 +24,7 @@ class OutputFolder:
         .NAME.progress/commits       what a broken-off run goes on from (commits.py)
         .NAME.progress/activations   the hidden states that it goes on with (activations.py)
         .NAME.progress/start         the checkpoint that a training of the whole model starts from
+        .NAME.progress/trials        models that are made only to be measured
         .NAME.progress/training      checkpoints and the log of that training
         .NAME.progress/lock
 
@@ -43,7 +44,9 @@ class OutputFolder:
         self.commits = Commits(self.progress / "commits")
         self.activations = self.progress / "activations"
         self.start = self.progress / "start"
+        self.trials = self.progress / "trials"
         self.training = self.progress / "training"
+        self._left = False
         self._lock = FileLock(self.progress / "lock")
 
     def check(self) -> None:
@@ -119,10 +122,14 @@ class OutputFolder:
                     f"it pass --restart or remove '{self.progress}', or give another name"
                 )
             return
-        for folder in (self.output, self.activations, self.start, self.training):
+        for folder in (self.output, self.activations, self.start, self.trials, self.training):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
         self.commits.begin(identity)
+
+    def leave(self) -> None:
+        """End without an output: what was committed is kept for a run that goes on from there."""
+        self._left = True
 
     def __exit__(
         self,
@@ -131,6 +138,8 @@ class OutputFolder:
         trace: TracebackType | None,
     ) -> None:
         try:
+            if error is None and self._left:
+                return
             if error is None:
                 old = self.out.with_name(f".{self.out.name}.old")
                 shutil.rmtree(old, ignore_errors=True)

@@ -32,21 +32,6 @@ ALL = {"layers_out": 1, "ffn": 56, "heads": 4, "hidden": 40}
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 
 
-@pytest.fixture
-def values(model_folder, text_file, tmp_path):
-    """A function that gives a recipe's values: a tiny model of four blocks, and little text."""
-
-    def make(family="llama", folder=None, out="out", **stage):
-        return {
-            "model": str(folder or model_folder(family, layers=4)),
-            "out": tmp_path / out,
-            "stages": [stage],
-            "calibration": {"source": str(text_file), "samples": 8, "seq_len": 32},
-        }
-
-    return make
-
-
 def logits_of(folder):
     tokens = torch.randint(3, 120, (4, 48), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -73,7 +58,7 @@ def silence(folder, head_dim):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_taking_out_what_gives_zero_changes_nothing(family, model_folder, values, tmp_path):
+def test_taking_out_what_gives_zero_changes_nothing(family, model_folder, pruning_values, tmp_path):
     """Block, neurons, heads and channels, each and together; the gains make up for the mean square
     of a norm that is now over fewer channels."""
     folder = shutil.copytree(model_folder(family, layers=4), tmp_path / "silent")
@@ -82,7 +67,7 @@ def test_taking_out_what_gives_zero_changes_nothing(family, model_folder, values
     cases = {"depth": {"depth": 3}, "ffn": {"ffn": 60}, "heads": {"heads": 4}}
     cases |= {"hidden": {"hidden": 40}, "all": {"depth": 3, "ffn": 60, "heads": 4, "hidden": 40}}
     for name, asked in cases.items():
-        run_pruning(build_pruning(values(folder=folder, out=name, **asked, damping=1e-6)))
+        run_pruning(build_pruning(pruning_values(folder=folder, out=name, **asked, damping=1e-6)))
         found = logits_of(tmp_path / name)
         # float32, with sums in another order and a refit that solves for the same weights; logits
         # reach some tens
@@ -132,9 +117,9 @@ def cut_by_hand(folder, report, head_dim):
 
 @pytest.mark.parametrize("score", ["contribution", "activation", "magnitude", "random"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_refit_weights_are_those_that_are_kept(family, score, values, tmp_path):
+def test_without_refit_weights_are_those_that_are_kept(family, score, pruning_values, tmp_path):
     depth_score = {"contribution": "influence", "activation": "influence"}.get(score, score)
-    given = values(family, **ALL, score=score, depth_score=depth_score, refit=False)
+    given = pruning_values(family, **ALL, score=score, depth_score=depth_score, refit=False)
     report = run_pruning(build_pruning(given))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     expected = cut_by_hand(Path(given["model"]), report, config["head_dim"])
@@ -148,11 +133,11 @@ def test_without_refit_weights_are_those_that_are_kept(family, score, values, tm
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("axis", [*AXES, "all"])
-def test_a_pruned_model_is_a_stock_model(family, axis, values, tmp_path, text_file):
+def test_a_pruned_model_is_a_stock_model(family, axis, pruning_values, tmp_path, text_file):
     """It loads in transformers, with as many parameters as reported, and in our runtime, which
     scores a text the same."""
     asked = AXES.get(axis, ALL)
-    report = run_pruning(build_pruning(values(family, **asked)))
+    report = run_pruning(build_pruning(pruning_values(family, **asked)))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert sum(p.numel() for p in model.parameters()) == report["sizes"]["parameters"]
     assert report["sizes"]["parameters"] < report["sizes"]["original_parameters"]
@@ -170,9 +155,9 @@ def test_a_pruned_model_is_a_stock_model(family, axis, values, tmp_path, text_fi
         assert linear["error"] <= linear["cut_error"]
 
 
-def test_the_refit_is_what_is_reported(values, tmp_path, text_file):
+def test_the_refit_is_what_is_reported(pruning_values, tmp_path, text_file):
     """Fewer neurons: the one linear that reads them loses less with the refit than without."""
-    report = run_pruning(build_pruning(values(ffn=40)))
+    report = run_pruning(build_pruning(pruning_values(ffn=40)))
     refitted = report["pruning"]["refitted"]
     assert [linear["name"] for linear in refitted] == [
         f"model.layers.{n}.mlp.down_proj" for n in range(4)
@@ -182,9 +167,9 @@ def test_the_refit_is_what_is_reported(values, tmp_path, text_file):
     assert "80 to 40" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_refit_looks_at_the_first_sequences(values, tmp_path):
+def test_the_refit_looks_at_the_first_sequences(pruning_values, tmp_path):
     """Scores by weights, so that the sequences matter to the refit alone."""
-    given = values(ffn=40, score="magnitude", refit_samples=2)
+    given = pruning_values(ffn=40, score="magnitude", refit_samples=2)
     run_pruning(build_pruning(given))
     given["calibration"] = given["calibration"] | {"samples": 2}
     run_pruning(build_pruning(given | {"out": tmp_path / "two"}))
@@ -193,7 +178,7 @@ def test_the_refit_looks_at_the_first_sequences(values, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["intermediate_size", "hidden_size"])
-def test_a_class_that_takes_other_shapes_is_refused(name, values, monkeypatch, tmp_path):
+def test_a_class_that_takes_other_shapes_is_refused(name, pruning_values, monkeypatch, tmp_path):
     """Before anything is written, whatever the config says."""
     right = stock.config_entries
 
@@ -203,41 +188,41 @@ def test_a_class_that_takes_other_shapes_is_refused(name, values, monkeypatch, t
 
     monkeypatch.setattr("compress.prune_preflight.config_entries", wrong)
     with pytest.raises(InputError, match=r"cannot be made depth 4, hidden 42.*takes"):
-        run_pruning(build_pruning(values(hidden=42)))
+        run_pruning(build_pruning(pruning_values(hidden=42)))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_memory_or_disk(values, monkeypatch, tmp_path):
+def test_too_little_memory_or_disk(pruning_values, monkeypatch, tmp_path):
     with monkeypatch.context() as patched:
         patched.setattr("compress.prune_preflight.free_memory", lambda: 1000)
         with pytest.raises(InputError, match="of memory, and 1 kB are free"):
-            run_pruning(build_pruning(values(ffn=40)))
+            run_pruning(build_pruning(pruning_values(ffn=40)))
     monkeypatch.setattr("compress.core.outfolder.free_disk", lambda _: 1000)
     with pytest.raises(InputError, match="of disk while it is made"):
-        run_pruning(build_pruning(values(ffn=40)))
+        run_pruning(build_pruning(pruning_values(ffn=40)))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_blocks_of_unknown_parts_can_be_removed(values, tmp_path):
+def test_blocks_of_unknown_parts_can_be_removed(pruning_values, tmp_path):
     """Phi 3 has fused projections."""
-    report = run_pruning(build_pruning(values("phi3", depth=2)))
+    report = run_pruning(build_pruning(pruning_values("phi3", depth=2)))
     assert len(report["pruning"]["removed_blocks"]) == 2
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 2
     with pytest.raises(InputError, match="pruning knows attention of"):
-        run_pruning(build_pruning(values("phi3", out="other", ffn=40)))
+        run_pruning(build_pruning(pruning_values("phi3", out="other", ffn=40)))
 
 
-def test_killed_before_every_step(values, model_folder, tmp_path):
+def test_killed_before_every_step(pruning_values, model_folder, tmp_path):
     (tmp_path / "place").mkdir()
-    given = values(folder=model_folder(layers=2)) | {"stages": [{"method": "prune", **ALL}]}
+    given = pruning_values(folder=model_folder(layers=2)) | {"stages": [{"method": "prune", **ALL}]}
     given.pop("out")
     found = kill(given, tmp_path / "place" / "out", "every")
     assert found["killed"] > 20  # a commit for each block in both walks, parts, side files
     assert {"model.safetensors", "compress.json", "config.json"} < set(found["files"])
 
 
-def test_the_command(values, tmp_path, text_file):
-    given = values()
+def test_the_command(pruning_values, tmp_path, text_file):
+    given = pruning_values()
     command = ["prune", given["model"], "--ffn", "56", "--calibration", str(text_file)]
     command += ["--samples", "8", "--seq-len", "32", "--out"]
     done = CliRunner().invoke(main, [*command, str(tmp_path / "out"), "--json"])
@@ -248,10 +233,12 @@ def test_the_command(values, tmp_path, text_file):
     assert "down_proj" in shown.stdout
 
 
-def test_what_libraries_print_is_not_among_the_results(values, tmp_path, text_file, monkeypatch):
+def test_what_libraries_print_is_not_among_the_results(
+    pruning_values, tmp_path, text_file, monkeypatch
+):
     """Trackers such as trackio print to standard output."""
     monkeypatch.setattr("compress.pruning.write_report", lambda folder: print("a library speaks"))
-    command = ["prune", values()["model"], "--ffn", "56", "--calibration", str(text_file)]
+    command = ["prune", pruning_values()["model"], "--ffn", "56", "--calibration", str(text_file)]
     command += ["--samples", "8", "--seq-len", "32", "--out", str(tmp_path / "out"), "--json"]
     done = CliRunner().invoke(main, command)
     assert json.loads(done.stdout)["pruning"]
@@ -270,8 +257,8 @@ def test_what_libraries_print_is_not_among_the_results(values, tmp_path, text_fi
         (["--ffn", "40", "--calibration", "missing.txt"], "missing.txt"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(more, message, values, tmp_path):
-    command = ["prune", values()["model"], "--out", str(tmp_path / "out"), *more]
+def test_bad_input_is_one_line_and_leaves_nothing(more, message, pruning_values, tmp_path):
+    command = ["prune", pruning_values()["model"], "--out", str(tmp_path / "out"), *more]
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 2
     assert message in done.stderr

@@ -267,7 +267,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
     ("settings", "more", "message"),
     [
         ({"init": "gtpq"}, {}, "init = 'gtpq'"),
-        ({"tokens": "many"}, {}, "tokens = 'many': not a number of tokens; write it as"),
+        ({"tokens": "many"}, {}, "tokens = 'many': not a number; write it as"),
         ({"tokens": "1.00001k"}, {}, "not a whole number"),
         ({"tokens": -1}, {}, "greater than or equal to 0"),
         ({"rate": 2}, {}, "rate = 2"),

@@ -22,9 +22,9 @@ def test_numbers_of_tokens(text, tokens):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tokens": "many"}, "tokens = 'many': not a number of tokens; write it as 200000, 200k"),
+        ({"tokens": "many"}, "tokens = 'many': not a number; write it as 200000, 200k"),
         ({"tokens": "0"}, "tokens = '0': Input should be greater than or equal to 1"),
-        ({"tokens": "2MB"}, "not a number of tokens"),
+        ({"tokens": "2MB"}, "not a number"),
         ({"schedule": "linear"}, "schedule = 'linear': Input should be 'cosine', 'wsd' or"),
         ({"learning_rate": math.nan}, "learning_rate = nan"),
         ({"betas": [0.9, 1.0]}, "betas"),
