@@ -237,8 +237,12 @@ def check_resources(job: PruneJob, activation_memory: int, folder: OutputFolder)
     on_gpu = job.device.type != "cpu"
     memory = INTERPRETER_BYTES + min(states, activation_memory)
     memory += 0 if on_gpu else 2 * weights + moments
-    if job.space:  # the original and a pruned model are compared in float32
-        memory = max(memory, INTERPRETER_BYTES + 2 * torch.float32.itemsize * job.parameters)
+    whole = 0  # bytes of models that are in memory as a whole
+    if job.stage.needs_removals:
+        whole = model.compute_dtype.itemsize * model.num_parameters
+    if job.space:  # the original and a pruned one are compared
+        whole = torch.float32.itemsize * (model.num_parameters + job.parameters)
+    memory = max(memory, INTERPRETER_BYTES + whole)
     if memory > (free := free_memory()):
         raise InputError(
             f"this run takes about {in_words(memory)} of memory, and {in_words(free)} are free; "

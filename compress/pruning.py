@@ -15,18 +15,23 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compress import calibration, checkpoint
+from compress.core.blocks import largest_module_list
 from compress.core.commits import numbered
 from compress.core.errors import InputError
 from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
+from compress.core.progress import track
 from compress.core.shards import ShardWriter, in_stored_dtype
 from compress.core.stage import Block
 from compress.inspection import inspect_folder
+from compress.loading import load_model
 from compress.pipeline import broken_off, identity, made_once, outer_tensors
 from compress.preflight import kept_in_memory
+from compress.prune.removal import loss_without
 from compress.prune.shape import Shape
 from compress.prune.stage import Plan, PruneStage
 from compress.prune.stock import config_entries
@@ -112,7 +117,33 @@ def _scored(walk: Walk[PruneJob], tokens: Tensor | None) -> list[dict[str, Any]]
     stage = walk.job.stage
     walk.tokens = None if tokens is None else processes().share(tokens)
     walk.observe, walk.title = stage.observe, "Scoring blocks"
-    return walk.visit_all("collect", stage.collect, propagate=False)
+    summaries = walk.visit_all("collect", stage.collect, propagate=False)
+    if tokens is not None and stage.needs_removals:
+        for summary, loss in zip(summaries, _removals(walk, tokens), strict=True):
+            summary["sums"]["removal"] = loss
+    return summaries
+
+
+def _removals(walk: Walk[PruneJob], tokens: Tensor) -> list[Tensor]:
+    """By how much the whole model's loss grows without each block, float32 []."""
+    job, commits = walk.job, walk.commits
+    name, device = str(job.model.compute_dtype).removeprefix("torch."), job.device
+
+    def measure() -> None:
+        done = len(commits.series("removal"))
+        if done > job.model.num_blocks:
+            return
+        model = load_model(job.model.source.folder, name, device)
+        _, blocks = largest_module_list(model) or ("", [])
+        cases = [None, *blocks][done:]
+        rows = tokens[: job.config.removal_samples]
+        for case in track(cases, "Passing over blocks", 1 + len(blocks), done):
+            commits.put(numbered("removal", done), loss_without(model, case, rows))
+            done += 1
+
+    processes().first(measure)
+    whole, *without = commits.series("removal")
+    return [torch.tensor(loss - whole) for loss in without]
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ class PruneConfig:
     finalists      shapes that are made and measured to meet a target
     score          of heads, neurons and channels: `contribution`, Minitron's `activation`,
                    `magnitude` of weights, or `random`
-    depth_score    of blocks: `influence`, `magnitude` or `random`
+    depth_score    of blocks: `influence`, `removal`, `magnitude` or `random`
+    removal_samples  calibration sequences that losses without a block are taken on, the first
     refit          solve for the weights that are kept (prune/refit.py), and set the norms' gains by
                    what the kept channels hold
     refit_samples  calibration sequences that the refit looks at, the first of those there are
@@ -55,7 +56,8 @@ class PruneConfig:
     target_latency: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     finalists: int = Field(default=3, ge=1, le=100)
     score: Literal["contribution", "activation", "magnitude", "random"] = "contribution"
-    depth_score: Literal["influence", "magnitude", "random"] = "influence"
+    depth_score: Literal["influence", "removal", "magnitude", "random"] = "influence"
+    removal_samples: int = Field(default=8, ge=1, le=1 << 20)
     refit: bool = True
     refit_samples: int = Field(default=128, ge=1, le=1 << 20)
     damping: float = Field(default=0.01, gt=0, le=1)

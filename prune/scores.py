@@ -15,7 +15,8 @@ Over B sequences of S tokens, N tokens in all:
     random         chance
 
 A block's influence is 1 - cos(x, y) of the hidden states before and after it, averaged over tokens
-(Men et al., "ShortGPT", arXiv 2403.03853, equation 1).
+(Men et al., "ShortGPT", arXiv 2403.03853, equation 1).  Its removal loss is by how much the model's
+cross-entropy grows when that block alone is passed over (removal.py).
 """
 
 from collections.abc import Iterator, Mapping
@@ -196,9 +197,11 @@ def unit_scores(
 def block_score(
     score: str, sums: Mapping[str, Tensor], weights: Mapping[str, Tensor], seed: int
 ) -> float:
-    """How much a block matters, by its `influence`, its `magnitude` or at `random`."""
+    """How much a block matters: its `influence`, `removal` loss, `magnitude`, or at `random`."""
     if score == "influence":
         return float(sums["influence"] / sums["tokens"])
+    if score == "removal":
+        return float(sums["removal"])
     if score == "magnitude":
         return float(weights["block"])
     return float(torch.rand((), generator=torch.Generator().manual_seed(seed)))

@@ -91,7 +91,12 @@ class PruneStage:
         by_activations = self.config.score in ("contribution", "activation")
         of_units = self.target.is_narrower_than(self.shape) and by_activations
         of_blocks = self._is_shorter and self.config.depth_score == "influence"
-        return of_units or of_blocks or self.needs_statistics
+        return of_units or of_blocks or self.needs_removals or self.needs_statistics
+
+    @property
+    def needs_removals(self) -> bool:
+        """Whether `decide` takes the loss without each block, as `removal` among its sums."""
+        return self._is_shorter and self.config.depth_score == "removal"
 
     @property
     def _is_shorter(self) -> bool:

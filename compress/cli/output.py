@@ -172,14 +172,15 @@ def _print_search(search: dict[str, Any]) -> None:
     title = f"Shapes for {space['target']} = {space['limit']:g}, of {search['count']} that meet it"
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.caption = (
-        f"KL: nats a token on {search['sequences']} calibration sequences, before any training"
+        f"KL: nats a token on {search['sequences']} calibration sequences, before any training;\n"
+        "guess: by what each axis alone lost"
     )
     names = ("depth", "hidden", "ffn", "heads", "kv_heads")
     timed = search["measured"][0]["milliseconds"] is not None
     last = ("ms a token",) if timed else ()
-    for column in ("", *names, "parameters", "KL predicted", "KL", *last):
+    for column in ("", *names, "params", "guess", "KL", *last):
         table.add_column(column.replace("_", " "), justify="right" if column else "left")
-    rows = [("one axis alone", found) for found in search["alone"]]
+    rows = [("alone", found) for found in search["alone"]]
     rows += [("taken", search["measured"][0])]
     rows += [("measured", found) for found in search["measured"][1:]]
     rows += [("not made", found) for found in search["others"]]
@@ -187,7 +188,8 @@ def _print_search(search: dict[str, Any]) -> None:
         losses = ("" if found[key] is None else f"{found[key]:.4f}" for key in ("predicted", "kl"))
         numbers = (str(found["shape"][name]) for name in names)
         time = (f"{found['milliseconds']:.2f}",) if timed else ()
-        table.add_row(what, *numbers, f"{found['parameters']:,}", *losses, *time)
+        params = f"{found['parameters'] / 1e6:.1f}M"
+        table.add_row(what, *numbers, params, *losses, *time)
     Console(highlight=False).print(table)
 
 

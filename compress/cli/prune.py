@@ -54,7 +54,8 @@ from compress.core.errors import InputError
     "random.  [default: contribution]",
 )
 @click.option(
-    "--depth-score", help="Of blocks: influence, magnitude or random.  [default: influence]"
+    "--depth-score",
+    help="Of blocks: influence, removal, magnitude or random.  [default: influence]",
 )
 @click.option(
     "--refit/--no-refit",

@@ -11,13 +11,15 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from compress import pruning
+from compress.calibration import calibration_tokens
 from compress.cli import main
 from compress.core.errors import InputError
-from compress.core.source import ModelSource
+from compress.core.source import ModelSource, resolve_model
 from compress.evaluate import TextEvalConfig, evaluate_text
 from compress.prune import stock
 from compress.pruning import run_pruning
-from compress.recipe import build_pruning
+from compress.recipe import CalibrationConfig, build_pruning
 from tests.compress.test_resume import kill
 
 # of the tiny models: 48 channels, 80 neurons, 6 heads on 2 KV heads
@@ -210,6 +212,52 @@ def test_blocks_of_unknown_parts_can_be_removed(pruning_values, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 2
     with pytest.raises(InputError, match="pruning knows attention of"):
         run_pruning(build_pruning(pruning_values("phi3", out="other", ffn=40)))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_removal_losses(family, pruning_values, tmp_path, model_folder):
+    """As those of models from whose lists of blocks one was taken out."""
+    given = pruning_values(family, depth=3, depth_score="removal", removal_samples=2)
+    given["compute_dtype"] = "float32"
+    report = run_pruning(build_pruning(given))
+    tokens = calibration_tokens(
+        CalibrationConfig(given["calibration"]["source"], 8, 32),
+        resolve_model(given["model"]),
+        1 << 30,
+        torch.device("cpu"),
+    )[:2]
+    losses = []
+    for index in (None, 0, 1, 2, 3):
+        model = AutoModelForCausalLM.from_pretrained(given["model"], dtype=torch.float32)
+        if index is not None:
+            del model.model.layers[index]
+            model.config.num_hidden_layers = 3
+        with torch.inference_mode():
+            losses.append(float(model(tokens, labels=tokens, use_cache=False).loss))
+    expected = [loss - losses[0] for loss in losses[1:]]
+    # float32 losses of about 5, rounded at 1e-6 each
+    assert report["pruning"]["depth_scores"] == pytest.approx(expected, abs=1e-5)
+    assert report["pruning"]["removed_blocks"] == [expected.index(min(expected))]
+
+
+def test_removal_losses_of_a_broken_off_run_are_kept(pruning_values, monkeypatch, tmp_path):
+    right, calls = pruning.loss_without, []
+
+    def counted(model, block, tokens):
+        if len(calls) == 2:
+            calls.append("broken off")
+            raise KeyboardInterrupt
+        calls.append(block)
+        return right(model, block, tokens)
+
+    monkeypatch.setattr(pruning, "loss_without", counted)
+    recipe = build_pruning(pruning_values(depth=3, depth_score="removal"))
+    with pytest.raises(KeyboardInterrupt):
+        run_pruning(recipe)
+    report = run_pruning(recipe)
+    assert len(calls) == 1 + 1 + 4  # the whole model, each block, and the one that broke off
+    again = run_pruning(build_pruning(pruning_values(depth=3, depth_score="removal", out="again")))
+    assert again["pruning"]["depth_scores"] == report["pruning"]["depth_scores"]
 
 
 def test_killed_before_every_step(pruning_values, model_folder, tmp_path):
