@@ -235,8 +235,8 @@ def test_removal_losses(family, pruning_values, tmp_path, model_folder):
         with torch.inference_mode():
             losses.append(float(model(tokens, labels=tokens, use_cache=False).loss))
     expected = [loss - losses[0] for loss in losses[1:]]
-    # float32 losses of about 5, rounded at 1e-6 each
-    assert report["pruning"]["depth_scores"] == pytest.approx(expected, abs=1e-5)
+    # differences of float32 losses of about 5, whose logits of some tens are off by 1e-5
+    assert report["pruning"]["depth_scores"] == pytest.approx(expected, abs=1e-4)
     assert report["pruning"]["removed_blocks"] == [expected.index(min(expected))]
 
 
