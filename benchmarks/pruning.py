@@ -1,11 +1,11 @@
-"""What pruning loses before any training, on each axis and by each score, as a page in Markdown.
+"""What pruning loses on each axis and by each score, and what training then wins back, in Markdown.
 
     python benchmarks/pruning.py WORK_FOLDER --model smollm2 --train c4.txt \\
         --text wikitext2_valid.txt --out FILE.md
 
-Every run is a `compress prune` in a process of its own, by its command in the page; speeds are of
-`compress bench latency`.  What has scores is not run again (benchmarks/scored.py).  `--only REGEX`
-picks runs by name; the page is of all that have scores.
+Every run is a `compress prune` or `compress distill` in a process of its own, by its command in the
+page; speeds are of `compress bench latency`.  What has scores is not run again
+(benchmarks/scored.py).  `--only REGEX` picks runs by name; the page is of all that have scores.
 """
 
 import argparse
@@ -30,12 +30,19 @@ AXES: dict[str, tuple[str, ...]] = {
 AXES["all four"] = tuple(word for asked in AXES.values() for word in asked)
 METHODS = {
     "default": (),
+    "removal": ("--depth-score", "removal"),
     "default, not refitted": ("--no-refit",),
     "Minitron": ("--score", "activation", "--no-refit"),
     "magnitude": ("--score", "magnitude", "--depth-score", "magnitude", "--no-refit"),
     "random": ("--score", "random", "--depth-score", "random", "--no-refit"),
 }
-ONLY_DEPTH = ("default", "magnitude", "random")  # of blocks the others are the default
+# which there are for blocks alone, and for the other axes
+OF_BLOCKS = ("default", "removal", "magnitude", "random")
+OF_UNITS = tuple(method for method in METHODS if method != "removal")
+LOSSES = {"forward KL": "forward_kl=1", "cross-entropy": "forward_kl=0,cross_entropy=1"}
+# what is trained: the losses on every axis, and the one loss on what others keep
+HEALED = [(axis, "default", loss) for axis in AXES for loss in LOSSES]
+HEALED += [("all four", method, "forward KL") for method in ("Minitron", "magnitude", "random")]
 SPEED = ("--dtype", "bfloat16", "--prompt-tokens", "512", "--new-tokens", "128", "--json")
 
 
@@ -46,6 +53,13 @@ def main() -> None:
     for name, command in runs_of(options):
         if re.search(options.only, name) and not scored.has(name):
             scored.make(name, command)
+    for axis, method, loss in HEALED:
+        name = healed_name(axis, method, loss)
+        if re.search(options.only, name) and not scored.has(name):
+            pruned = options.work / name_of(axis, method)
+            if not pruned.exists():
+                compress(*pruning(options, axis, method), "--out", str(pruned))
+            scored.make(name, healing(options, str(pruned), loss))
     for name in speeds_of():
         if re.search(options.only, f"speed {name}") and not scored.has(f"speed-{name}"):
             folder = options.work / name
@@ -62,6 +76,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_options(parser, "pruning.md")
     parser.add_argument("--samples", default="64")
+    parser.add_argument("--tokens", default="100k", help="to train on")
     return parser.parse_args()
 
 
@@ -71,12 +86,25 @@ def name_of(axis: str, method: str) -> str:
 
 def runs_of(options: argparse.Namespace) -> Iterable[tuple[str, tuple[str, ...]]]:
     """Name and command of every checkpoint, in the order of the page."""
-    for axis, asked in AXES.items():
-        for method, how in METHODS.items():
-            if axis.startswith("depth") and method not in ONLY_DEPTH:
-                continue
-            data = ("--calibration", options.train, "--samples", options.samples)
-            yield name_of(axis, method), ("prune", options.model, *asked, *how, *data)
+    for axis in AXES:
+        for method in OF_BLOCKS if axis.startswith("depth") else OF_UNITS:
+            yield name_of(axis, method), pruning(options, axis, method)
+
+
+def pruning(options: argparse.Namespace, axis: str, method: str) -> tuple[str, ...]:
+    """The command that prunes."""
+    data = ("--calibration", options.train, "--samples", options.samples)
+    return ("prune", options.model, *AXES[axis], *METHODS[method], *data)
+
+
+def healed_name(axis: str, method: str, loss: str) -> str:
+    return f"{name_of(axis, method)}-healed-{loss}".replace(" ", "-").lower()
+
+
+def healing(options: argparse.Namespace, student: str, loss: str) -> tuple[str, ...]:
+    """The command that trains what was pruned."""
+    data = ("--data", options.train, "--tokens", options.tokens, "--loss", LOSSES[loss])
+    return ("distill", "--teacher", options.model, "--student", student, *data)
 
 
 def speeds_of() -> list[str]:
@@ -88,7 +116,7 @@ def page(options: argparse.Namespace, scored: Scored) -> str:
     """The record of runs that have scores."""
     found = {name: scored.get(name) for name, _ in runs_of(options) if scored.has(name)}
     lines = [
-        "# What pruning loses, before training",
+        "# What pruning loses, and what training wins back",
         "",
         f"{options.model}, {processor()}; calibrated on {options.samples} sequences of 512 tokens "
         f"of {Path(options.train).name}, scored on the first {options.windows} windows of 512 "
@@ -105,6 +133,7 @@ def page(options: argparse.Namespace, scored: Scored) -> str:
                 if score := found.get(name_of(axis, method)):
                     lines.append(row(f"{axis}, {method}", score))
         lines.append("")
+    lines += healed_lines(options, scored, found)
     speeds = {
         name: scored.get(f"speed-{name}") for name in speeds_of() if scored.has(f"speed-{name}")
     }
@@ -113,9 +142,40 @@ def page(options: argparse.Namespace, scored: Scored) -> str:
     lines += ["## Commands", ""]
     for name, command in runs_of(options):
         if name in found:
-            words = (Path(word).name if word == options.train else word for word in command)
-            lines.append(f"    compress {' '.join(words)} --out {name}")
+            lines.append(command_line(options, command, name))
+    for axis, method, loss in HEALED:
+        if scored.has(name := healed_name(axis, method, loss)):
+            lines.append(command_line(options, healing(options, name_of(axis, method), loss), name))
     return "\n".join([*lines, ""])
+
+
+def command_line(options: argparse.Namespace, command: tuple[str, ...], name: str) -> str:
+    words = (Path(word).name if word == options.train else word for word in command)
+    return f"    compress {' '.join(words)} --out {name}"
+
+
+def healed_lines(
+    options: argparse.Namespace, scored: Scored, before: dict[str, dict[str, Any]]
+) -> list[str]:
+    """A table of what was trained, before and after."""
+    rows = []
+    for axis, method, loss in HEALED:
+        name, pruned = healed_name(axis, method, loss), name_of(axis, method)
+        if scored.has(name) and pruned in before:
+            was, now = before[pruned], scored.get(name)
+            cells = (f"{score['perplexity']:.2f} | {score['kl_mean']:.4f}" for score in (was, now))
+            gone = 1 - now["kl_mean"] / was["kl_mean"]
+            rows.append(f"| {axis}, {method}, {loss} | {' | '.join(cells)} | {gone:.1%} |")
+    if not rows:
+        return []
+    return [
+        f"## After training on {options.tokens} tokens of {Path(options.train).name}",
+        "",
+        "| | perplexity before | KL before | perplexity | KL | of the KL won back |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
 
 
 def row(name: str, score: dict[str, Any]) -> str:
