@@ -42,6 +42,12 @@ class Space:
     start: Shape
     axes: tuple[str, ...]
 
+    def in_words(self, number: float) -> str:
+        """A number of what the target limits, for people."""
+        if self.target == "target_params":
+            return f"{number:,.0f} parameters"
+        return f"{number:.2f} ms" if self.target == "target_latency" else in_words(number)
+
 
 @dataclass(frozen=True)
 class PruneJob:
@@ -134,15 +140,13 @@ def _free_axes(model: BlockModel, shape: Shape, config: PruneConfig) -> tuple[st
 
 def check_limit(space: Space, small: Shape, most: float, least: float) -> None:
     """Raise InputError unless the limit is between what the start and the smallest shape take."""
+    asked, words = f"{space.target} = {space.in_words(space.limit)}", space.in_words
     if space.limit >= most:
-        raise InputError(
-            f"{space.target} = {space.limit:g} asks for nothing: {space.start} takes {most:g}; "
-            "give less"
-        )
+        raise InputError(f"{asked} asks for nothing: {space.start} takes {words(most)}; give less")
     if space.limit < least:
         raise InputError(
-            f"{space.target} = {space.limit:g} is not possible: the smallest shape looked at "
-            f"({small}) takes {least:g}; give more, or numbers of your own"
+            f"{asked} is not possible: the smallest shape looked at ({small}) takes "
+            f"{words(least)}; give more, or numbers of your own"
         )
 
 

@@ -91,7 +91,8 @@ class Search:
     @property
     def described(self) -> dict[str, Any]:
         """For compress.json."""
-        return asdict(self) | {"sequences": HELD_OUT}
+        asked = self.space.in_words(self.space.limit)
+        return asdict(self) | {"asked": asked, "sequences": HELD_OUT}
 
 
 # Makes pruned models together, committed under a name: of each folder the shape.
@@ -165,8 +166,8 @@ class ShapeSearch:
             if finalists:
                 return ranked, finalists
         raise InputError(
-            f"{self.space.target} = {self.space.limit:g} was met by no shape that was made and "
-            f"timed ({len(self.timed)} of them); give a little more"
+            f"{self.space.target} = {self.space.in_words(self.space.limit)} is met by no shape that "
+            "transformers takes, as far as they were made and timed; give a little more"
         )
 
     def _fits(self, cost: Callable[[Shape], float]) -> Callable[[Shape], bool]:

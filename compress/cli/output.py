@@ -168,8 +168,7 @@ def print_pruning(report: dict[str, Any]) -> None:
 
 def _print_search(search: dict[str, Any]) -> None:
     """Print the shapes that were looked at, with the one taken first."""
-    space = search["space"]
-    title = f"Shapes for {space['target']} = {space['limit']:g}, of {search['count']} that meet it"
+    title = f"At most {search['asked']}: {search['count']} shapes that cannot grow by a step"
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.caption = (
         f"KL: nats a token on {search['sequences']} calibration sequences, before any training;\n"

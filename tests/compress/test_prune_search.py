@@ -192,11 +192,14 @@ def test_only_blocks_of_unknown_parts(pruning_values, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--target-params", "1k"], "target_params = 1000 is not possible: the smallest shape"),
+        (
+            ["--target-params", "1k"],
+            "target_params = 1,000 parameters is not possible: the smallest shape",
+        ),
         (["--target-params", "1B"], "asks for nothing: depth 4, hidden 48"),
         (["--target-params", "few"], "not a number; write it as"),
         (["--target-memory", "lots"], "'lots' is no size"),
-        (["--target-memory", "1kB"], "target_memory = 1000 is not possible"),
+        (["--target-memory", "1kB"], "target_memory = 1 kB is not possible"),
         (["--target-latency", "0"], "target_latency"),
         (["--target-params", "45k", "--target-memory", "1MB"], "are given; give one"),
         (
