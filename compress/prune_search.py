@@ -165,9 +165,10 @@ class ShapeSearch:
                 finalists = [shape for shape, time in found if time <= self.space.limit]
             if finalists:
                 return ranked, finalists
+        asked = f"{self.space.target} = {self.space.in_words(self.space.limit)}"
         raise InputError(
-            f"{self.space.target} = {self.space.in_words(self.space.limit)} is met by no shape that "
-            "transformers takes, as far as they were made and timed; give a little more"
+            f"{asked} is met by no shape that transformers takes, as far as they were made and "
+            "timed; give a little more"
         )
 
     def _fits(self, cost: Callable[[Shape], float]) -> Callable[[Shape], bool]:
