@@ -12,9 +12,9 @@ from compress.recipe import (
     PRUNE,
     build_distillation,
     build_recipe,
-    load_recipe,
     method_of,
 )
+from compress.recipe_file import load_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 

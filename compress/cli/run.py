@@ -24,7 +24,7 @@ def run_command(recipe: Path, model: str | None, out: Path | None, **how: Any) -
 
     A run that was interrupted or killed goes on when the same command is given again.
     """
-    from compress.recipe import load_recipe
+    from compress.recipe_file import load_recipe
 
     overrides = {name: value for name, value in (("model", model), ("out", out)) if value}
     carry_out(load_recipe(recipe, overrides), **how)
