@@ -133,7 +133,7 @@ def build_chain(values: Mapping[str, Any], where: str = "recipe") -> ChainRecipe
     mapping_in(values, "calibration", where)
     shared = {key: values[key] for key in SHARED if key in values}
     stages = stages_in(values, where)
-    methods = [method_in(stage, where) for stage in stages]
+    methods = [method_in(stage, f"{where}: stage {n}") for n, stage in enumerate(stages, start=1)]
     built: list[AnyRecipe] = []
     for number, (method, stage) in enumerate(zip(methods, stages, strict=True), start=1):
         at = f"{where}: {named(number, method)}"

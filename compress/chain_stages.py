@@ -50,6 +50,7 @@ class StagesFolder(WorkFolder):
 
     def __init__(self, recipe: ChainRecipe, overwrite: bool) -> None:
         super().__init__(recipe.out, overwrite, STAGES)
+        self.kept_words = f"Finished stages are in {self.progress}"
         self.recipe = recipe
         self.output = recipe.stages[-1].out
         self.commits = [Commits(stage.out.parent / COMMITS) for stage in recipe.stages]

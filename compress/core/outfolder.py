@@ -25,6 +25,7 @@ class WorkFolder:
     """
 
     output: Path
+    kept_words = "What was done is kept: run the same command again to go on from there"
 
     def __init__(self, out: Path, overwrite: bool, kind: str) -> None:
         if not out.name:
@@ -102,7 +103,7 @@ class WorkFolder:
             if not self.has_kept:
                 shutil.rmtree(self.progress, ignore_errors=True)
             elif isinstance(error, KeyboardInterrupt):
-                say("What was done is kept: run the same command again to go on from there")
+                say(self.kept_words)
             if isinstance(error, OSError):
                 raise self._refused(error) from error
         finally:

@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM
 from compress import chain
 from compress.chain import run_chain
 from compress.chain_eval import Comparison
+from compress.chain_preflight import check_chain
 from compress.chain_recipe import build_chain
+from compress.chain_stages import identities
 from compress.cli import main
 from compress.core.commits import Commits, numbered
 from compress.core.errors import InputError
@@ -106,7 +108,7 @@ def test_what_a_chain_reports(values, tmp_path, text_file):
     assert rows[DISTILL]["kl_added"] < 0  # it was healed
     model = AutoModelForCausalLM.from_pretrained(original.folder)
     assert told["sizes"]["original_parameters"] == model.num_parameters()
-    assert told["sizes"]["original_bytes"] == 4 * model.num_parameters()
+    assert told["sizes"]["original_bytes"] == (original.folder / "model.safetensors").stat().st_size
     assert told["sizes"]["bytes"] == rows[-1]["bytes"] < rows[DISTILL]["bytes"]
     assert rows[PRUNE]["parameters"] < told["sizes"]["original_parameters"]
     assert rows[PRUNE]["pruning"]["shape"]["depth"] == 3
@@ -466,3 +468,26 @@ def test_two_processes(values, tmp_path):
     # order, and codes that lay on an edge moved
     assert two["stages"][-1]["kl_mean"] == pytest.approx(one["stages"][-1]["kl_mean"], rel=0.05)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out", "r.yaml"]
+
+
+def test_another_teacher_is_another_stage(values, model_folder, tmp_path):
+    """Of a teacher that is neither the original nor a stage, the files count too."""
+    values["model"] = str(shutil.copytree(model_folder(layers=4), tmp_path / "model"))
+    teacher = shutil.copytree(model_folder(layers=2), tmp_path / "teacher")
+    values["stages"][DISTILL]["teacher"] = str(teacher)
+    recipe = build_chain(values)
+    before = identities(recipe, check_chain(recipe))
+    change_weight({"model": str(teacher)})
+    after = identities(recipe, check_chain(recipe))
+    assert [one == two for one, two in zip(before, after, strict=True)] == [True, False, True]
+
+
+def test_stages_stay_after_an_interrupt(values, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chain, "run_distillation", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_chain(build_chain(values))
+    assert f"Finished stages are in {finished(values)}" in capsys.readouterr().err
+    assert (finished(values) / "1-prune" / "model" / "config.json").is_file()
