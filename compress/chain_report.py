@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from compress import checkpoint
-from compress.chain_eval import SELF
+from compress.chain_eval import SELF, text_config
 from compress.chain_recipe import ChainRecipe, described_chain
 from compress.chain_stages import StageResult
 from compress.core.files import write_text
 from compress.distill.preparation import TRACKED
 from compress.distillation import RECORDS
 from compress.recipe import method_of
-from compress.report import record_quality, write_report
+from compress.report import QUALITY, record_quality, write_report
 
 PARTS = ("training", "pruning")  # of a stage's report, for its row
 EVALUATION = (  # of what was measured, what holds for all stages
@@ -45,9 +45,11 @@ def write_chain_report(recipe: ChainRecipe, results: Sequence[StageResult]) -> d
     host = {key: value for key, value in results[-1].run.items() if "seconds" not in key}
     write_text(folder / "run.json", _json({**times, **host}))
     write_text(folder / "README.md", checkpoint.chain_card(report))
+    (folder / QUALITY).unlink(missing_ok=True)  # of another text, before it was broken off
     measured = results[-1].measured
     if recipe.eval is not None and recipe.eval.text != SELF and measured is not None:
-        told = {"model": str(folder), "text": recipe.eval.text, "against": recipe.model}
+        seed = text_config(recipe.eval).seed
+        told = {"text": recipe.eval.text, "against": recipe.model, "seed": seed}
         record_quality(folder, told | measured)
     else:
         write_report(folder)

@@ -30,6 +30,7 @@ from compress.core.files import write_text
 from compress.core.source import public_name
 from compress.inspection import inspect_folder
 
+QUALITY = "quality.json"
 Layer = dict[str, Any]  # a LayerReport, as compress.json holds it
 
 # A measurement replaces an earlier one that agrees with it in these.
@@ -84,7 +85,7 @@ def record_quality(folder: Path, result: dict[str, Any]) -> None:
         for kind, new in found.items():
             by_key = {tuple(m[key] for key in KEYS[kind]): m for m in [*quality[kind], *new]}
             quality[kind] = list(by_key.values())
-    write_text(folder / "quality.json", json.dumps(quality, indent=2) + "\n")
+    write_text(folder / QUALITY, json.dumps(quality, indent=2) + "\n")
     write_report(folder)
 
 
@@ -115,7 +116,7 @@ def _as_written_here(folder: Path) -> Iterator[None]:
 
 
 def _quality(folder: Path) -> dict[str, Any]:
-    return {"texts": [], "tasks": []} | (_read_json(folder / "quality.json") or {})
+    return {"texts": [], "tasks": []} | (_read_json(folder / QUALITY) or {})
 
 
 def _read_json(path: Path) -> Any:
@@ -196,18 +197,15 @@ def _stages(report: dict[str, Any]) -> list[dict[str, Any]]:
     """
     sizes = report["sizes"]
     rows = report.get("stages") or [report | {"parameters": sizes["parameters"]}]
-    before = [sizes.get("original_parameters", sizes["parameters"])]
-    before += [row["parameters"] for row in rows]
-    return [
-        row | {"settings": settings, "parameters_before": count, "suffix": suffix}
-        for row, settings, count, suffix in zip(
-            rows,
-            report["recipe"]["stages"],
-            before[:-1],
-            (f"-{n}" if len(rows) > 1 else "" for n in range(1, len(rows) + 1)),
-            strict=True,
-        )
-    ]
+    before = sizes.get("original_parameters", sizes["parameters"])
+    stages = []
+    for number, (row, settings) in enumerate(
+        zip(rows, report["recipe"]["stages"], strict=True), start=1
+    ):
+        suffix = f"-{number}" if len(rows) > 1 else ""
+        stages.append(row | {"settings": settings, "parameters_before": before, "suffix": suffix})
+        before = row["parameters"]
+    return stages
 
 
 def _task_rows(tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -114,8 +114,8 @@ def test_what_a_chain_reports(values, tmp_path, text_file):
     assert rows[PRUNE]["pruning"]["shape"]["depth"] == 3
     assert rows[DISTILL]["training"]["steps"] == 4
     quality = json.loads((out / "quality.json").read_text())
-    assert quality["texts"][0]["kl_mean"] == found["kl_mean"]
-    assert quality["texts"][0]["against"] == original.folder.name
+    expected = found | {"text": text_file.name, "against": original.folder.name, "seed": 0}
+    assert quality == {"texts": [expected], "tasks": []}
     assert len(json.loads((out / "run.json").read_text())["stage_seconds"]) == 3
     assert (out / "losses-2.jsonl").read_text().count("\n") >= 4
 
