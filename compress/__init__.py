@@ -8,6 +8,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compress.chain import run_chain
+    from compress.chain_recipe import ChainRecipe, build_chain
     from compress.core.errors import InputError
     from compress.distillation import run_distillation
     from compress.evaluate import evaluate_text
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
         build_distillation,
         build_pruning,
         build_recipe,
-        load_recipe,
     )
+    from compress.recipe_file import load_recipe
     from compress.runtime.grammar import Grammar
     from compress.runtime.llm import LLM
     from compress.runtime.sampling_params import SamplingParams
@@ -33,6 +35,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "METHODS": "compress.quant.methods",
     "CalibrationConfig": "compress.recipe",
+    "ChainRecipe": "compress.chain_recipe",
     "DistillRecipe": "compress.recipe",
     "Grammar": "compress.runtime.grammar",
     "InputError": "compress.core.errors",
@@ -40,11 +43,13 @@ _HOMES = {
     "PruneRecipe": "compress.recipe",
     "Recipe": "compress.recipe",
     "SamplingParams": "compress.runtime.sampling_params",
+    "build_chain": "compress.chain_recipe",
     "build_distillation": "compress.recipe",
     "build_pruning": "compress.recipe",
     "build_recipe": "compress.recipe",
     "evaluate_text": "compress.evaluate",
-    "load_recipe": "compress.recipe",
+    "load_recipe": "compress.recipe_file",
+    "run_chain": "compress.chain",
     "run_distillation": "compress.distillation",
     "run_pruning": "compress.pruning",
     "run_recipe": "compress.pipeline",
@@ -54,17 +59,20 @@ __all__ = [
     "LLM",
     "METHODS",
     "CalibrationConfig",
+    "ChainRecipe",
     "DistillRecipe",
     "Grammar",
     "InputError",
     "PruneRecipe",
     "Recipe",
     "SamplingParams",
+    "build_chain",
     "build_distillation",
     "build_pruning",
     "build_recipe",
     "evaluate_text",
     "load_recipe",
+    "run_chain",
     "run_distillation",
     "run_pruning",
     "run_recipe",

@@ -143,7 +143,7 @@ def _sample_from_model(
     batches = []
     for start in range(0, rows, SELF_BATCH):
         first, steps = sampled_batch(model, min(SELF_BATCH, rows - start), length, generator)
-        progress = track(steps, "Sampling calibration text", total=length - 1)
+        progress = track(steps, "Sampling text", total=length - 1)
         batches.append(torch.cat([first, *progress], dim=1))
     joined = torch.cat(batches).view(config.samples, pieces * length)
     return joined[:, : config.seq_len].contiguous()

@@ -198,6 +198,62 @@ def prune_card(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def chain_card(report: dict[str, Any]) -> str:
+    """The model card of a model that went through several stages."""
+    recipe, measured = report["recipe"], report.get("eval")
+    model, stages = recipe["model"], recipe["stages"]
+    methods = [stage["method"] for stage in stages]
+    lines = [
+        *_front_matter(model, list(dict.fromkeys(methods))),
+        f"# {Path(model).name}: {', '.join(methods)}",
+        "",
+        f"Made from `{model}` with compress {report['versions']['compress-llm']} in "
+        f"{len(stages)} stages, one after another.",
+        "",
+        *_stage_table(report),
+        "",
+    ]
+    if measured:
+        text = recipe["eval"]["text"]
+        of = "that the original wrote" if text == "self" else f"of `{text}`"
+        lines += [
+            f"On {measured['windows']} windows of {measured['seq_len']} tokens {of}; KL in nats a "
+            "token.",
+            "",
+        ]
+    last = stages[-1]
+    if "format" in last:
+        lines += _loading_lines(recipe["out"], last["format"], last["symmetric"])
+    else:
+        lines += _plain_loading(recipe["out"])
+    lines += ["`report.html` shows each stage, `compress.json` has the settings.", ""]
+    return "\n".join(lines)
+
+
+def _stage_table(report: dict[str, Any]) -> list[str]:
+    """Parameters, size and loss after each stage, the original first."""
+    sizes, measured = report["sizes"], report.get("eval")
+    original = ("original", sizes["original_parameters"], sizes["original_bytes"])
+    after = [(row["method"], row["parameters"], row["bytes"]) for row in report["stages"]]
+    start, *rows = (
+        f"| {name} | {parameters:,} | {size / 1e6:.1f} MB |"
+        for name, parameters, size in (original, *after)
+    )
+    head = "| after | parameters | size |"
+    if not measured:
+        return [head, "|---|---|---|", start, *rows]
+    losses = (
+        f" {row['perplexity']:.5g} | {row['kl_mean']:.4f} | {row['kl_added']:+.4f} |"
+        for row in report["stages"]
+    )
+    return [
+        f"{head} perplexity | KL from the original | of it added here |",
+        "|---|---|---|---|---|---|",
+        f"{start} {measured['perplexity_original']:.5g} | | |",
+        *(row + loss for row, loss in zip(rows, losses, strict=True)),
+    ]
+
+
 def export_card(ref: str, report: dict[str, Any]) -> str:
     """The model card of a checkpoint that was re-packed."""
     name, layers = report["format"], report["layers"]

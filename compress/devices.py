@@ -155,7 +155,7 @@ def find_device(ref: str) -> Device:
 
 def read_device(path: Path) -> Device:
     """A device file.  Raises InputError for one that cannot be read, or has wrong entries."""
-    from compress.recipe import parse_yaml
+    from compress.strict_yaml import parse_yaml
 
     where = f"device file '{path}'"
     try:

@@ -81,7 +81,7 @@ def preflight(recipe: DistillRecipe) -> DistillJob:
                 "adapters are not merged into sharded weights; start without --use_fsdp, each "
                 "process then holds the frozen model whole, or train all weights"
             )
-    if config.teacher is None and (config.loss.needs_teacher or config.data.source == "self"):
+    if config.teacher is None and config.needs_teacher:
         what = "a loss compares with" if config.loss.needs_teacher else "data 'self' comes from"
         raise InputError(f"no teacher is given, and {what} one; give --teacher")
     device = default_device()

@@ -13,7 +13,6 @@ moments, and the teacher where it runs beside it.
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from compress.distill.teacher import LiveTeacher, TopKCache
 from compress.distill_preflight import DistillJob, check_resources, preflight, vocabulary_of
 from compress.inspection import inspect_folder
 from compress.loading import load_model
-from compress.recipe import DISTILL, DistillRecipe
+from compress.recipe import DistillRecipe, described
 from compress.report import write_report
 
 WHAT = "training"  # as messages on its text name it
@@ -211,7 +210,7 @@ def _report(
     student = job.student
     evaluations = [{"tokens": row["tokens"], **row["evaluation"]} for row in result.evaluations]
     return {
-        "recipe": _described(job.recipe),
+        "recipe": described(job.recipe),
         "versions": checkpoint.versions(),
         "calibration_sha256": None,
         "compute_dtype": job.precision,
@@ -236,15 +235,6 @@ def _report(
     }
 
 
-def _described(recipe: DistillRecipe) -> dict[str, Any]:
-    """The recipe for compress.json: of the output's place, only its name."""
-    (stage,) = recipe.stages
-    described = {"method": DISTILL, **asdict(stage)}
-    # where a cache is changes nothing, and what is not trained is not told
-    described = {k: v for k, v in described.items() if k != "cache" and v is not None}
-    return asdict(recipe) | {"out": recipe.out.name, "stages": [described]}
-
-
 def _identity(job: DistillJob) -> dict[str, Any]:
     """What a broken-off run must have been of, for this one to go on from it.
 
@@ -252,15 +242,16 @@ def _identity(job: DistillJob) -> dict[str, Any]:
     """
     text = Path(job.config.data.source)
     models = {"student": job.student, "teacher": job.teacher}
-    found = {"recipe": _described(job.recipe), "precision": job.precision, "dtype": str(job.dtype)}
+    found = {"recipe": described(job.recipe), "precision": job.precision, "dtype": str(job.dtype)}
     return found | {
         "versions": checkpoint.versions(),
         "data file": hashed_file(text) if text.is_file() else None,
-        **{name: _files_of(model) for name, model in models.items() if model is not None},
+        **{name: files_of(model) for name, model in models.items() if model is not None},
     }
 
 
-def _files_of(model: BlockModel) -> dict[str, Any]:
+def files_of(model: BlockModel) -> dict[str, Any]:
+    """Hashes of a model's small files and of its weights, all of which are read."""
     folder = model.source.folder
     small = [folder / "config.json", *checkpoint.carried_files(folder)]
     return {

@@ -55,29 +55,38 @@ MAX_QUANTILE_RESAMPLES = 1_000
 POSITIONS_AT_ONCE = 128  # bounds the fp32 copies of the logits to 128 x V
 
 
-@dataclass(frozen=True)
-class TextEvalConfig:
-    """What to score: `windows` windows of `seq_len` tokens of `text`, with weights in `dtype`.
+@dataclass(frozen=True, kw_only=True)
+class ScoringConfig:
+    """How windows are scored: with weights in `dtype`, by one of compress.engines.ENGINES."""
 
-    `engine` is one of compress.engines.ENGINES.
-    """
-
-    text: Path
-    seq_len: int = 512
-    windows: int = 32
     dtype: str = "float32"
     engine: str = "auto"
     bootstrap: int = 10_000
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"seq_len": 2, "windows": 2, "bootstrap": 100, "seed": 0}
+        self._check_least(bootstrap=100, seed=0)
+        check_dtype(self.dtype)
+        check_engine(self.engine)
+
+    def _check_least(self, **least: int) -> None:
         for name, minimum in least.items():
             value = getattr(self, name)
             if value < minimum:
                 raise InputError(f"{name} is {value}; allowed is {minimum} or more")
-        check_dtype(self.dtype)
-        check_engine(self.engine)
+
+
+@dataclass(frozen=True)
+class TextEvalConfig(ScoringConfig):
+    """What to score, and how: `windows` windows of `seq_len` tokens of `text`."""
+
+    text: Path
+    seq_len: int = 512
+    windows: int = 32
+
+    def __post_init__(self) -> None:
+        self._check_least(seq_len=2, windows=2)
+        super().__post_init__()
 
 
 def evaluate_text(
@@ -85,19 +94,45 @@ def evaluate_text(
 ) -> dict[str, Any]:
     """Score a model on a text; with `against`, compare it to that original.
 
-    Returns plain numbers, ready for JSON: `perplexity`, `nll` (nats a token), `tokens` (scored),
-    `windows`, `seq_len`, `dtype`, `engine`, `text_sha256`; with `against` also
-    `perplexity_original`, `perplexity_ratio`, `kl_mean`, `kl_p99` (nats) and `top1_agreement`
-    (0 to 1).  Each `x_interval` is [low, high].
+    Returns what `evaluate_windows` does, and `text_sha256`.
 
-    Raises InputError when the text is missing, empty, not UTF-8 or too short, when a model cannot
-    be loaded or gives NaN, and when the two models do not share vocabulary and tokenization.
+    Raises InputError when the text is missing, empty, not UTF-8 or too short, and where
+    `evaluate_windows` does.
+    """
+    text = _read_text(config.text)
+    folders = [source.folder for source in (model, against) if source is not None]
+    check_models(folders, config.seq_len)
+    windows = cut_windows(folders, text, config)  # before the slow loading of weights
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return evaluate_windows(model, windows, config, against) | {"text_sha256": digest}
+
+
+def check_text(model: ModelSource, config: TextEvalConfig) -> None:
+    """Raise InputError where `evaluate_text` would, but for what only the weights show."""
+    check_models([model.folder], config.seq_len)
+    cut_windows([model.folder], _read_text(config.text), config)
+
+
+def evaluate_windows(
+    model: ModelSource,
+    windows: np.ndarray,
+    config: ScoringConfig,
+    against: ModelSource | None = None,
+) -> dict[str, Any]:
+    """Score a model on token ids, int64 [W, N]; with `against`, compare it to that original.
+
+    Returns plain numbers, ready for JSON: `perplexity`, `nll` (nats a token), `tokens` (scored),
+    `windows`, `seq_len`, `dtype`, `engine`; with `against` also `perplexity_original`,
+    `perplexity_ratio`, `kl_mean`, `kl_p99` (nats) and `top1_agreement` (0 to 1).  Each
+    `x_interval` is [low, high].
+
+    Raises InputError when a model cannot be loaded or gives NaN, and when the two models do not
+    share vocabulary and tokenization.
     """
     sources = [model] if against is None else [model, against]
     folders = [source.folder for source in sources]
-    vocabulary = _check_models(folders, config)
-    text = _read_text(config.text)
-    windows = cut_windows(folders, text, config)  # [W, N], before the slow loading of weights
+    count, seq_len = windows.shape
+    vocabulary = check_models(folders, seq_len)
     if vocabulary is not None and windows.max() >= vocabulary:
         raise InputError(
             f"the tokenizer of '{folders[0]}' gives token {windows.max()}, but the model has "
@@ -106,7 +141,7 @@ def evaluate_text(
     engine = settle_engine(config.engine, sources)
     predictors = [load_predictor(engine, source, config.dtype) for source in sources]
     rows = []
-    for row in track(score_windows(predictors, windows), "Evaluating", total=config.windows):
+    for row in track(score_windows(predictors, windows), "Evaluating", total=count):
         rows.append(row)
         if not np.isfinite(row).all():
             broken = folders[int(np.isfinite(row[0]).all())]
@@ -115,22 +150,24 @@ def evaluate_text(
                 f"{len(rows)}); try another dtype, or the weights are broken"
             )
     scores = np.stack(rows, axis=1)  # [1 or 4, W, T]
-    settings: dict[str, Any] = {n: getattr(config, n) for n in ("windows", "seq_len", "dtype")}
-    settings |= {"engine": engine, "text_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    settings = {"windows": count, "seq_len": seq_len, "dtype": config.dtype, "engine": engine}
     return summarize(scores, config) | {"tokens": int(scores[0].size)} | settings
 
 
-def _check_models(folders: list[Path], config: TextEvalConfig) -> int | None:
-    """Check context lengths and vocabularies; return the vocabulary's size where it is stated."""
+def check_models(folders: list[Path], seq_len: int) -> int | None:
+    """Check context lengths and vocabularies; return the vocabulary's size where it is stated.
+
+    Raises InputError for windows longer than a context, and for two vocabularies.
+    """
     sizes = []
     for folder in folders:
         model_config = read_config(folder)
         text_config = model_config.get("text_config") or model_config
         sizes.append(text_config.get("vocab_size"))
         context = text_config.get("max_position_embeddings")
-        if context is not None and config.seq_len > context:
+        if context is not None and seq_len > context:
             raise InputError(
-                f"seq_len is {config.seq_len}; '{folder}' allows at most {context} tokens, use less"
+                f"seq_len is {seq_len}; '{folder}' allows at most {context} tokens, use less"
             )
     if None not in sizes and sizes[0] != sizes[-1]:
         raise InputError(
@@ -222,7 +259,7 @@ def score_logits(logits: Tensor, reference: Tensor | None, targets: np.ndarray) 
     return torch.cat(parts, dim=1).double().cpu().numpy()
 
 
-def summarize(scores: np.ndarray, config: TextEvalConfig) -> dict[str, Any]:
+def summarize(scores: np.ndarray, config: ScoringConfig) -> dict[str, Any]:
     """Turn scores a token, fp64 [1 or 4, W, T] as `score_logits` orders them, into the metrics."""
     means = scores.mean(axis=2)  # [1 or 4, W]
     resampled = _resampled_means(means, config)  # [1 or 4, R]
@@ -249,14 +286,14 @@ def summarize(scores: np.ndarray, config: TextEvalConfig) -> dict[str, Any]:
     }
 
 
-def _resampled_means(per_window: np.ndarray, config: TextEvalConfig) -> np.ndarray:
+def _resampled_means(per_window: np.ndarray, config: ScoringConfig) -> np.ndarray:
     """Means over resampled windows: fp64 [M, W] -> [M, R], the same windows for all M rows."""
     windows = per_window.shape[1]
     pieces = [per_window @ counts.T for counts in _window_counts(windows, config)]
     return np.concatenate(pieces, axis=1) / windows
 
 
-def _resampled_quantile(values: np.ndarray, config: TextEvalConfig) -> tuple[float, np.ndarray]:
+def _resampled_quantile(values: np.ndarray, config: ScoringConfig) -> tuple[float, np.ndarray]:
     """The KL_QUANTILE of values [W, T], and the same of up to MAX_QUANTILE_RESAMPLES resamples.
 
     The quantile is the smallest value with at least that share of the tokens at or below it.
@@ -271,7 +308,7 @@ def _resampled_quantile(values: np.ndarray, config: TextEvalConfig) -> tuple[flo
 
 
 def _window_counts(
-    windows: int, config: TextEvalConfig, limit: int = sys.maxsize
+    windows: int, config: ScoringConfig, limit: int = sys.maxsize
 ) -> Iterator[np.ndarray]:
     """Yield how often each window is drawn in each resample: int64 [r, W], seeded, in pieces."""
     generator = np.random.default_rng(config.seed)

@@ -42,7 +42,7 @@ from compress.preflight import (
     preflight,
 )
 from compress.qat import train_whole_model
-from compress.recipe import CalibrationConfig, Recipe, method_of
+from compress.recipe import CalibrationConfig, Recipe, described
 from compress.report import write_report
 from compress.walk import Clock, Walk
 
@@ -312,7 +312,7 @@ def _report(job: Job, made: Made, total_bytes: int) -> dict[str, Any]:
     model, layers, tokens = job.model, made.layers, made.tokens
     quantized = sum(layer.shape[0] * layer.shape[1] for layer in layers if layer.method)
     return {
-        "recipe": _described(job.recipe),
+        "recipe": described(job.recipe),
         "versions": checkpoint.versions(),
         "calibration_sha256": calibration.fingerprint(tokens) if tokens is not None else None,
         "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
@@ -337,27 +337,23 @@ def _original_parts(model: BlockModel, layers: Sequence[LayerReport]) -> dict[st
     return parts | {"quantized linears": linears, "other": parts["other"] - linears}
 
 
-def _described(recipe: Recipe) -> dict[str, Any]:
-    """The recipe for compress.json: of the output's place, only its name."""
-    stages = [{"method": method_of(stage), **asdict(stage)} for stage in recipe.stages]
-    return asdict(recipe) | {"out": recipe.out.name, "stages": stages}
-
-
 def _identity(job: Job) -> dict[str, Any]:
-    return identity(_described(job.recipe), job.recipe.calibration, job.model, job.dtype)
+    return identity(described(job.recipe), job.recipe.calibration, job.model, job.dtype)
 
 
 def identity(
-    described: dict[str, Any], data: CalibrationConfig, model: BlockModel, dtype: torch.dtype
+    told: dict[str, Any], data: CalibrationConfig, model: BlockModel, dtype: torch.dtype
 ) -> dict[str, Any]:
     """What a broken-off run must have been of, for this one to go on from it.
+
+    told  the recipe, as compress.json holds it
 
     Reads all weights once, and refuses those with a NaN or an infinity.
     """
     folder, text = model.source.folder, Path(data.source)
     small = [folder / "config.json", *checkpoint.carried_files(folder)]
     return {
-        "recipe": described,
+        "recipe": told,
         "dtype": str(dtype),
         "compute dtype": str(model.compute_dtype),
         "versions": checkpoint.versions(),

@@ -74,6 +74,14 @@ def preflight(recipe: Recipe) -> Job:
     if reason := FORMATS[config.format].refusal(grids, shapes):
         raise InputError(f"format {config.format} cannot hold {reason}")
     stage: Stage = config.stage(grids)
+    check_settings(recipe, stage)
+    for remark in remarks:
+        say(remark)
+    return Job(recipe, model, stage, grids, model.device, dtype)
+
+
+def check_settings(recipe: Recipe, stage: Stage) -> None:
+    """Raise InputError for what cannot be carried out on any model."""
     if stage.needs_reference and not recipe.propagate_error:
         raise InputError(
             "cross_moment compares original with compressed activations, which propagate_error: "
@@ -85,9 +93,6 @@ def preflight(recipe: Recipe) -> Job:
         calibration.check_source(recipe.calibration)
     if stage.needs_statistics:
         check_shares(recipe.calibration)
-    for remark in remarks:
-        say(remark)
-    return Job(recipe, model, stage, grids, model.device, dtype)
 
 
 def open_model(recipe: Recipe | PruneRecipe) -> tuple[BlockModel, torch.dtype]:

@@ -37,7 +37,7 @@ from compress.prune.stage import Plan, PruneStage
 from compress.prune.stock import config_entries
 from compress.prune_preflight import PruneJob, check_resources, preflight
 from compress.prune_search import HELD_OUT, Search, ShapeSearch
-from compress.recipe import PRUNE, PruneRecipe
+from compress.recipe import PruneRecipe, described
 from compress.report import write_report
 from compress.walk import Clock, Walk
 
@@ -69,7 +69,7 @@ def run_pruning(
     with ExitStack() as stack:
         first(lambda: check_resources(job, memory, folder))
         first(lambda: stack.enter_context(folder))
-        found = partial(identity, _described(recipe), recipe.calibration, job.model, job.dtype)
+        found = partial(identity, described(recipe), recipe.calibration, job.model, job.dtype)
         first(lambda: folder.begin(found(), restart))
         with broken_off(folder):
             walk = Walk(job, folder.commits, folder.activations, memory, clock)
@@ -279,7 +279,7 @@ def _report(job: PruneJob, made: Made, total: int) -> dict[str, Any]:
         for index in plan.layers
     ]
     return {
-        "recipe": _described(job.recipe),
+        "recipe": described(job.recipe),
         "versions": checkpoint.versions(),
         "calibration_sha256": None if tokens is None else calibration.fingerprint(tokens),
         "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
@@ -301,8 +301,8 @@ def _report(job: PruneJob, made: Made, total: int) -> dict[str, Any]:
             "hidden": _ranges(plan.hidden),
             "blocks": blocks,
             "refitted": made.refitted,
+            **({"search": made.found.described} if made.found else {}),
         },
-        **({"search": made.found.described} if made.found else {}),
     }
 
 
@@ -317,12 +317,3 @@ def _ranges(indices: Tensor | None) -> str:
         else:
             runs.append([index, index])
     return ",".join(f"{low}-{high}" if high > low else str(low) for low, high in runs)
-
-
-def _described(recipe: PruneRecipe) -> dict[str, Any]:
-    """The recipe for compress.json: of the output's place, only its name."""
-    (stage,) = recipe.stages
-    return asdict(recipe) | {
-        "out": recipe.out.name,
-        "stages": [{"method": PRUNE, **asdict(stage)}],
-    }

@@ -1,7 +1,8 @@
-"""Recipes: what to do to which model, from flags or from YAML, as frozen dataclasses.
+"""Recipes of one stage: what to do to which model, from flags or YAML, as frozen dataclasses.
 
-A recipe file holds the fields of `Recipe`, or of `DistillRecipe` or `PruneRecipe` where the method
-is `distill` or `prune`; each stage is a method's name and its settings:
+A recipe file (recipe_file.py; with several stages, chain_recipe.py) holds the fields of `Recipe`,
+or of `DistillRecipe` or `PruneRecipe` where the method is `distill` or `prune`; a stage is a
+method's name and its settings:
 
     model: smollm2
     out: smollm2-awq-w4
@@ -11,24 +12,24 @@ is `distill` or `prune`; each stage is a method's name and its settings:
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from yaml.composer import ComposerError
-from yaml.constructor import ConstructorError
 
 from compress.core.config import build
-from compress.core.errors import InputError, nearest, shown
+from compress.core.errors import InputError, naming, nearest, shown
 from compress.distill.config import TrainConfig
 from compress.distill.lora import LoraConfig
 from compress.distill.objective import AGAINST_TEACHER, LossConfig
 from compress.prune.config import PruneConfig
 from compress.quant.config import WeightOnlyConfig
 from compress.quant.methods import METHODS
+
+T = TypeVar("T")
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DISTILL, PRUNE = "distill", "prune"  # the methods that are no quantization
@@ -38,7 +39,8 @@ LONGEST_NAME = 240  # bytes; file systems take 255, and partial output needs a l
 LONGEST_PATH = 4000  # bytes; Linux takes 4,095
 
 
-def _usable_output(out: Path) -> Path:
+def usable_output(out: Path) -> Path:
+    """The path, if it can be an output folder's, for pydantic; ValueError else."""
     if out.name in ("", ".."):
         raise ValueError("not a folder name; give one, such as ./out")
     sizes = [len(os.fsencode(part)) for part in out.parts]
@@ -81,7 +83,7 @@ class Recipe:
     """
 
     model: Annotated[str, Field(min_length=1)]
-    out: Annotated[Path, AfterValidator(_usable_output)]
+    out: Annotated[Path, AfterValidator(usable_output)]
     stages: tuple[WeightOnlyConfig, ...]
     calibration: CalibrationConfig = CalibrationConfig()
     dtype: DTypeName = "auto"
@@ -124,13 +126,18 @@ class DistillConfig:
     lora: LoraConfig | None = None
     cache: Path | None = None
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a loss compares with a teacher, or the text comes from one."""
+        return self.loss.needs_teacher or self.data.source == "self"
+
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class DistillRecipe:
     """One student through one distillation; `model` is the student."""
 
     model: Annotated[str, Field(min_length=1)]
-    out: Annotated[Path, AfterValidator(_usable_output)]
+    out: Annotated[Path, AfterValidator(usable_output)]
     stages: tuple[DistillConfig]
     dtype: DTypeName = "auto"
 
@@ -140,7 +147,7 @@ class PruneRecipe:
     """One model through one pruning (fields as `Recipe` has them)."""
 
     model: Annotated[str, Field(min_length=1)]
-    out: Annotated[Path, AfterValidator(_usable_output)]
+    out: Annotated[Path, AfterValidator(usable_output)]
     stages: tuple[PruneConfig]
     calibration: CalibrationConfig = CalibrationConfig(samples=PRUNE_SAMPLES)
     dtype: DTypeName = "auto"
@@ -150,19 +157,24 @@ class PruneRecipe:
 AnyRecipe = Recipe | DistillRecipe | PruneRecipe
 
 
-def build_stage(method: str, settings: Mapping[str, Any]) -> WeightOnlyConfig:
-    """Return the configuration of a method by its name, or raise InputError."""
+def build_stage(
+    method: Any, settings: Mapping[str, Any], where: str | None = None
+) -> WeightOnlyConfig:
+    """Return the configuration of a method of quantization by its name, or raise InputError."""
     if method in (DISTILL, PRUNE):
         raise InputError(
-            f"method '{method}' is the command compress {method}, or a recipe's one stage"
+            f"method '{method}' is the command compress {method}, or a stage of a recipe file"
         )
-    if not isinstance(method, str) or method not in METHODS:
-        known = (*METHODS, DISTILL, PRUNE)
-        raise InputError(
-            f"unknown method {shown(method)}; allowed: {', '.join(known)}"
-            f"{nearest(str(method), known)}"
-        )
-    return build(METHODS[method], settings, f"method {method}")
+    _check_method(method)
+    of = f"method {method}"
+    return build(METHODS[method], settings, f"{where}: {of}" if where else of)
+
+
+def _check_method(method: Any) -> None:
+    known = (*METHODS, DISTILL, PRUNE)
+    if not isinstance(method, str) or method not in known:
+        hint = nearest(str(method), known)
+        raise InputError(f"unknown method {shown(method)}; allowed: {', '.join(known)}{hint}")
 
 
 def method_of(stage: WeightOnlyConfig | DistillConfig | PruneConfig) -> str:
@@ -174,34 +186,24 @@ def method_of(stage: WeightOnlyConfig | DistillConfig | PruneConfig) -> str:
     return next(name for name, cls in METHODS.items() if type(stage) is cls)
 
 
+def described(recipe: AnyRecipe) -> dict[str, Any]:
+    """The recipe for compress.json: of the output's place, only its name."""
+    (stage,) = recipe.stages
+    settings = {"method": method_of(stage), **asdict(stage)}
+    if isinstance(stage, DistillConfig):
+        # where a cache is changes nothing, and what is not trained is not told
+        settings = {k: v for k, v in settings.items() if k != "cache" and v is not None}
+    return asdict(recipe) | {"out": recipe.out.name, "stages": [settings]}
+
+
 def build_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """Return a recipe from a mapping as read from YAML, or raise InputError."""
-    values = dict(values)
-    stages = values.get("stages")
-    if not isinstance(stages, list | tuple) or not stages:
-        raise InputError(f"{where}: 'stages' must list at least one method, e.g. - method: awq")
+    stages = stages_in(values, where)
     if len(stages) > 1:
-        raise InputError(f"{where}: {len(stages)} stages given; one stage a recipe is supported")
-    built = []
-    for stage in stages:
-        if not isinstance(stage, Mapping) or "method" not in stage:
-            raise InputError(
-                f"{where}: stage {shown(stage)} has no 'method'; allowed: {', '.join(METHODS)}"
-            )
-        built.append(
-            build_stage(stage["method"], {k: v for k, v in stage.items() if k != "method"})
-        )
-    values["stages"] = tuple(built)
-    calibration = values.get("calibration", {})
-    if not isinstance(calibration, Mapping):
-        raise InputError(
-            f"{where}: 'calibration' is {shown(calibration)}; it must hold keys and values"
-        )
-    values["calibration"] = build(CalibrationConfig, calibration, f"{where}: calibration")
-    for key in ("model", "out"):
-        if key not in values:
-            raise InputError(f"{where}: '{key}' is missing")
-    return build(Recipe, values, where)
+        raise InputError(f"{where}: {len(stages)} stages given; several are for build_chain")
+    method = method_in(stages[0], where)
+    config = build_stage(method, without(stages[0], "method"), where)
+    return _build_one(Recipe, values, config, where)
 
 
 def build_distillation(values: Mapping[str, Any], where: str = "recipe") -> DistillRecipe:
@@ -209,103 +211,71 @@ def build_distillation(values: Mapping[str, Any], where: str = "recipe") -> Dist
 
     Of the losses, those that are not named have no weight as soon as one is named.
     """
-    values = dict(values)
     (stage,) = values["stages"]
-    stage = {key: value for key, value in stage.items() if key != "method"}
+    stage = without(stage, "method")
     parts = {"data": TrainingData, "loss": LossConfig, "train": TrainConfig, "lora": LoraConfig}
     for key, cls in parts.items():
-        given = stage.get(key)
-        if given is None:
+        if stage.get(key) is None:
             continue
-        if not isinstance(given, Mapping):
-            raise InputError(f"{where}: '{key}' is {shown(given)}; it must hold keys and values")
+        given = mapping_in(stage, key, where)
         if cls is LossConfig and any(name in LOSSES for name in given):
-            given = {"forward_kl": 0.0} | dict(given)
+            given = {"forward_kl": 0.0, **given}
         stage[key] = build(cls, given, f"{where}: {key}")
-    values["stages"] = (build(DistillConfig, stage, f"{where}: {DISTILL}"),)
-    for key in ("model", "out"):
-        if key not in values:
-            raise InputError(f"{where}: '{key}' is missing")
-    return build(DistillRecipe, values, where)
+    config = build(DistillConfig, stage, f"{where}: {DISTILL}")
+    return _build_one(DistillRecipe, values, config, where)
 
 
 def build_pruning(values: Mapping[str, Any], where: str = "recipe") -> PruneRecipe:
     """Return a recipe whose one stage is `method: prune`, or raise InputError."""
-    values = dict(values)
     (stage,) = values["stages"]
-    stage = {key: value for key, value in stage.items() if key != "method"}
-    values["stages"] = (build(PruneConfig, stage, f"{where}: {PRUNE}"),)
-    calibration = values.get("calibration", {})
-    if not isinstance(calibration, Mapping):
-        raise InputError(
-            f"{where}: 'calibration' is {shown(calibration)}; it must hold keys and values"
-        )
-    calibration = {"samples": PRUNE_SAMPLES} | dict(calibration)
-    values["calibration"] = build(CalibrationConfig, calibration, f"{where}: calibration")
+    config = build(PruneConfig, without(stage, "method"), f"{where}: {PRUNE}")
+    calibration = {"samples": PRUNE_SAMPLES, **mapping_in(values, "calibration", where)}
+    return _build_one(PruneRecipe, {**values, "calibration": calibration}, config, where)
+
+
+def _build_one(cls: type[T], values: Mapping[str, Any], stage: Any, where: str) -> T:
+    """A recipe of one stage, whose configuration is built already."""
+    values = {**values, "stages": (stage,)}
+    if "calibration" in values:
+        given = mapping_in(values, "calibration", where)
+        values["calibration"] = build(CalibrationConfig, given, f"{where}: calibration")
+    check_named(values, where)
+    return build(cls, values, where)
+
+
+def check_named(values: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for a recipe without model or output."""
     for key in ("model", "out"):
         if key not in values:
             raise InputError(f"{where}: '{key}' is missing")
-    return build(PruneRecipe, values, where)
 
 
-def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> AnyRecipe:
-    """Read a YAML recipe; `overrides` replace its top-level keys.  Raises InputError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"recipe '{path}' does not exist; check the path") from None
-    except (OSError, ValueError) as error:  # not UTF-8, or a NUL in the name
-        raise InputError(f"recipe '{path}' cannot be read: {error}") from None
-    values = parse_yaml(text, f"recipe '{path}'")
-    if not isinstance(values, dict):
-        raise InputError(f"recipe '{path}' must hold keys and values, not {type(values).__name__}")
-    values, where = {**values, **(overrides or {})}, f"recipe '{path}'"
-    match values.get("stages"):
-        case [{"method": "distill"}]:
-            return build_distillation(values, where)
-        case [{"method": "prune"}]:
-            return build_pruning(values, where)
-    return build_recipe(values, where)
+def stages_in(values: Mapping[str, Any], where: str) -> Sequence[Any]:
+    """The stages of a recipe, at least one; InputError else."""
+    stages = values.get("stages")
+    if not isinstance(stages, list | tuple) or not stages:
+        raise InputError(f"{where}: 'stages' must list at least one method, e.g. - method: awq")
+    return stages
 
 
-def parse_yaml(text: str, where: str) -> Any:
-    """Return the one value of a YAML text, of plain types.
-
-    Raises InputError when it is not YAML, and for what would be lost or blow up in silence: a key
-    given twice, and aliases, with which a kilobyte of text can stand for gigabytes.
-    """
-    try:
-        return yaml.load(text, _StrictLoader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{where} is not readable YAML: {error}") from None
-    except RecursionError:
-        raise InputError(f"{where} is not readable YAML: it is nested too deeply") from None
-    except (ValueError, KeyError, AttributeError) as error:
-        # PyYAML's constructors on scalars that only look like a date, a number or a tag's type
-        raise InputError(
-            f"{where} is not readable YAML: a value cannot be what it looks like or is tagged as "
-            f"({error}); put text in quotes"
-        ) from None
+def method_in(stage: Any, where: str) -> str:
+    """The method that a stage names; InputError where it names none."""
+    if not isinstance(stage, Mapping) or "method" not in stage:
+        known = ", ".join((*METHODS, DISTILL, PRUNE))
+        raise InputError(f"{where}: stage {shown(stage)} has no 'method'; allowed: {known}")
+    with naming(where):
+        _check_method(stage["method"])
+    return stage["method"]
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which knows plain types only, without aliases and duplicate keys."""
+def mapping_in(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """What stands under a key, nothing by default; InputError where it is no mapping."""
+    given = values.get(key, {})
+    if not isinstance(given, Mapping):
+        raise InputError(f"{where}: '{key}' is {shown(given)}; it must hold keys and values")
+    return given
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.get_event()
-            raise ComposerError(
-                None, None, "aliases are not supported, write the value out", event.start_mark
-            )
-        return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[tuple[str, Any]] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if (key.tag, key.value) in seen:
-                    raise ConstructorError(
-                        None, None, f"key {shown(key.value)} is given twice", key.start_mark
-                    )
-                seen.add((key.tag, key.value))
-        return super().construct_mapping(node, deep)
+def without(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A mapping but for one key."""
+    return {name: value for name, value in values.items() if name != key}

@@ -27,8 +27,10 @@ from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from compress.core.errors import InputError
 from compress.core.files import write_text
+from compress.core.source import public_name
 from compress.inspection import inspect_folder
 
+QUALITY = "quality.json"
 Layer = dict[str, Any]  # a LayerReport, as compress.json holds it
 
 # A measurement replaces an earlier one that agrees with it in these.
@@ -73,7 +75,8 @@ def record_quality(folder: Path, result: dict[str, Any]) -> None:
     found: dict[str, list[dict[str, Any]]] = {"texts": [], "tasks": []}
     if "perplexity" in result:
         told = {k: v for k, v in result.items() if k not in ("model", "tasks", "limit")}
-        names = {"text": Path(result["text"]).name, "against": _public(result["against"])}
+        against = result["against"] and public_name(result["against"])
+        names = {"text": Path(result["text"]).name, "against": against}
         found["texts"].append(told | names)
     shared = {name: result.get(name) for name in ("limit", "dtype", "seed", "engine")}
     for task, metrics in result.get("tasks", {}).items():
@@ -82,7 +85,7 @@ def record_quality(folder: Path, result: dict[str, Any]) -> None:
         for kind, new in found.items():
             by_key = {tuple(m[key] for key in KEYS[kind]): m for m in [*quality[kind], *new]}
             quality[kind] = list(by_key.values())
-    write_text(folder / "quality.json", json.dumps(quality, indent=2) + "\n")
+    write_text(folder / QUALITY, json.dumps(quality, indent=2) + "\n")
     write_report(folder)
 
 
@@ -100,13 +103,6 @@ def mean_bits(layers: Sequence[Layer]) -> float:
     return sum(layer["bits"] * _weights(layer) for layer in layers) / sum(map(_weights, layers))
 
 
-def _public(ref: str | None) -> str | None:
-    """A model reference without the path to it; a hub id stays whole."""
-    if ref is None or not Path(ref).expanduser().exists():
-        return ref
-    return Path(ref).expanduser().resolve().name
-
-
 @contextmanager
 def _as_written_here(folder: Path) -> Iterator[None]:
     """Turn what goes wrong on files of another version, or edited ones, into an InputError."""
@@ -120,7 +116,7 @@ def _as_written_here(folder: Path) -> Iterator[None]:
 
 
 def _quality(folder: Path) -> dict[str, Any]:
-    return {"texts": [], "tasks": []} | (_read_json(folder / "quality.json") or {})
+    return {"texts": [], "tasks": []} | (_read_json(folder / QUALITY) or {})
 
 
 def _read_json(path: Path) -> Any:
@@ -150,8 +146,8 @@ def _render(
     }
     part_rows = _part_rows(original_parts, parts)
     weights = sizes["quantized_weights"]
-    original = recipe["stages"][0].get("teacher") or recipe["model"]
-    arguments = ("eval", recipe["out"], "--against", original, "--text", "FILE")
+    original = None if "stages" in report else recipe["stages"][0].get("teacher")
+    arguments = ("eval", recipe["out"], "--against", original or recipe["model"], "--text", "FILE")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -160,6 +156,9 @@ def _render(
         report=report,
         recipe=recipe,
         recipe_yaml=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+        methods=" → ".join(stage["method"] for stage in recipe["stages"]),
+        stages=_stages(report),
+        eval_text=_eval_text(recipe),
         model_name=Path(recipe["model"]).name,
         bits=spread(f"{layer['bits']} bits" for layer in quantized),
         stored_bits=8 * parts.get("quantized linears", 0) / weights if weights else None,
@@ -181,6 +180,32 @@ def _render(
         left=_left_rows(report["layers"]),
         run=run,
     )
+
+
+def _eval_text(recipe: dict[str, Any]) -> str | None:
+    """What the stages of a chain were measured on."""
+    measured = recipe.get("eval")
+    if not measured:
+        return None
+    return "text that the original wrote" if measured["text"] == "self" else measured["text"]
+
+
+def _stages(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each stage reports, with its settings and the parameters before it.
+
+    `suffix` tells the sections of a chain's stages apart; a recipe of one stage needs none.
+    """
+    sizes = report["sizes"]
+    rows = report.get("stages") or [report | {"parameters": sizes["parameters"]}]
+    before = sizes.get("original_parameters", sizes["parameters"])
+    stages = []
+    for number, (row, settings) in enumerate(
+        zip(rows, report["recipe"]["stages"], strict=True), start=1
+    ):
+        suffix = f"-{number}" if len(rows) > 1 else ""
+        stages.append(row | {"settings": settings, "parameters_before": before, "suffix": suffix})
+        before = row["parameters"]
+    return stages
 
 
 def _task_rows(tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,9 @@ from pathlib import Path
 import click
 import pytest
 
+from compress.chain_recipe import build_chain
 from compress.cli import main
+from compress.strict_yaml import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,3 +64,9 @@ def test_python_examples_run(model_folder, tmp_path, monkeypatch):
 def test_documents_exist_and_are_linked(name):
     assert (ROOT / name).stat().st_size > 500
     assert name in README or name == "LICENSE"
+
+
+def test_recipes_are_valid():
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.S)
+    recipe = build_chain(parse_yaml(text, "README"))
+    assert recipe.names == ["stage 1 (prune)", "stage 2 (distill)", "stage 3 (gptq)"]

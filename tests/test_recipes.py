@@ -1,10 +1,12 @@
 """Every recipe in the repository is valid, and what is wrong in one is named."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
+from compress.chain_recipe import ChainRecipe, build_chain, described_chain
 from compress.core.errors import InputError
 from compress.quant.methods import METHODS
 from compress.recipe import (
@@ -12,9 +14,9 @@ from compress.recipe import (
     PRUNE,
     build_distillation,
     build_recipe,
-    load_recipe,
     method_of,
 )
+from compress.recipe_file import load_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 
@@ -26,12 +28,13 @@ def test_recipe_is_valid_and_says_its_command(path):
     assert f"compress run recipes/{path.name}" in path.read_text(encoding="utf-8")
 
 
-def test_every_method_has_a_recipe():
-    assert {method_of(load_recipe(path).stages[0]) for path in RECIPES} == {
-        *METHODS,
-        DISTILL,
-        PRUNE,
-    }
+def test_every_method_has_a_recipe_of_its_own():
+    alone = [recipe for path in RECIPES if not is_chain(recipe := load_recipe(path))]
+    assert {method_of(recipe.stages[0]) for recipe in alone} == {*METHODS, DISTILL, PRUNE}
+
+
+def is_chain(recipe):
+    return isinstance(recipe, ChainRecipe)
 
 
 GOOD = {"model": "m", "out": "o", "stages": [{"method": "awq"}]}
@@ -131,3 +134,84 @@ def test_missing_and_unreadable_files(tmp_path):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(InputError):
             load_recipe(tmp_path / "bad.yaml")
+
+
+GOOD_CHAIN = {
+    "model": "m",
+    "out": "place/o",
+    "calibration": {"seq_len": 64, "samples": 8},
+    "stages": [
+        {"method": "prune", "layers_out": 1, "calibration": {"seed": 3}},
+        {"method": "distill", "train": {"tokens": "2k"}},
+        {"method": "gptq", "bits": 3},
+    ],
+}
+
+
+def test_stages_of_a_chain_are_recipes_of_their_own():
+    """Each starts from what the one before gives; what is shared is laid under their own."""
+    recipe = build_chain({**GOOD_CHAIN, "dtype": "float16", "propagate_error": False})
+    prune, distill, gptq = recipe.stages
+    places = [f"place/.o.stages/{name}/model" for name in ("1-prune", "2-distill", "3-gptq")]
+    assert [str(stage.out) for stage in recipe.stages] == places
+    assert [stage.model for stage in recipe.stages] == ["m", *places[:2]]
+    assert (prune.calibration.seq_len, prune.calibration.seed) == (64, 3)
+    assert (gptq.calibration.samples, gptq.calibration.seed) == (8, 0)
+    assert {stage.dtype for stage in recipe.stages} == {"float16"}
+    assert gptq.propagate_error is False
+    assert distill.stages[0].teacher == "m"
+    assert recipe.eval.text == "self"
+    assert (recipe.eval.windows, recipe.eval.seq_len) == (32, 512)
+    assert build_chain({**GOOD_CHAIN, "eval": None}).eval is None
+
+
+def test_samples_of_a_chain_are_each_methods_own():
+    prune, _, gptq = build_chain({**GOOD_CHAIN, "calibration": {}}).stages
+    assert (prune.calibration.samples, gptq.calibration.samples) == (1024, 64)
+
+
+def test_the_recipe_that_is_told_is_the_recipe():
+    recipe = build_chain({**GOOD_CHAIN, "compute_dtype": "float32"})
+    told = yaml.safe_load(yaml.safe_dump(json.loads(json.dumps(described_chain(recipe)))))
+    assert told["out"] == "o"
+    assert build_chain({**told, "out": "place/o"}) == recipe
+
+
+def with_stage(number, **changes):
+    stages = [dict(stage) for stage in GOOD_CHAIN["stages"]]
+    stages[number - 1] |= changes
+    return {"stages": stages}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modle": "x"}, "unknown key 'modle' for recipe 'r.yaml'.*did you mean 'model'"),
+        ({"eval": {"text": "self", "window": 3}}, "recipe 'r.yaml': eval.*did you mean 'windows'"),
+        ({"eval": {"windows": 1}}, "recipe 'r.yaml': eval: windows = 1"),
+        ({"eval": "self"}, "'eval' is 'self'; it must hold keys and values"),
+        ({"eval": {"seed": 3}}, r"eval: seed = 3 is also that .* stage 1 \(prune\)"),
+        ({"calibration": 3}, "recipe 'r.yaml': 'calibration' is 3"),
+        ({"dtype": "int4"}, r"recipe 'r.yaml': stage 1 \(prune\): dtype = 'int4'"),
+        (with_stage(1, fnn=3), r"recipe 'r.yaml': stage 1 \(prune\): .*did you mean 'ffn'"),
+        (with_stage(1, calibration={"samples": 0}), r"stage 1 \(prune\): calibration: samples = 0"),
+        (with_stage(1, calibration=3), r"stage 1 \(prune\): 'calibration' is 3"),
+        (with_stage(2, teecher="x"), r"stage 2 \(distill\): .*did you mean 'teacher'"),
+        (with_stage(2, train={"tokens": 0}), r"stage 2 \(distill\): train: tokens = 0"),
+        (with_stage(2, calibration={}), r"unknown key 'calibration' .*stage 2 \(distill\)"),
+        (with_stage(2, teacher="stage 2"), r"stage 2 \(distill\): teacher 'stage 2' .*: stage 1"),
+        (with_stage(2, teacher="stage 0"), "teacher 'stage 0' is no stage before this one"),
+        (with_stage(2, method="awq", train=3), r"stage 2 \(awq\): .*make it last"),
+        (with_stage(2, method="distil"), "stage 2: unknown method 'distil'.*mean 'distill'"),
+        (with_stage(3, bits=5), r"recipe 'r.yaml': stage 3 \(gptq\): method gptq: bits = 5"),
+        ({"stages": [*GOOD_CHAIN["stages"], 3]}, "stage 4: stage 3 has no 'method'"),
+        ({"out": ".."}, "not a folder name"),
+        ({"out": 3}, "out = 3"),
+        ({"stages": [{"method": "distill"}, {"method": "distill"}]}, "no stage has 'calibration'"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_a_chain_is_named(change, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(yaml.safe_dump({**GOOD_CHAIN, **change}))
+    with pytest.raises(InputError, match=message):
+        load_recipe(Path("r.yaml"))

@@ -131,7 +131,7 @@ def _weights(losses: str | None) -> dict[str, Any]:
 
 def _changes(changes: Sequence[str], parts: dict[str, Any]) -> list[tuple[str, str, Any]]:
     """Part, key and value of each setting in `--set`."""
-    from compress.recipe import parse_yaml
+    from compress.strict_yaml import parse_yaml
 
     found = []
     for change in changes:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compress.cli.output import (
+    print_chain,
     print_json,
     print_plan,
     print_pruning,
@@ -21,6 +22,7 @@ from compress.core.errors import InputError
 from compress.core.resources import parse_size
 
 if TYPE_CHECKING:
+    from compress.chain_recipe import ChainRecipe
     from compress.recipe import AnyRecipe
 
 
@@ -101,7 +103,7 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def carry_out(
-    recipe: AnyRecipe,
+    recipe: AnyRecipe | ChainRecipe,
     overwrite: bool,
     restart: bool,
     activation_memory: int | None,
@@ -110,6 +112,8 @@ def carry_out(
     only_rank: bool = False,
 ) -> None:
     """Run a recipe, or only plan it, and print what came of it; `only_rank` is of pruning."""
+    from compress.chain import run_chain
+    from compress.chain_recipe import ChainRecipe
     from compress.core.processes import processes
     from compress.distillation import run_distillation
     from compress.dry_run import plan_recipe
@@ -118,7 +122,11 @@ def carry_out(
     from compress.recipe import DistillRecipe, PruneRecipe
 
     with redirect_stdout(sys.stderr):  # trackers and other libraries print
-        if isinstance(recipe, DistillRecipe):
+        if isinstance(recipe, ChainRecipe):
+            if dry_run:
+                raise InputError("a recipe of several stages takes no --dry-run; leave it out")
+            result, show = run_chain(recipe, overwrite, restart, activation_memory), print_chain
+        elif isinstance(recipe, DistillRecipe):
             if dry_run or activation_memory is not None:
                 raise InputError(
                     "a distillation takes neither --dry-run nor --activation-memory; leave them out"

@@ -130,11 +130,12 @@ def print_training(report: dict[str, Any]) -> None:
 
 def print_pruning(report: dict[str, Any]) -> None:
     """Print what `run_pruning` returned, of a ranking alone or of a model."""
-    if "search" in report:
-        _print_search(report["search"])
+    pruning = report.get("pruning", report)
+    if "search" in pruning:
+        _print_search(pruning["search"])
     if "pruning" not in report:
         return
-    pruning, sizes = report["pruning"], report["sizes"]
+    sizes = report["sizes"]
     by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for layer in pruning["refitted"]:
         by_kind[layer["name"].rpartition(".")[2]].append(layer)
@@ -190,6 +191,36 @@ def _print_search(search: dict[str, Any]) -> None:
         params = f"{found['parameters'] / 1e6:.1f}M"
         table.add_row(what, *numbers, params, *losses, *time)
     Console(highlight=False).print(table)
+
+
+def print_chain(report: dict[str, Any]) -> None:
+    """Print what `run_chain` returned."""
+    sizes, measured = report["sizes"], report.get("eval")
+    table = Table(title=_measured_on(report), title_justify="left")
+    losses = ("perplexity", "KL", "of it added here") if measured else ()
+    for column in ("after", "parameters", "size", *losses, "time"):
+        table.add_column(column, justify="left" if column == "after" else "right")
+    start = [f"{sizes['original_parameters']:,}", in_words(sizes["original_bytes"])]
+    if measured:
+        start += [f"{measured['perplexity_original']:.5g}", "", ""]
+    table.add_row("original", *start, "")
+    for row, seconds in zip(report["stages"], report["stage_seconds"], strict=True):
+        cells = [row["method"], f"{row['parameters']:,}", in_words(row["bytes"])]
+        if measured:
+            cells += [f"{row['perplexity']:.5g}"]
+            cells += [f"{row['kl_mean']:.4f}", f"{row['kl_added']:+.4f}"]
+        table.add_row(*cells, _duration(seconds))
+    Console(highlight=False).print(table)
+    rows = {"output": report["out"], "report": f"{report['out']}/report.html"}
+    print_pairs("Result", rows)
+
+
+def _measured_on(report: dict[str, Any]) -> str:
+    if not (measured := report.get("eval")):
+        return "Stages"
+    text = report["recipe"]["eval"]["text"]
+    of = "that the original wrote" if text == "self" else f"of {text}"
+    return f"On {measured['windows']} windows of {measured['seq_len']} tokens {of}"
 
 
 def _error_cells(layers: list[dict[str, Any]]) -> list[str]:

@@ -121,7 +121,7 @@ def prune_command(
 
 def _settings(changes: Sequence[str]) -> dict[str, Any]:
     """The settings in `--set` arguments."""
-    from compress.recipe import parse_yaml
+    from compress.strict_yaml import parse_yaml
 
     found = {}
     for change in changes:

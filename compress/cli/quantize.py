@@ -92,7 +92,7 @@ def quantize_command(
 
 def _settings_of(changes: Sequence[str]) -> dict[str, Any]:
     """The method's settings, and its overrides, from `--set` arguments."""
-    from compress.recipe import parse_yaml
+    from compress.strict_yaml import parse_yaml
 
     settings: dict[str, Any] = {}
     overrides: dict[str, dict[str, Any]] = {}

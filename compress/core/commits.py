@@ -34,6 +34,11 @@ class Commits:
         self.folder.mkdir(parents=True)
         write_text(self.folder / IDENTITY, json.dumps(identity, indent=2, default=str))
 
+    def go_on(self, identity: Mapping[str, Any]) -> None:
+        """Keep the commits there are of this identity, or begin with none."""
+        if not (self.folder / IDENTITY).is_file() or self.difference(identity):
+            self.begin(identity)
+
     def difference(self, identity: Mapping[str, Any]) -> str | None:
         """Where this identity is not that of the commits: the first place, with both values."""
         before = json.loads((self.folder / IDENTITY).read_text(encoding="utf-8"))

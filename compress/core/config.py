@@ -1,7 +1,7 @@
 """Building frozen configuration dataclasses from flags and YAML, with one-line errors."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -18,13 +18,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     Raises InputError for an unknown key (with the nearest valid one), a bad value, or text that
     no file could hold.
     """
-    allowed = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    check_keys(values, [f.name for f in fields(cls)], where)  # type: ignore[arg-type]
     for key, value in values.items():
-        if key not in allowed:
-            hint = nearest(key, allowed) if isinstance(key, str) else "; keys are words"
-            raise InputError(
-                f"unknown key {shown(key)} for {where}; allowed: {', '.join(allowed)}{hint}"
-            )
         if isinstance(value, str | os.PathLike):
             _check_text(key, os.fspath(value), where)
     try:
@@ -36,6 +31,16 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         raise InputError(
             f"{where}: {place or 'value'} = {shown(first['input'])}: {reason}"
         ) from None
+
+
+def check_keys(values: Mapping[Any, Any], allowed: Sequence[str], where: str) -> None:
+    """Raise InputError for the first key that is not allowed, with the nearest that is."""
+    for key in values:
+        if key not in allowed:
+            hint = nearest(key, allowed) if isinstance(key, str) else "; keys are words"
+            raise InputError(
+                f"unknown key {shown(key)} for {where}; allowed: {', '.join(allowed)}{hint}"
+            )
 
 
 def _check_text(key: str, text: str, where: str) -> None:

@@ -1,7 +1,8 @@
 """Errors that are the user's to mend: one clear line, exit code 2."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 LONGEST_MESSAGE = 1000  # characters; allowed values and remedies need a few hundred
@@ -22,6 +23,15 @@ class InputError(ValueError):
             half = LONGEST_MESSAGE // 2
             line = f"{line[:half]} ... {line[-half:]}"
         super().__init__(line)
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Say of what an InputError raised inside is: `what: message`."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
 
 
 def shown(value: Any) -> str:

@@ -66,6 +66,12 @@ def resolve_model(ref: str, revision: str | None = None) -> ModelSource:
     return ModelSource(ref, _checked_folder(_from_hub(ref, revision)))
 
 
+def public_name(ref: str) -> str:
+    """The name of a model, file or data set without the path to it; a hub id stays whole."""
+    path = Path(ref).expanduser()
+    return path.resolve().name if path.exists() else ref
+
+
 def gguf_file(ref: str) -> Path | None:
     """The .gguf file that `ref` names, itself or as an alias; None when it is something else."""
     path = _packaged_file(ref) if ref in ALIASES else Path(ref).expanduser()

@@ -22,20 +22,24 @@ from typing import Any
 import torch
 
 from compress import walk
+from compress.chain import run_chain
+from compress.chain_recipe import build_chain
 from compress.pipeline import run_recipe
 from compress.pruning import run_pruning
 from compress.recipe import build_pruning, build_recipe
 
 # A forked process cannot use the threads that its parent has started.
 torch.set_num_threads(1)
-WITH_TIMES = ("run.json", "report.html", "losses.jsonl")
+WITH_TIMES = ("run.json", "report.html", "losses.jsonl", "losses-2.jsonl", "loss-2.png")
 walk.TOKENS_PER_BATCH = 256  # several batches of little text
 
 
 def carry_out(values: dict[str, Any], out: Path, **how: Any) -> None:
-    """Quantize or prune."""
+    """Quantize, prune, or carry out several stages."""
     values = values | {"out": str(out)}
-    if values["stages"][0]["method"] == "prune":
+    if len(values["stages"]) > 1:
+        run_chain(build_chain(values), **how)
+    elif values["stages"][0]["method"] == "prune":
         run_pruning(build_pruning(values), **how)
     else:
         run_recipe(build_recipe(values), **how)
@@ -130,7 +134,8 @@ def check(out: Path, whole: dict[str, str], how: str) -> None:
         sys.exit(f"{how}: {', '.join(changed)} came out differently")
     shutil.rmtree(out)
     # killed between naming the output and clearing up: the next run on it does that
-    shutil.rmtree(out.with_name(f".{out.name}.progress"), ignore_errors=True)
+    for kind in ("progress", "stages"):
+        shutil.rmtree(out.with_name(f".{out.name}.{kind}"), ignore_errors=True)
     if left := [path.name for path in out.parent.iterdir()]:
         sys.exit(f"{how}: {', '.join(left)} stayed behind")
 

@@ -18,7 +18,8 @@ from compress.core.errors import LONGEST_MESSAGE, InputError
 from compress.core.source import resolve_model
 from compress.loading import load_model
 from compress.pipeline import run_recipe
-from compress.recipe import build_recipe, load_recipe
+from compress.recipe import build_recipe
+from compress.recipe_file import load_recipe
 
 UP = "model.layers.1.mlp.up_proj.weight"
 NORM = "model.layers.1.input_layernorm.weight"

@@ -151,7 +151,7 @@ BAD_FLAGS = [
     (["--samples", "1000"], "1000 samples of 64 need 64000"),
     (["--samples", "0"], "samples"),
     (["--dtype", "float8"], "dtype"),
-    (["--method", "rtn", "--set", "clip=true"], "unknown key 'clip' for method rtn"),
+    (["--method", "rtn", "--set", "clip=true"], "unknown key 'clip' for quantize: method rtn"),
     (["--set", "down_proj:bits=5"], "bits"),
     (["--set", "down_proj:bit=8"], "did you mean 'bits'"),
     (["--set", "dwn_proj:bits=8"], "did you mean 'down_proj'"),

@@ -19,7 +19,8 @@ from compress.core.errors import InputError
 from compress.core.shards import hashed_file
 from compress.distill import training
 from compress.distillation import run_distillation
-from compress.recipe import build_distillation, load_recipe
+from compress.recipe import build_distillation
+from compress.recipe_file import load_recipe
 
 TRAIN = {
     "tokens": 4 * 4 * 32,

@@ -23,7 +23,8 @@ from transformers import CONFIG_MAPPING
 
 from compress.core.errors import InputError
 from compress.pipeline import run_recipe
-from compress.recipe import build_recipe, load_recipe
+from compress.recipe import build_recipe
+from compress.recipe_file import load_recipe
 
 MORE = os.environ.get("FUZZ_EXAMPLES")
 FAMILIES = ["llama", "gemma2", "qwen3", "mistral", "phi3", "cohere"]

@@ -33,7 +33,7 @@ def shape_without(found):
 
 def test_the_target_is_met_by_the_best_of_the_shapes_made(pruning_values, tmp_path):
     report = run(pruning_values(**TARGET))
-    search = report["search"]
+    search = report["pruning"]["search"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert sum(p.numel() for p in model.parameters()) <= 45_000
     made = search["measured"]
@@ -51,7 +51,7 @@ def test_the_target_is_met_by_the_best_of_the_shapes_made(pruning_values, tmp_pa
 def test_the_model_is_that_of_the_numbers_it_found(pruning_values, tmp_path):
     """As `compress prune` with these numbers on the same sequences gives it, byte for byte."""
     report = run(pruning_values(**TARGET))
-    run(pruning_values(out="again", **shape_without(report["search"]["measured"][0])))
+    run(pruning_values(out="again", **shape_without(report["pruning"]["search"]["measured"][0])))
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "again")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
@@ -75,7 +75,7 @@ def test_losses_are_those_of_transformers(pruning_values, tmp_path):
         )
     kl = (original.exp() * (original - pruned)).sum(-1).mean()
     # float32 logits of two engines; the divergence is a sum over 128 tokens
-    assert report["search"]["measured"][0]["kl"] == pytest.approx(float(kl), rel=1e-3)
+    assert report["pruning"]["search"]["measured"][0]["kl"] == pytest.approx(float(kl), rel=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -89,7 +89,7 @@ def test_parameters_of_a_shape(family, pruning_values):
 
 def test_numbers_that_are_given_stay(pruning_values, tmp_path):
     report = run(pruning_values(**TARGET, ffn=64, layers_out=0))
-    for found in report["search"]["measured"] + report["search"]["others"]:
+    for found in report["pruning"]["search"]["measured"] + report["pruning"]["search"]["others"]:
         assert (found["shape"]["depth"], found["shape"]["ffn"]) == (4, 64)
     assert report["pruning"]["shape"]["ffn"] == 64
 
@@ -97,7 +97,7 @@ def test_numbers_that_are_given_stay(pruning_values, tmp_path):
 def test_bytes_of_weights(pruning_values, tmp_path):
     report = run(pruning_values(target_memory="180kB"))
     assert report["sizes"]["bytes"] <= 180_000
-    assert report["search"]["measured"][0]["parameters"] > 170_000 / 4
+    assert report["pruning"]["search"]["measured"][0]["parameters"] > 170_000 / 4
 
 
 @pytest.fixture
@@ -116,12 +116,12 @@ def clock(monkeypatch):
 
 def test_a_latency(pruning_values, clock, tmp_path):
     report = run(pruning_values(target_latency=7.2, hidden=48, heads=6))
-    taken = report["search"]["measured"][0]
+    taken = report["pruning"]["search"]["measured"][0]
     assert taken["milliseconds"] <= 7.2
     assert taken["milliseconds"] == pytest.approx(
         2 * taken["shape"]["depth"] + 0.01 * taken["shape"]["ffn"]
     )
-    assert all(found["milliseconds"] <= 7.2 for found in report["search"]["measured"])
+    assert all(found["milliseconds"] <= 7.2 for found in report["pruning"]["search"]["measured"])
     assert len(set(clock)) == len(clock)  # each shape once
 
 
@@ -166,7 +166,9 @@ def test_only_the_ranking(pruning_values, tmp_path, text_file):
     assert "Scoring blocks" not in done.stderr
     assert "KL " not in done.stderr  # nothing was measured again
     assert "taken" in done.stdout
-    assert json.loads((tmp_path / "out" / "compress.json").read_text())["search"] == ranked
+    assert (
+        json.loads((tmp_path / "out" / "compress.json").read_text())["pruning"]["search"] == ranked
+    )
     assert not (tmp_path / ".out.progress").exists()
     assert 'id="search"' in (tmp_path / "out" / "report.html").read_text()
 
@@ -184,7 +186,7 @@ def test_killed_before_every_step(pruning_values, model_folder, tmp_path):
 def test_only_blocks_of_unknown_parts(pruning_values, tmp_path, capsys):
     """Phi 3 has fused projections; what cannot be cut is said, and depth is left to choose."""
     report = run(pruning_values("phi3", target_params=70_000))
-    assert {found["shape"]["ffn"] for found in report["search"]["measured"]} == {80}
+    assert {found["shape"]["ffn"] for found in report["pruning"]["search"]["measured"]} == {80}
     assert report["pruning"]["shape"]["depth"] == 3
     assert "Leaving hidden, ffn, heads as they are: the blocks of" in capsys.readouterr().err
 

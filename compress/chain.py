@@ -1,0 +1,75 @@
+"""A model through several stages: prune, distill, quantize, in one run with one report.
+
+    model ─> stage 1 ─> .NAME.stages/1-prune/model ─> stage 2 ─> .NAME.stages/2-distill/model ─> ...
+                          │ perplexity, KL from the original              │
+                          └ commit                                        └ commit
+    last ─> the one report ─> NAME
+
+Each stage is made by the runner that makes it alone, and goes on inside by that runner's commits.
+A stage that is done is not done again, as long as it and those before it are of the same recipe.
+"""
+
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from compress.chain_preflight import check_chain
+from compress.chain_recipe import ChainRecipe
+from compress.chain_report import write_chain_report
+from compress.chain_stages import StagesFolder, identities
+from compress.core.errors import naming
+from compress.core.processes import processes
+from compress.core.progress import say
+from compress.distillation import run_distillation
+from compress.pipeline import run_recipe
+from compress.pruning import run_pruning
+from compress.recipe import AnyRecipe, DistillRecipe, PruneRecipe, method_of
+
+
+def run_chain(
+    recipe: ChainRecipe,
+    overwrite: bool = False,
+    restart: bool = False,
+    activation_memory: int | None = None,
+) -> dict[str, Any]:
+    """Carry out a recipe and return its report, as written to compress.json with times added.
+
+    A broken-off run towards the same output goes on where it was, unless `restart`.
+    `activation_memory` is as in `compress.pipeline.run_recipe`.
+
+    Raises InputError before any long work for what can be known then (chain_preflight.py), and
+    where a stage is refused when it begins, with those before it kept.
+    """
+    folder = StagesFolder(recipe, overwrite)
+    first = processes().first
+    first(folder.check)
+    original = check_chain(recipe)
+    with ExitStack() as stack:
+        first(lambda: stack.enter_context(folder))
+        first(lambda: folder.begin(identities(recipe, original), restart))
+        for index, name in enumerate(recipe.names):
+            with naming(name):
+                first(partial(folder.start, index))
+                _carry_out(recipe, index, activation_memory)
+                first(partial(folder.keep, index))
+                first(partial(folder.measure, index, original))
+        return first(lambda: write_chain_report(recipe, folder.results())) or {}
+
+
+def _carry_out(recipe: ChainRecipe, index: int, activation_memory: int | None) -> None:
+    """Do a stage that is not done, and wait until its result is there for all processes."""
+    stage = recipe.stages[index]
+    done = ", done before" if stage.out.is_dir() else ""
+    say(f"Stage {index + 1} of {len(recipe.stages)}: {method_of(stage.stages[0])}{done}")
+    if not done:
+        _run(stage, activation_memory)
+    processes().wait()
+
+
+def _run(stage: AnyRecipe, activation_memory: int | None) -> None:
+    if isinstance(stage, DistillRecipe):
+        run_distillation(stage)
+    elif isinstance(stage, PruneRecipe):
+        run_pruning(stage, activation_memory=activation_memory)
+    else:
+        run_recipe(stage, activation_memory=activation_memory)

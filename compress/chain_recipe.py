@@ -1,0 +1,202 @@
+"""Recipes of several stages, each of them a recipe of its own that starts from the one before.
+
+    model: smollm2
+    out: smollm2-24-w4
+    calibration: {source: self, seq_len: 512}
+    eval: {text: self, windows: 32}
+    stages:
+      - {method: prune, layers_out: 6}
+      - {method: distill, train: {tokens: 200k}}
+      - {method: gptq, bits: 4, calibration: {samples: 128}}
+
+`calibration`, `dtype`, `compute_dtype` and `propagate_error` hold for every stage that has them; a
+stage's own `calibration` is laid over the recipe's.  A distillation without a teacher learns from
+`model`; `teacher: stage 1` is what stage 1 gave.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from compress.core.config import build, check_keys
+from compress.core.errors import InputError
+from compress.core.source import public_name
+from compress.quant.methods import METHODS
+from compress.recipe import (
+    DISTILL,
+    PRUNE,
+    AnyRecipe,
+    DistillRecipe,
+    PruneRecipe,
+    Recipe,
+    build_distillation,
+    build_pruning,
+    build_recipe,
+    check_named,
+    described,
+    mapping_in,
+    method_in,
+    method_of,
+    stages_in,
+    usable_output,
+    without,
+)
+
+KINDS = {DISTILL: (DistillRecipe, build_distillation), PRUNE: (PruneRecipe, build_pruning)}
+SHARED = ("calibration", "dtype", "compute_dtype", "propagate_error")
+STAGES = "stages"  # .NAME.stages beside the output NAME: the stages' folders
+RESULT = "model"  # in the folder of a stage: what it gave
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class EvalConfig:
+    """What the original and the result of each stage are measured on.
+
+    text     `self` (sampled from the original), or a UTF-8 text file
+    windows  number of windows, from the start of the text
+    seq_len  tokens in each
+    dtype    of weights and activations
+    seed     of what is sampled, for `self`
+    """
+
+    text: str = Field(default="self", min_length=1)
+    windows: int = Field(default=32, ge=2, le=1 << 20)
+    seq_len: int = Field(default=512, ge=2, le=1 << 20)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    seed: int = Field(default=1, ge=0, lt=1 << 63)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class ChainRecipe:
+    """One model through several stages (chain.py).
+
+    model   the original
+    out     the output folder
+    stages  recipes of one stage each; the first starts from the original, and the others from what
+            the one before gives
+    eval    what is measured after each stage; None for nothing
+    """
+
+    model: Annotated[str, Field(min_length=1)]
+    out: Annotated[Path, AfterValidator(usable_output)]
+    stages: tuple[AnyRecipe, ...] = ()
+    eval: EvalConfig | None = EvalConfig()
+
+    @property
+    def names(self) -> list[str]:
+        """Of the stages, as messages give them: `stage 2 (distill)`."""
+        methods = (method_of(stage.stages[0]) for stage in self.stages)
+        return [named(number, method) for number, method in enumerate(methods, start=1)]
+
+
+def named(number: int, method: str) -> str:
+    """A stage, counted from 1, in words."""
+    return f"stage {number} ({method})"
+
+
+def described_chain(recipe: ChainRecipe) -> dict[str, Any]:
+    """The recipe for compress.json, as a recipe file holds it; of all places only the names."""
+    results = {str(stage.out): f"stage {n}" for n, stage in enumerate(recipe.stages, start=1)}
+    shared: dict[str, Any] = {}
+    stages = []
+    for stage in recipe.stages:
+        told = described(stage)
+        (settings,) = told["stages"]
+        if teacher := settings.get("teacher"):
+            settings["teacher"] = results.get(teacher) or public_name(teacher)
+        if "calibration" in told:
+            settings["calibration"] = told["calibration"]
+        for part in ("calibration", "data"):
+            if part in settings:
+                settings[part]["source"] = public_name(settings[part]["source"])
+        shared |= {key: told[key] for key in SHARED if key in told and key != "calibration"}
+        stages.append(settings)
+    measured = recipe.eval and asdict(recipe.eval) | {"text": public_name(recipe.eval.text)}
+    names = {"model": public_name(recipe.model), "out": recipe.out.name}
+    return {**names, **shared, "eval": measured, "stages": stages}
+
+
+def build_chain(values: Mapping[str, Any], where: str = "recipe") -> ChainRecipe:
+    """Return a recipe of several stages from a mapping as read from YAML, or raise InputError."""
+    own = [field.name for field in fields(ChainRecipe)]
+    check_keys(values, [*own, *SHARED], where)
+    check_named(values, where)
+    chain = build(ChainRecipe, {key: values[key] for key in ("model", "out")}, where)
+    config = None
+    if values.get("eval", {}) is not None:
+        config = build(EvalConfig, mapping_in(values, "eval", where), f"{where}: eval")
+    mapping_in(values, "calibration", where)
+    shared = {key: values[key] for key in SHARED if key in values}
+    stages = stages_in(values, where)
+    methods = [method_in(stage, f"{where}: stage {n}") for n, stage in enumerate(stages, start=1)]
+    built: list[AnyRecipe] = []
+    for number, (method, stage) in enumerate(zip(methods, stages, strict=True), start=1):
+        at = f"{where}: {named(number, method)}"
+        if method in METHODS and number < len(stages):
+            raise InputError(f"{at}: what is quantized goes through no other stage; make it last")
+        built.append(_build_stage(chain, built, stage, shared, at))
+    for key in shared:
+        if not any(hasattr(stage, key) for stage in built):
+            raise InputError(f"{where}: no stage has '{key}'; leave it out")
+    chain = replace(chain, stages=tuple(built), eval=config)
+    _check_seeds(chain, where)
+    return chain
+
+
+def _build_stage(
+    chain: ChainRecipe,
+    before: Sequence[AnyRecipe],
+    stage: Mapping[str, Any],
+    shared: Mapping[str, Any],
+    where: str,
+) -> AnyRecipe:
+    """The recipe of the stage that comes after those `before`."""
+    cls, builder = KINDS.get(stage["method"], (Recipe, build_recipe))
+    known = {field.name for field in fields(cls)}
+    values = {key: value for key, value in shared.items() if key in known}
+    if "calibration" in known:
+        own = mapping_in(stage, "calibration", where)
+        values["calibration"] = {**values.get("calibration", {}), **own}
+        stage = without(stage, "calibration")
+    values["model"] = str(before[-1].out) if before else chain.model
+    folder = f"{len(before) + 1}-{stage['method']}"
+    values["out"] = chain.out.with_name(f".{chain.out.name}.{STAGES}") / folder / RESULT
+    recipe = builder({**values, "stages": [stage]}, where)
+    return _taught(recipe, chain, before, where) if isinstance(recipe, DistillRecipe) else recipe
+
+
+def _taught(
+    recipe: DistillRecipe, chain: ChainRecipe, before: Sequence[AnyRecipe], where: str
+) -> DistillRecipe:
+    """A distillation with the teacher that is meant."""
+    (config,) = recipe.stages
+    teacher = config.teacher
+    if teacher is None:
+        teacher = chain.model if config.needs_teacher else None
+    elif found := re.fullmatch(r"stage (\d+)", teacher):
+        number = int(found[1])
+        if not 1 <= number <= len(before):
+            allowed = ", ".join(f"stage {n + 1}" for n in range(len(before))) or "none, it is first"
+            raise InputError(
+                f"{where}: teacher '{teacher}' is no stage before this one; allowed: {allowed}"
+            )
+        teacher = str(before[number - 1].out)
+    return replace(recipe, stages=(replace(config, teacher=teacher),))
+
+
+def _check_seeds(chain: ChainRecipe, where: str) -> None:
+    """Refuse to measure on the text that a stage is calibrated on."""
+    if chain.eval is None or chain.eval.text != "self":
+        return
+    for name, stage in zip(chain.names, chain.stages, strict=True):
+        data = getattr(stage, "calibration", None)
+        if data and data.source == "self" and data.seed == chain.eval.seed:
+            raise InputError(
+                f"{where}: eval: seed = {data.seed} is also that of the text that {name} is "
+                "calibrated on; give another"
+            )

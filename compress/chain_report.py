@@ -1,0 +1,110 @@
+"""One report of all stages of a chain, in the place of the last stage's."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from compress import checkpoint
+from compress.chain_eval import SELF, text_config
+from compress.chain_recipe import ChainRecipe, described_chain
+from compress.chain_stages import StageResult
+from compress.core.files import write_text
+from compress.distill.preparation import TRACKED
+from compress.distillation import RECORDS
+from compress.recipe import method_of
+from compress.report import QUALITY, record_quality, write_report
+
+PARTS = ("training", "pruning")  # of a stage's report, for its row
+EVALUATION = (  # of what was measured, what holds for all stages
+    "perplexity_original",
+    "windows",
+    "seq_len",
+    "tokens",
+    "dtype",
+    "engine",
+    "text_sha256",
+    "windows_sha256",
+)
+MEASURED = ("perplexity", "perplexity_interval", "kl_mean", "kl_mean_interval", "top1_agreement")
+
+
+def write_chain_report(recipe: ChainRecipe, results: Sequence[StageResult]) -> dict[str, Any]:
+    """Write what stands beside the weights of the last stage's result; can be done again.
+
+    Returns the report, with the times.
+    """
+    folder = recipe.stages[-1].out
+    _carry_records(recipe, folder)
+    report = chain_report(recipe, results)
+    seconds = [result.run["seconds"] for result in results]
+    times = {"seconds": round(sum(seconds), 1), "stage_seconds": seconds}
+    write_text(folder / "compress.json", _json(report))
+    host = {key: value for key, value in results[-1].run.items() if "seconds" not in key}
+    write_text(folder / "run.json", _json({**times, **host}))
+    write_text(folder / "README.md", checkpoint.chain_card(report))
+    (folder / QUALITY).unlink(missing_ok=True)  # of another text, before it was broken off
+    measured = results[-1].measured
+    if recipe.eval is not None and recipe.eval.text != SELF and measured is not None:
+        seed = text_config(recipe.eval).seed
+        told = {"text": recipe.eval.text, "against": recipe.model, "seed": seed}
+        record_quality(folder, told | measured)
+    else:
+        write_report(folder)
+    return {**report, **times, "out": str(recipe.out)}
+
+
+def chain_report(recipe: ChainRecipe, results: Sequence[StageResult]) -> dict[str, Any]:
+    """What compress.json says: the last stage's report, and a row for each stage.
+
+    What training and pruning report is in the rows.  Nothing depends on the clock or the host.
+    """
+    first, last = results[0].report, results[-1].report
+    before = first["sizes"]
+    sizes = last["sizes"] | {
+        "original_bytes": before["original_bytes"],
+        "original_bytes_by_part": before["original_bytes_by_part"],
+        "original_parameters": before.get("original_parameters", before["parameters"]),
+    }
+    report = {key: value for key, value in last.items() if key not in PARTS}
+    report |= {"recipe": described_chain(recipe), "sizes": sizes}
+    if measured := results[-1].measured:
+        report["eval"] = {key: measured[key] for key in EVALUATION if key in measured}
+    return report | {"stages": _rows(recipe, results)}
+
+
+def _rows(recipe: ChainRecipe, results: Sequence[StageResult]) -> list[dict[str, Any]]:
+    """For each stage its size, what was measured, and how much KL it added to the one before."""
+    rows = []
+    for stage, result in zip(recipe.stages, results, strict=True):
+        row = {
+            "method": method_of(stage.stages[0]),
+            "parameters": result.report["sizes"]["parameters"],
+            "bytes": result.report["sizes"]["bytes"],
+            "calibration_sha256": result.report["calibration_sha256"],
+        }
+        if result.measured is not None:
+            row |= {key: result.measured[key] for key in MEASURED}
+        rows.append(row | {key: result.report[key] for key in PARTS if key in result.report})
+    if recipe.eval is not None:
+        for before, row in pairwise([{"kl_mean": 0.0}, *rows]):
+            row["kl_added"] = row["kl_mean"] - before["kl_mean"]
+    return rows
+
+
+def _carry_records(recipe: ChainRecipe, folder: Path) -> None:
+    """Copy what earlier trainings have recorded, with the number of the stage in the name."""
+    for number, stage in enumerate(recipe.stages[:-1], start=1):
+        for name in (*RECORDS, TRACKED):
+            path = Path(name)
+            place = folder / f"{path.stem}-{number}{path.suffix}"
+            if (stage.out / name).is_dir():
+                shutil.copytree(stage.out / name, place, dirs_exist_ok=True)
+            elif (stage.out / name).is_file():
+                shutil.copyfile(stage.out / name, place)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, default=str) + "\n"
