@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = 8  # calibration sequences that losses are measured on
 PROMPT, NEW, REPEATS = 64, 33, 5  # tokens of a sequence that is timed, and how often
+TRIED = 3  # shapes timed for each that is made, at most
 ROUNDS = 3  # of latencies predicted, and measured for the shapes that look best
 SHOWN = 10  # shapes of the ranking that were not made, in the report
 
@@ -74,7 +75,7 @@ class Search:
 
     alone     each axis alone
     measured  the shapes that were made, best first: the first is the one to take
-    others    those next in the ranking, which were not made
+    others    those next in the ranking, which were neither made nor timed
     count     shapes that meet the target, none of which can grow by a step
     """
 
@@ -138,12 +139,12 @@ class ShapeSearch:
         ranked, finalists = self._finalists(guess)
         losses |= self._losses("finalists", finalists, make, held_out)
         measured = [self._found(shape, guess(shape), losses[shape]) for shape in finalists]
-        others = islice((shape for shape in ranked if shape not in losses), SHOWN)
+        left = (shape for shape in ranked if shape not in losses and shape not in self.timed)
         return Search(
             self.space,
             [self._found(shape, None, loss) for shape, loss in by_axis.values()],
             sorted(measured, key=lambda found: found.kl or 0.0),
-            [self._found(shape, guess(shape), None) for shape in others],
+            [self._found(shape, guess(shape), None) for shape in islice(left, SHOWN)],
             len(ranked),
         )
 
@@ -159,17 +160,18 @@ class ShapeSearch:
         for _ in range(ROUNDS):
             fitting = candidates(self.space.start, self._fits(self._cost()), self.space.axes)
             ranked = sorted(filter(self._is_stock, fitting), key=guess)
-            finalists = list(islice(unalike(ranked, self.space.start), wanted))
-            if self.job.unit is None:
-                found = [(shape, self._milliseconds(shape)) for shape in finalists]
-                finalists = [shape for shape, time in found if time <= self.space.limit]
-            if finalists:
+            tried = islice(unalike(ranked, self.space.start), TRIED * wanted)
+            if finalists := list(islice(filter(self._keeps_time, tried), wanted)):
                 return ranked, finalists
         asked = f"{self.space.target} = {self.space.in_words(self.space.limit)}"
         raise InputError(
             f"{asked} is met by no shape that transformers takes, as far as they were made and "
             "timed; give a little more"
         )
+
+    def _keeps_time(self, shape: Shape) -> bool:
+        """Whether a shape that should meet the target does, where that takes a clock."""
+        return self.job.unit is not None or self._milliseconds(shape) <= self.space.limit
 
     def _fits(self, cost: Callable[[Shape], float]) -> Callable[[Shape], bool]:
         return lambda shape: cost(shape) <= self.space.limit

@@ -169,23 +169,24 @@ def print_pruning(report: dict[str, Any]) -> None:
 
 def _print_search(search: dict[str, Any]) -> None:
     """Print the shapes that were looked at, with the one taken first."""
+    made, alone, left = search["measured"], search["alone"], search["others"]
     title = f"At most {search['asked']}: {search['count']} shapes that cannot grow by a step"
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.caption = (
-        f"KL: nats a token on {search['sequences']} calibration sequences, before any training;\n"
-        "guess: by what each axis alone lost"
+        f"KL: nats a token on {search['sequences']} calibration sequences, before any training; "
+        "guess: by what each axis alone lost; left: not made"
     )
-    names = ("depth", "hidden", "ffn", "heads", "kv_heads")
-    timed = search["measured"][0]["milliseconds"] is not None
-    last = ("ms a token",) if timed else ()
-    for column in ("", *names, "params", "guess", "KL", *last):
+    timed = made[0]["milliseconds"] is not None
+    names = ["depth", "hidden", "ffn", "heads"]
+    if len({found["shape"]["kv_heads"] for found in (*made, *alone, *left)}) > 1:
+        names.append("kv_heads")
+    for column in ("", *names, "params", "guess", "KL", *(["ms"] if timed else [])):
         table.add_column(column.replace("_", " "), justify="right" if column else "left")
-    rows = [("alone", found) for found in search["alone"]]
-    rows += [("taken", search["measured"][0])]
-    rows += [("measured", found) for found in search["measured"][1:]]
-    rows += [("not made", found) for found in search["others"]]
+    rows = [("alone", found) for found in alone]
+    rows += [("taken", made[0]), *(("made", found) for found in made[1:])]
+    rows += [("left", found) for found in left]
     for what, found in rows:
-        losses = ("" if found[key] is None else f"{found[key]:.4f}" for key in ("predicted", "kl"))
+        losses = ("" if found[key] is None else f"{found[key]:.3f}" for key in ("predicted", "kl"))
         numbers = (str(found["shape"][name]) for name in names)
         time = (f"{found['milliseconds']:.2f}",) if timed else ()
         params = f"{found['parameters'] / 1e6:.1f}M"

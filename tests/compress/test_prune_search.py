@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -141,6 +142,22 @@ def test_a_latency_that_shapes_do_not_keep(pruning_values, monkeypatch, tmp_path
     with pytest.raises(InputError, match="is not possible: the smallest shape looked at"):
         run(pruning_values(out="other", target_latency=3, hidden=48, heads=6))
     assert not (tmp_path / "other").exists()
+
+
+def test_as_many_are_made_as_asked_for(pruning_values, clock, monkeypatch):
+    """Of shapes that should keep the time, the first one timed does not."""
+    given = pruning_values(target_latency=7.2, finalists=2)
+    slow = run(given)["pruning"]["search"]["measured"][0]["shape"]
+    right = prune_search.time_decoding
+
+    def slower(config, place):
+        taken = asdict(shape_of(config)) == slow
+        return right(config, place) + 5 * taken
+
+    monkeypatch.setattr(prune_search, "time_decoding", slower)
+    made = run(given | {"out": given["out"].with_name("two")})["pruning"]["search"]["measured"]
+    assert len(made) == 2
+    assert slow not in [found["shape"] for found in made]
 
 
 def test_a_clock_gives_a_time(pruning_values, model_folder, tmp_path):
