@@ -2,14 +2,15 @@
 
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from compress import calibration
-from compress.core.blocks import linears_of
+from compress import calibration, prune_preflight
+from compress.core.blocks import BlockModel, linears_of
 from compress.core.commits import Commits
 from compress.core.errors import InputError
 from compress.core.outfolder import OutputFolder
@@ -18,6 +19,7 @@ from compress.core.resources import free_disk, free_memory
 from compress.core.stage import Block
 from compress.preflight import (
     Job,
+    Needs,
     check_resources,
     kept_in_memory,
     needed_text,
@@ -25,7 +27,7 @@ from compress.preflight import (
     preflight,
     qat_config,
 )
-from compress.recipe import Recipe, method_of
+from compress.recipe import PruneRecipe, Recipe, method_of
 from compress.walk import TOKENS_PER_BATCH, Clock, Walk
 
 FORWARDS = 4  # the original's forward pass, the student's, and a backward pass as long as two
@@ -38,16 +40,12 @@ def plan_recipe(
 
     Raises InputError where `run_recipe` would, but for what only reading weights and text shows.
     """
-    if processes().count > 1:
-        raise InputError("a dry run takes one process; run it without accelerate launch")
-    folder = OutputFolder(recipe.out, overwrite)
-    folder.check()
+    folder = _unwritten(recipe.out, overwrite)
     job = preflight(recipe)
     memory = kept_in_memory(activation_memory)
-    needs = needs_of(job, memory)
-    check_resources(job, needs, folder)
+    needs, text = needs_of(job, memory), needed_text(job)
+    check_resources(needs, folder, job.model, text)
     sampling = 0.0
-    text = needed_text(job)
     if text and text.source == "self":
         sampling = calibration.sampling_seconds(text, job.model.source, job.device)
     in_float = [name for name in linears_of(job.model.skeleton) if name not in job.grids]
@@ -60,18 +58,61 @@ def plan_recipe(
         "compute_dtype": str(job.model.compute_dtype).removeprefix("torch."),
         "linears": len(job.grids),
         "left_in_float": in_float,
-        "out": str(recipe.out),
-        "original_bytes": job.model.reader.total_bytes,
+        **_taken(recipe.out, job.model, needs, memory),
+        "sampling_seconds": sampling,
+        "seconds": sampling + _timed(job),
+    }
+
+
+def plan_pruning(
+    recipe: PruneRecipe, overwrite: bool = False, activation_memory: int | None = None
+) -> dict[str, Any]:
+    """What a pruning would take, from shapes; writes no output, and foretells no time.
+
+    Where a shape is looked for, `shape` is None, and sizes are those of the largest there could be.
+
+    Raises InputError where `run_pruning` would, but for what only reading weights and text shows.
+    """
+    folder = _unwritten(recipe.out, overwrite)
+    job = prune_preflight.preflight(recipe)
+    memory = kept_in_memory(activation_memory)
+    needs = prune_preflight.needs_of(job, memory)
+    check_resources(needs, folder, job.model, job.text)
+    return {
+        "model": recipe.model,
+        "blocks": job.model.num_blocks,
+        "parameters": job.model.num_parameters,
+        "original_shape": asdict(job.stage.shape),
+        "shape": None if job.space else asdict(job.stage.target),
+        "output_parameters": job.parameters,
+        "device": str(job.device),
+        "compute_dtype": str(job.model.compute_dtype).removeprefix("torch."),
+        **_taken(recipe.out, job.model, needs, memory),
+    }
+
+
+def _unwritten(out: Path, overwrite: bool) -> OutputFolder:
+    """The output folder, which is only looked at."""
+    if processes().count > 1:
+        raise InputError("a dry run takes one process; run it without accelerate launch")
+    folder = OutputFolder(out, overwrite)
+    folder.check()
+    return folder
+
+
+def _taken(out: Path, model: BlockModel, needs: Needs, memory: int) -> dict[str, Any]:
+    """What a run takes and what there is, for a plan."""
+    return {
+        "out": str(out),
+        "original_bytes": model.reader.total_bytes,
         "output_bytes": needs.output,
         "disk_bytes": needs.disk,
-        "disk_free_bytes": free_disk(recipe.out.absolute().parent),
+        "disk_free_bytes": free_disk(out.absolute().parent),
         "memory_bytes": needs.host,
         "gpu_memory_bytes": needs.device,
         "memory_free_bytes": free_memory(),
         "activation_bytes": needs.activations,
         "activation_memory_bytes": memory,
-        "sampling_seconds": sampling,
-        "seconds": sampling + _timed(job),
     }
 
 

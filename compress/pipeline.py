@@ -69,7 +69,8 @@ def run_recipe(
     job = preflight(recipe)
     memory = kept_in_memory(activation_memory)
     with ExitStack() as stack:
-        first(lambda: check_resources(job, needs_of(job, memory), folder))
+        needs, text = needs_of(job, memory), needed_text(job)
+        first(lambda: check_resources(needs, folder, job.model, text))
         first(lambda: stack.enter_context(folder))
         first(lambda: folder.begin(_identity(job), restart))
         with broken_off(folder):

@@ -230,17 +230,19 @@ def _training_bytes(job: Job) -> tuple[int, int]:
     return models + 12 * own + 8 * learning + kept + LOGIT_BYTES, learning + 3 * 12 * own
 
 
-def check_resources(job: Job, needs: Needs, folder: OutputFolder) -> None:
-    """Raise InputError where disk or memory will not do."""
+def check_resources(
+    needs: Needs, folder: OutputFolder, model: BlockModel, text: CalibrationConfig | None
+) -> None:
+    """Raise InputError where disk or memory will not do; `text` is what is calibrated on."""
     folder.check_disk(needs.disk)
-    if needed_text(job):
-        check_sampling(job.recipe.calibration, job.model, job.device)
+    if text:
+        check_sampling(text, model, model.device)
     if needs.host > (free := free_memory()):
         raise InputError(
             f"this run takes about {in_words(needs.host)} of memory, and {in_words(free)} are "
             "free; close something, or lower --activation-memory"
         )
-    if needs.device and needs.device > (free := torch.cuda.mem_get_info(job.device)[0]):
+    if needs.device and needs.device > (free := torch.cuda.mem_get_info(model.device)[0]):
         raise InputError(
             f"a block takes about {in_words(needs.device)} of GPU memory, and {in_words(free)} "
             "are free; close what else uses the GPU, or hide it with CUDA_VISIBLE_DEVICES="

@@ -10,12 +10,11 @@ import torch
 from compress import calibration
 from compress.core.blocks import BlockModel
 from compress.core.errors import InputError, reason_of
-from compress.core.outfolder import OutputFolder
 from compress.core.progress import say
-from compress.core.resources import free_memory, in_words
+from compress.core.resources import in_words
 from compress.core.shards import SINGLE_FILE_BYTES
 from compress.core.source import read_config
-from compress.preflight import INTERPRETER_BYTES, check_sampling, check_shares, open_model
+from compress.preflight import INTERPRETER_BYTES, Needs, check_shares, open_model
 from compress.prune.config import PruneConfig
 from compress.prune.parts import Parts, check_norms, parts_of
 from compress.prune.search import AXES, numbers_of, smallest
@@ -23,7 +22,7 @@ from compress.prune.shape import Shape, pruned_shape, shape_of
 from compress.prune.stage import PruneStage
 from compress.prune.stock import config_entries
 from compress.prune.surgery import Kept, cut
-from compress.recipe import PruneRecipe
+from compress.recipe import CalibrationConfig, PruneRecipe
 
 UNITS = ("hidden", "ffn", "heads", "kv_heads")
 
@@ -71,6 +70,11 @@ class PruneJob:
         return self.recipe.stages[0]
 
     @property
+    def text(self) -> CalibrationConfig | None:
+        """The text to calibrate on, where there is a need of it."""
+        return self.recipe.calibration if self.stage.observes or self.space else None
+
+    @property
     def unit(self) -> int | None:
         """What a parameter counts towards the target; None where that is a time."""
         target = self.space.target if self.space else None
@@ -100,10 +104,10 @@ def preflight(recipe: PruneRecipe) -> PruneJob:
     parts = _parts(model, shape, target) if target.is_narrower_than(shape) else None
     parameters = check_class(model, parts, shape, target)
     stage = PruneStage(config, shape, target, parts)
-    if stage.observes or space is not None:
-        calibration.check_source(recipe.calibration)
-        check_shares(recipe.calibration)
     job = PruneJob(recipe, model, stage, model.device, dtype, parameters, space)
+    if job.text is not None:
+        calibration.check_source(job.text)
+        check_shares(job.text)
     if space is None:
         return job
     job = replace(job, parameters=job.parameters_of(start))
@@ -220,35 +224,24 @@ def check_class(model: BlockModel, parts: Parts | None, shape: Shape, target: Sh
     return sum(p.numel() for name, p in built.named_parameters() if name not in tied)
 
 
-def check_resources(job: PruneJob, activation_memory: int, folder: OutputFolder) -> None:
-    """Raise InputError where disk or memory will not do."""
-    model, data = job.model, job.recipe.calibration
+def needs_of(job: PruneJob, activation_memory: int) -> Needs:
+    """What a run will take, from shapes; where a shape is looked for, at most."""
+    model, stage, data = job.model, job.stage, job.text
     output = job.parameters * job.dtype.itemsize
     merged = output if output <= SINGLE_FILE_BYTES else 0
-    states = 0
-    block = model.meta_block(0)
-    weights = 4 * sum(parameter.numel() for parameter in block.parameters())
-    moments = 0
-    if job.stage.observes or job.space:
-        width = job.stage.shape.hidden * model.compute_dtype.itemsize
-        states = data.samples * data.seq_len * width
-        widths = (job.stage.shape.ffn, job.stage.shape.hidden)
-        moments = 4 * job.stage.workspace * max(widths) ** 2
+    states = working = 0
+    if data is not None:
+        states = data.samples * data.seq_len * stage.shape.hidden * model.compute_dtype.itemsize
+        working = 4 * stage.workspace * max(stage.shape.ffn, stage.shape.hidden) ** 2
+    working += 2 * 4 * sum(parameter.numel() for parameter in model.meta_block(0).parameters())
     made = max(len(AXES), job.config.finalists) + 1 if job.space else 0  # side by side
-    folder.check_disk(output * (1 + made) + merged + 2 * states)
-    if job.stage.observes or job.space:
-        check_sampling(data, model, job.device)
-    on_gpu = job.device.type != "cpu"
-    memory = INTERPRETER_BYTES + min(states, activation_memory)
-    memory += 0 if on_gpu else 2 * weights + moments
+    disk = output * (1 + made) + merged + 2 * states
     whole = 0  # bytes of models that are in memory as a whole
-    if job.stage.needs_removals:
+    if stage.needs_removals:
         whole = model.compute_dtype.itemsize * model.num_parameters
     if job.space:  # the original and a pruned one are compared
         whole = torch.float32.itemsize * (model.num_parameters + job.parameters)
-    memory = max(memory, INTERPRETER_BYTES + whole)
-    if memory > (free := free_memory()):
-        raise InputError(
-            f"this run takes about {in_words(memory)} of memory, and {in_words(free)} are free; "
-            "close something, or lower --activation-memory"
-        )
+    on_gpu = job.device.type != "cpu"
+    host = INTERPRETER_BYTES + min(states, activation_memory)
+    host = max(host + (0 if on_gpu else working), INTERPRETER_BYTES + (0 if on_gpu else whole))
+    return Needs(output, disk, states, host, max(working, whole) if on_gpu else 0)

@@ -30,12 +30,12 @@ from compress.core.stage import Block
 from compress.inspection import inspect_folder
 from compress.loading import load_model
 from compress.pipeline import broken_off, identity, made_once, outer_tensors
-from compress.preflight import kept_in_memory
+from compress.preflight import check_resources, kept_in_memory
 from compress.prune.removal import loss_without
 from compress.prune.shape import Shape
 from compress.prune.stage import Plan, PruneStage
 from compress.prune.stock import config_entries
-from compress.prune_preflight import PruneJob, check_resources, preflight
+from compress.prune_preflight import PruneJob, needs_of, preflight
 from compress.prune_search import HELD_OUT, Search, ShapeSearch
 from compress.recipe import PruneRecipe, described
 from compress.report import write_report
@@ -67,7 +67,7 @@ def run_pruning(
         raise InputError("only a target has a ranking; give one, such as --target-params 90M")
     memory = kept_in_memory(activation_memory)
     with ExitStack() as stack:
-        first(lambda: check_resources(job, memory, folder))
+        first(lambda: check_resources(needs_of(job, memory), folder, job.model, job.text))
         first(lambda: stack.enter_context(folder))
         found = partial(identity, described(recipe), recipe.calibration, job.model, job.dtype)
         first(lambda: folder.begin(found(), restart))
@@ -83,7 +83,7 @@ def _prune(walk: Walk[PruneJob], folder: OutputFolder, only_rank: bool) -> dict[
     if job.space is not None:
         finder = ShapeSearch(job, job.space, commits, folder.trials)
         finder.check()
-    rows = made_once(walk, partial(_tokens, job)) if stage.observes or finder else None
+    rows = made_once(walk, partial(_tokens, job)) if job.text else None
     calibrated = walk.clock.seconds
     tokens = None if rows is None else rows[: job.recipe.calibration.samples]
     summaries = _scored(walk, tokens if stage.observes else None)

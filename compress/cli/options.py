@@ -116,7 +116,7 @@ def carry_out(
     from compress.chain_recipe import ChainRecipe
     from compress.core.processes import processes
     from compress.distillation import run_distillation
-    from compress.dry_run import plan_recipe
+    from compress.dry_run import plan_pruning, plan_recipe
     from compress.pipeline import run_recipe
     from compress.pruning import run_pruning
     from compress.recipe import DistillRecipe, PruneRecipe
@@ -134,9 +134,10 @@ def carry_out(
             result, show = run_distillation(recipe, overwrite, restart), print_training
         elif isinstance(recipe, PruneRecipe):
             if dry_run:
-                raise InputError("a pruning takes no --dry-run; leave it out")
-            result = run_pruning(recipe, overwrite, restart, activation_memory, only_rank)
-            show = print_pruning
+                result = plan_pruning(recipe, overwrite, activation_memory)
+            else:
+                result = run_pruning(recipe, overwrite, restart, activation_memory, only_rank)
+            show = print_plan if dry_run else print_pruning
         elif dry_run:
             result, show = plan_recipe(recipe, overwrite, activation_memory), print_plan
         else:

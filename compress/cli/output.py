@@ -26,28 +26,47 @@ def print_pairs(title: str, rows: dict[str, str]) -> None:
 
 
 def print_plan(plan: dict[str, Any]) -> None:
-    """Print what `plan_recipe` returned."""
+    """Print what `plan_recipe` or `plan_pruning` returned."""
     sizes = {name: in_words(count) for name, count in plan.items() if name.endswith("_bytes")}
     rows = {
         "model": f"{plan['model']}: {plan['blocks']} blocks, {plan['parameters']:,} parameters, "
         f"{sizes['original_bytes']}",
-        "method": f"{plan['method']}, on {plan['device']} in {plan['compute_dtype']}",
-        "linears": f"{plan['linears']} to quantize, {len(plan['left_in_float'])} left in float",
+    }
+    if "method" in plan:
+        rows |= {
+            "method": f"{plan['method']}, on {plan['device']} in {plan['compute_dtype']}",
+            "linears": f"{plan['linears']} to quantize, {len(plan['left_in_float'])} left in float",
+        }
+    else:
+        rows["pruned"] = "a shape is looked for; sizes are the largest there could be"
+        if plan["shape"]:
+            kept = f"{plan['output_parameters']:,} parameters"
+            rows["pruned"] = f"{_changed(plan['original_shape'], plan['shape'])}; {kept}"
+    rows |= {
         "output": f"{plan['out']}, {sizes['output_bytes']} "
         f"({plan['original_bytes'] / plan['output_bytes']:.2f}x smaller)",
         "disk": f"up to {sizes['disk_bytes']} while it is made, {sizes['disk_free_bytes']} free",
         "memory": f"about {sizes['memory_bytes']}, {sizes['memory_free_bytes']} free",
-        "hidden states": f"{sizes['activation_bytes']}, of which in memory up to "
-        f"{sizes['activation_memory_bytes']}",
-        "time": f"about {_duration(plan['seconds'])}, by the second block on one batch",
     }
-    if plan["sampling_seconds"]:
+    if plan["activation_bytes"]:
+        rows["hidden states"] = (
+            f"{sizes['activation_bytes']}, of which in memory up to "
+            f"{sizes['activation_memory_bytes']}"
+        )
+    if "seconds" in plan:
+        rows["time"] = f"about {_duration(plan['seconds'])}, by the second block on one batch"
+    if plan.get("sampling_seconds"):
         rows["of that, sampling"] = f"{_duration(plan['sampling_seconds'])}, of calibration text"
-    if not plan["activation_bytes"]:
-        del rows["hidden states"]
     if plan["gpu_memory_bytes"]:
         rows["GPU memory"] = f"about {sizes['gpu_memory_bytes']}"
     print_pairs("Plan (nothing was written; weights were not checked)", rows)
+
+
+def _changed(before: dict[str, int], after: dict[str, int]) -> str:
+    """What pruning changes of a shape."""
+    return ", ".join(
+        f"{key} {before[key]} to {after[key]}" for key in after if before[key] != after[key]
+    )
 
 
 def _duration(seconds: float) -> str:
@@ -151,12 +170,10 @@ def print_pruning(report: dict[str, Any]) -> None:
             errors = (f"{value:.2e}" for value in (cut, mean, worst["error"]))
             table.add_row(kind, str(len(layers)), *errors, block)
         Console(highlight=False).print(table)
-    before, after = pruning["original_shape"], pruning["shape"]
-    changed = [f"{key} {before[key]} to {after[key]}" for key in after if before[key] != after[key]]
     rows = {
         "output": report["out"],
         "report": f"{report['out']}/report.html",
-        "pruned": ", ".join(changed),
+        "pruned": _changed(pruning["original_shape"], pruning["shape"]),
         "blocks removed": ", ".join(map(str, pruning["removed_blocks"])) or "none",
         "parameters": f"{sizes['parameters']:,}, was {sizes['original_parameters']:,} "
         f"({1 - sizes['parameters'] / sizes['original_parameters']:.1%} fewer)",

@@ -7,13 +7,10 @@ from typing import Any
 import click
 
 from compress.cli.options import (
-    ACTIVATION_MEMORY,
-    JSON,
-    OVERWRITE,
-    RESTART,
     calibration_options,
     carry_out,
     given,
+    run_options,
 )
 from compress.core.errors import InputError
 
@@ -66,10 +63,7 @@ from compress.core.errors import InputError
     "--set", "changes", multiple=True, metavar="KEY=VALUE", help="Another setting. Repeatable."
 )
 @calibration_options(samples=1024)
-@OVERWRITE
-@RESTART
-@ACTIVATION_MEMORY
-@JSON
+@run_options
 def prune_command(
     model: str,
     out: Path,
@@ -85,6 +79,7 @@ def prune_command(
     overwrite: bool,
     restart: bool,
     activation_memory: int | None,
+    dry_run: bool,
     as_json: bool,
     **kept: Any,
 ) -> None:
@@ -116,7 +111,7 @@ def prune_command(
         },
         "prune",
     )
-    carry_out(recipe, overwrite, restart, activation_memory, False, as_json, only_rank)
+    carry_out(recipe, overwrite, restart, activation_memory, dry_run, as_json, only_rank)
 
 
 def _settings(changes: Sequence[str]) -> dict[str, Any]:

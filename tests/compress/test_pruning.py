@@ -196,7 +196,7 @@ def test_a_class_that_takes_other_shapes_is_refused(name, pruning_values, monkey
 
 def test_too_little_memory_or_disk(pruning_values, monkeypatch, tmp_path):
     with monkeypatch.context() as patched:
-        patched.setattr("compress.prune_preflight.free_memory", lambda: 1000)
+        patched.setattr("compress.preflight.free_memory", lambda: 1000)
         with pytest.raises(InputError, match="of memory, and 1 kB are free"):
             run_pruning(build_pruning(pruning_values(ffn=40)))
     monkeypatch.setattr("compress.core.outfolder.free_disk", lambda _: 1000)
@@ -279,6 +279,28 @@ def test_the_command(pruning_values, tmp_path, text_file):
     shown = CliRunner().invoke(main, [*command, str(tmp_path / "shown")])
     assert "ffn 80 to 56" in shown.stdout
     assert "down_proj" in shown.stdout
+
+
+@pytest.mark.parametrize("more", [["--ffn", "56"], ["--target-params", "45k"]])
+def test_a_dry_run_writes_nothing_and_foretells_sizes(more, pruning_values, tmp_path, text_file):
+    given = pruning_values()
+    command = ["prune", given["model"], *more, "--calibration", str(text_file), "--samples", "8"]
+    command += ["--seq-len", "32", "--out", str(tmp_path / "out")]
+    plan = CliRunner().invoke(main, [*command, "--dry-run", "--json"])
+    shown = CliRunner().invoke(main, [*command, "--dry-run"])
+    assert plan.exit_code == shown.exit_code == 0, plan.output
+    assert list(tmp_path.iterdir()) == []
+    assert "nothing was written" in shown.stdout
+    plan = json.loads(plan.stdout)
+    report = run_pruning(build_pruning(given | {"stages": [{"ffn": 56}]}))
+    if "--ffn" in more:
+        assert plan["shape"] == report["pruning"]["shape"]
+        assert plan["output_parameters"] == report["sizes"]["parameters"]
+        assert plan["output_bytes"] == report["sizes"]["bytes"]
+        assert "ffn 80 to 56" in shown.stdout
+    else:
+        assert plan["shape"] is None
+        assert plan["output_parameters"] == report["sizes"]["original_parameters"]  # at most
 
 
 def test_what_libraries_print_is_not_among_the_results(
