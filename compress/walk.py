@@ -143,11 +143,10 @@ class Walk(Generic[JobT]):
         if done:
             self.clock.go_on_from(done[-1]["seconds"])
             stage.restore(done[-1]["state"])
+            say(f"Going on after block {len(done)} of {model.num_blocks}")
         stop = model.num_blocks if stop is None else stop
         if len(done) == stop:  # what is in the folder of activations may be of a later walk
             return [commit["result"] for commit in done]
-        if done:
-            say(f"Going on after block {len(done)} of {model.num_blocks}")
         streams = self._streams_before(len(done), with_originals)
         for index in track(range(len(done), stop), self.title, stop, done=len(done)):
             result = self._visit_one(index, streams, visit, propagate)
