@@ -93,7 +93,7 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--dry-run",
             is_flag=True,
-            help="Check all but the weights' values, print sizes and time, write nothing.",
+            help="Check all but the weights' values, print what it takes, write nothing.",
         ),
         JSON,
     ]
