@@ -120,5 +120,5 @@ def test_latency_is_fitted_to_blocks_and_parameters():
 
     for kind in (strange, lambda shape: 2.0 * shape.depth - 1e-8 * parameters(shape)):
         fitted = fit_latency([(shape, parameters(shape), kind(shape)) for shape in shapes])
-        small = replace(SMOLLM2, depth=15, ffn=768)
-        assert fitted(small, parameters(small)) < fitted(SMOLLM2, parameters(SMOLLM2))
+        for small in (replace(SMOLLM2, depth=15), replace(SMOLLM2, ffn=768)):
+            assert fitted(small, parameters(small)) <= fitted(SMOLLM2, parameters(SMOLLM2))
