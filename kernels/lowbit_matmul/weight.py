@@ -3,9 +3,11 @@
     y = x Wᵀ + bias,    W dense, or  W[o, i] = codes[o, i] * scale[o, i // G] + shift[o, i // G]
 
 Every integer format of a checkpoint becomes this one form: shift = offset - zero_point * scale.
+Where inputs are rounded too (`InputRounding`), x is what is left of it after that.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,16 +17,42 @@ CHUNK_ELEMENTS = 1 << 22  # de-quantized at a time, so that float32 is never a s
 
 
 @dataclass(frozen=True)
+class InputRounding:
+    """How a linear layer rounds its input before the product, each token by itself.
+
+        x[t, i] ≈ code[t, i] * s[t],    s[t] = max over i of |x[t, i]| / largest
+
+    kind            "int8": codes are integers, clamped to [-128, 127]; "fp8": float8_e4m3fn
+    largest         the code of a token's largest |x|: 127 in bitsandbytes, 127.5 in
+                    compressed-tensors' integers, 448 in float8_e4m3fn
+    outlier_index   int64 [k], ascending, or None: columns that are not rounded (LLM.int8,
+                    arXiv:2208.07339).  They count neither for s[t] nor in the product of codes
+    outlier_weight  [out, k] in a float dtype: the weights that these columns are multiplied with
+    threshold       elements outside `outlier_index` with |x| at or above it are not rounded either:
+                    they are multiplied with the de-quantized weight.  None: there are none
+    """
+
+    kind: Literal["int8", "fp8"]
+    largest: float
+    outlier_index: Tensor | None = None
+    outlier_weight: Tensor | None = None
+    threshold: float | None = None
+
+
+@dataclass(frozen=True)
 class LinearWeight:
     """Weight [out, in] of a linear layer, and its bias.  Either `dense` or `codes` is there.
 
     dense       [out, in], any float dtype
-    codes       int8 [out, in], signed, in [-2^(bits-1), 2^(bits-1) - 1]
+    codes       int8 [out, in], signed, in [-2^(bits-1), 2^(bits-1) - 1]; or float8_e4m3fn, if
+                inputs are rounded to that
     scale       float32 [out, in / group_size]; may be negative
     shift       float32 [out, in / group_size], or None where it is zero everywhere
     group_size  input columns that share a scale; divides `in` (`in` itself when dense)
     bits        of a code; of an element when dense
     bias        float32 [out], or None
+    inputs      how inputs are rounded, or None: they are not.  With it there is one scale a row,
+                and no shift
     """
 
     dense: Tensor | None
@@ -34,6 +62,7 @@ class LinearWeight:
     group_size: int
     bits: int
     bias: Tensor | None = None
+    inputs: InputRounding | None = None
 
     @classmethod
     def of_dense(cls, weight: Tensor, bias: Tensor | None = None) -> "LinearWeight":
