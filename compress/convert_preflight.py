@@ -13,10 +13,15 @@ from compress.core.errors import InputError, reason_of
 from compress.core.shards import SINGLE_FILE_BYTES
 from compress.core.source import read_config
 from compress.preflight import INTERPRETER_BYTES, Needs, check_shares, open_model
+from compress.prune.attention import Pairs, find_pairs
 from compress.prune.gqa import GqaConfig, GqaStage
+from compress.prune.parts import Parts
 from compress.prune.shape import NAMES, Shape, shape_of
 from compress.prune_preflight import same_parts
 from compress.recipe import ConvertRecipe
+from compress.walk import probe_of
+
+TRIED_TOKENS = 32  # that channel pairs are tried out on
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,13 @@ def preflight(recipe: ConvertRecipe) -> ConvertJob:
     target = replace(shape, kv_heads=config.kv_heads)
     parts = same_parts(model)
     stock, parameters = _stock_blocks(model, {NAMES["kv_heads"]: config.kv_heads})
-    stage = GqaStage(config, shape, parts, _turned(model.config, shape.head_dim), stock)
     calibration.check_source(recipe.calibration)
     check_shares(recipe.calibration)
+    pairs = _pairs(model, parts, shape.head_dim)
+    turns = pairs is not None
+    if pairs is None:
+        pairs = Pairs.neighbours(shape.head_dim, model.device)
+    stage = GqaStage(config, shape, parts, pairs, turns, stock)
     return ConvertJob(recipe, model, stage, target, model.device, dtype, parameters)
 
 
@@ -75,6 +84,15 @@ def _check_heads(asked: int, shape: Shape) -> None:
         )
     if shape.head_dim % 2:
         raise InputError(f"heads have {shape.head_dim} dimensions, an odd number; not supported")
+
+
+def _pairs(model: BlockModel, parts: Parts, head_dim: int) -> Pairs | None:
+    """How RoPE pairs a head's channels, tried out on the first block; None where none may turn."""
+    tokens = torch.arange(TRIED_TOKENS)[None] % model.config.get_text_config().vocab_size
+    ((states, kwargs),) = model.capture_inputs([tokens])
+    probe = probe_of(states, kwargs[0], model.device)
+    turned = _turned(model.config, head_dim)
+    return find_pairs(model.load_block(0), parts, head_dim, turned, probe)
 
 
 def _turned(config: Any, head_dim: int) -> tuple[int, ...]:

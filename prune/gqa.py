@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from compress.core.processes import Processes
 from compress.core.stage import Block
-from compress.prune.attention import AttentionWeights, Pairs, find_pairs
+from compress.prune.attention import AttentionWeights, Pairs
 from compress.prune.kv_heads import Merge, Merged, Moments, groups_of, merge
 from compress.prune.parts import Parts
 from compress.prune.refit import solve_near
@@ -94,9 +94,9 @@ class ConvertedAttention:
 class GqaStage:
     """Converts a model of `shape`, block by block, in the steps of compress.core.stage.
 
-    parts   of its blocks
-    turned  channels of a head that RoPE may turn, see `find_pairs`
-    stock   blocks of the target's class without weights, to run what comes out
+    parts  of its blocks
+    pairs  of a head's channels, and `turns`, whether keys may be turned in them (attention.py)
+    stock  blocks of the target's class without weights, to run what comes out
     """
 
     needs_reference: bool = False
@@ -108,26 +108,25 @@ class GqaStage:
         config: GqaConfig,
         shape: Shape,
         parts: Parts,
-        turned: Sequence[int],
+        pairs: Pairs,
+        turns: bool,
         stock: Sequence[nn.Module],
     ) -> None:
         self.config = config
         self.shape = shape
         self.parts = parts
-        self.turned = turned
+        self.pairs = pairs
+        self.turns = turns
         self.stock = stock
 
     def observe(self, _index: int, block: nn.Module) -> AbstractContextManager[list[Sums]]:
         """Watch a block that runs for its moments."""
-        return _projections(block, self.parts)
+        return _projections(block, self.parts, self.shape.head_dim, self.pairs)
 
     def collect(self, block: Block) -> dict[str, Any]:
         """How the block's KV heads become fewer."""
-        assert block.probe is not None
-        config, device = self.config, next(block.module.parameters()).device
-        found = find_pairs(block.module, self.parts, self.shape.head_dim, self.turned, block.probe)
-        pairs = found or Pairs.neighbours(self.shape.head_dim, device)
-        keys: Merge = config.merge if found else "mean"
+        config, pairs = self.config, self.pairs
+        keys: Merge = config.merge if self.turns else "mean"
         weights = AttentionWeights.of(block.module, self.parts, self.shape.head_dim)
         moments = _moments(block.observed[0].sums, weights, pairs)
         if config.regroup:
@@ -136,10 +135,9 @@ class GqaStage:
             heads = torch.arange(self.shape.kv_heads)
             groups = heads.view(config.kv_heads, -1).tolist()
         return {
-            "pairs": {name: places.cpu() for name, places in vars(pairs).items()},
             "groups": groups,
             "merged": [vars(merge(moments, group, config.merge, keys)) for group in groups],
-            "note": "" if found else "keys are averaged: RoPE and norms allow no rotation",
+            "note": "" if self.turns else "keys are averaged: RoPE and norms allow no rotation",
         }
 
     def decide(self, summaries: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
@@ -183,10 +181,8 @@ class GqaStage:
 
     def _converted(self, block: nn.Module, plan: dict[str, Any]) -> AttentionWeights:
         weights = AttentionWeights.of(block, self.parts, self.shape.head_dim)
-        device = weights.k.device
-        pairs = Pairs(**{name: places.to(device) for name, places in plan["pairs"].items()})
         merged = [Merged(**fields) for fields in plan["merged"]]
-        return merged_weights(weights, pairs, plan["groups"], merged)
+        return merged_weights(weights, self.pairs, plan["groups"], merged)
 
     def _refit(self, block: Block, weights: AttentionWeights) -> tuple[float, float]:
         """Solve for the output projection; returns the errors before and after."""
@@ -241,50 +237,100 @@ def merged_weights(
 def _moments(sums: Mapping[str, Tensor], weights: AttentionWeights, pairs: Pairs) -> Moments:
     """The moments of merging from sums over tokens; on the CPU, where small decompositions run."""
     kv_heads, head_dim, _ = weights.k.shape
-    keys = (sums["k_proj"] / sums["tokens"]).view(kv_heads, head_dim, kv_heads, head_dim)
-    values = (sums["v_proj"] / sums["tokens"]).view(kv_heads, head_dim, kv_heads, head_dim)
-    real, imaginary = pairs.real, pairs.imaginary
-
-    def of(first: Tensor, second: Tensor) -> Tensor:
-        return keys[:, first, :, second]  # [P, K, K]: two lists of places come first
-
-    moment = torch.complex(
-        of(real, real) + of(imaginary, imaginary), of(imaginary, real) - of(real, imaginary)
-    )
-    squares = (sums["q_proj"] / sums["tokens"]).view(kv_heads, -1, head_dim).sum(1)
+    means = {name: total / sums["tokens"] for name, total in sums.items()}
+    centre = torch.outer(means["value"], means["value"])
+    spread = means["values"] - centre
+    queries = weights.q.shape[0] // kv_heads
+    shares = (means["attended squares"] - means["attended"].square()).sum()
+    shares = shares / (queries * spread.diagonal().sum())
+    values = (centre + shares.clamp(0, 1) * spread).view(kv_heads, head_dim, kv_heads, head_dim)
+    squares = means["queries"].view(kv_heads, -1, head_dim).sum(1)
     out = weights.o.unflatten(0, (kv_heads, -1))
     return Moments(
-        keys=moment.cpu(),
-        queries=(squares[:, real] + squares[:, imaginary]).T.cpu(),
+        keys=torch.view_as_complex(means["keys"]).cpu(),
+        queries=(squares[:, pairs.real] + squares[:, pairs.imaginary]).T.cpu(),
         values=values.cpu(),
         metric=torch.einsum("jndb,jndc->jbc", out, out).cpu(),
     )
 
 
 @contextmanager
-def _projections(block: nn.Module, parts: Parts) -> Iterator[list[Sums]]:
-    """Sum over tokens: squares of what q gives [N H], moments of what k and v give [K H, K H]."""
-    seen = Sums()
+def _projections(
+    block: nn.Module, parts: Parts, head_dim: int, pairs: Pairs
+) -> Iterator[list[Sums]]:
+    """Sum over tokens what `_moments` asks for.
 
-    def after(leaf: str):
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            rows = output.detach().flatten(0, -2).float()
-            if leaf == "q_proj":
-                seen.add("tokens", torch.tensor(len(rows), device=rows.device))
-                seen.add(leaf, rows.square().sum(0))
-            else:
-                seen.add(leaf, rows.T @ rows)
+    queries [N H]          squares
+    keys [P, K, K, 2]      products k[j] conj(k[l]) after RoPE, without a sequence's mean
+    value, values          of values [K H], and their products [K H, K H]
+    attended, attended squares   of what enters o [N H]
+    """
+    seen, turned = Sums(), _Turned(head_dim, pairs)
 
-        return hook
+    def before_attention(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        turned.angles = kwargs.get("position_embeddings")
 
-    leaves = ("q_proj", "k_proj", "v_proj")
-    linears = {leaf: block.get_submodule(parts.linear(leaf)) for leaf in leaves}
-    handles = [linear.register_forward_hook(after(leaf)) for leaf, linear in linears.items()]
+    def after_q(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        rows = output.flatten(0, -2).float()
+        seen.add("tokens", torch.tensor(len(rows), device=rows.device))
+        seen.add("queries", rows.square().sum(0))
+
+    def after_k(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        keys = turned(output.float())  # [B, S, K, P]
+        keys = keys - keys.mean(1, keepdim=True)
+        product = torch.einsum("bsjp,bslp->pjl", keys, keys.conj())
+        seen.add("keys", torch.view_as_real(product))
+
+    def after_v(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        rows = output.flatten(0, -2).float()
+        seen.add("value", rows.sum(0))
+        seen.add("values", rows.T @ rows)
+
+    def before_o(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows = args[0].flatten(0, -2).float()
+        seen.add("attended", rows.sum(0))
+        seen.add("attended squares", rows.square().sum(0))
+
+    def linear(leaf: str) -> nn.Module:
+        return block.get_submodule(parts.linear(leaf))
+
+    attention = block.get_submodule(parts.attention)
+    handles = [
+        attention.register_forward_pre_hook(before_attention, with_kwargs=True),
+        linear("q_proj").register_forward_hook(after_q),
+        linear("k_proj").register_forward_hook(after_k),
+        linear("v_proj").register_forward_hook(after_v),
+        linear("o_proj").register_forward_pre_hook(before_o),
+    ]
     try:
         yield [seen]
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Turned:
+    """Keys as complex numbers, turned by RoPE's angles where the attention is given these.
+
+    angles  cosines and sines [B or 1, S, R], R channels of a head that are turned
+    """
+
+    def __init__(self, head_dim: int, pairs: Pairs) -> None:
+        self.head_dim, self.pairs = head_dim, pairs
+        self.angles: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, keys: Tensor) -> Tensor:
+        """[B, S, K H] as complex [B, S, K, P]"""
+        heads = keys.unflatten(-1, (-1, self.head_dim, 1))
+        found = self.pairs.to_complex(heads).squeeze(-1)
+        if self.angles is None:
+            return found
+        cosine, sine = (angle.float() for angle in self.angles)
+        width = cosine.shape[-1]
+        places = self.pairs.real.clamp_max(width - 1)
+        phase = torch.complex(cosine[..., places], sine[..., places])
+        phase = torch.where(self.pairs.real < width, phase, 1)
+        return found * phase[:, :, None]
 
 
 @contextmanager
