@@ -59,7 +59,8 @@ def write_chain_report(recipe: ChainRecipe, results: Sequence[StageResult]) -> d
 def chain_report(recipe: ChainRecipe, results: Sequence[StageResult]) -> dict[str, Any]:
     """What compress.json says: the last stage's report, and a row for each stage.
 
-    What training, pruning and conversion report is in the rows.  Nothing depends on the clock or the host.
+    What training, pruning and conversion report is in the rows.  Nothing depends on the clock or
+    the host.
     """
     first, last = results[0].report, results[-1].report
     before = first["sizes"]

@@ -261,11 +261,11 @@ def build_conversion(values: Mapping[str, Any], where: str = "recipe") -> Conver
     if not isinstance(to, str) or to not in CONVERSIONS:
         found = "is missing" if to is None else f"= {shown(to)} is unknown"
         raise InputError(
-            f"{where}: {CONVERT}: 'to' {found}; allowed: {', '.join(CONVERSIONS)}"
+            f"{where}: 'to' {found}; allowed: {', '.join(CONVERSIONS)}"
             f"{nearest(str(to), CONVERSIONS)}"
         )
     settings = without(without(stage, "method"), "to")
-    config = build(CONVERSIONS[to], settings, f"{where}: {CONVERT} to {to}")
+    config = build(CONVERSIONS[to], settings, f"{where}: to {to}")
     calibration = {"samples": CONVERT_SAMPLES, **mapping_in(values, "calibration", where)}
     return _build_one(ConvertRecipe, {**values, "calibration": calibration}, config, where)
 

@@ -110,8 +110,8 @@ class Walk(Generic[JobT]):
     activation_memory  bytes of them that are kept in memory too
     tokens             calibration sequences of this process, int64 [N, S]; None for no calibration
     title              of the progress bar
-    observe            watches the blocks, by number, for `Block.observed`; None for statistics of the
-                       linears' inputs, `Block.inputs`
+    observe            watches the blocks, by number, for `Block.observed`; None for statistics of
+                       the linears' inputs, `Block.inputs`
     """
 
     job: JobT

@@ -1,18 +1,23 @@
 """Merging KV heads: one key and one value for a group of heads that had one each.
 
-A query head i of KV head j has the logits  Re sum_f conj(q[i, f]) k[j, f],  where a pair of channels
-that RoPE turns by one frequency f is a complex number.  RoPE multiplies q and k by the same phase, so
-any complex factor may go from k[j, f] to q[i, f] without a change: a rotation and a scale.  One merged
-key has z[f] = sum_j a[j, f] k[j, f] in place of them all, and k[j, f] ≈ b[j, f] z[f]: the queries take
-conj(b), and the squared error of the logits, with queries of independent phases, is least where z is
-the first principal component of the keys weighted by w[j, f] = E sum_{i of j} |q[i, f]|².
+A query head i of KV head j has the logits  Re sum_f conj(q[i, f]) k[j, f],  where two channels that
+RoPE turns by one frequency f are a complex number.  RoPE multiplies q and k by the same phase, so
+any complex factor may go from k[j, f] to q[i, f] without a change: a rotation and a scale.
+
+One merged key z[f] = sum_j a[j, f] k[j, f] stands in for all, k[j, f] ≈ b[j, f] z[f], and queries
+take conj(b).  With queries of independent phases the squared error of the logits is least where z
+is the first principal component of the keys weighted by w[j, f] = E sum_{i of j} |q[i, f]|².  A
+softmax does not see what is added to all logits of a query, so the keys are looked at after RoPE,
+and without their mean over a sequence: that takes off what is constant in slow pairs alone.
 
 Values are merged alike, but a head's output projection takes any matrix: v[j] ≈ E[j] z with z of H
-numbers, in the metric of what reaches the hidden states,  G[j] = sum_{i of j} Wo[i]ᵀ Wo[i].
+numbers, in the metric of what reaches the hidden states,  G[j] = sum_{i of j} Wo[i]ᵀ Wo[i].  What
+is looked at is their mean, and their spread as far as averaging over a context leaves it.
 
 Aligning heads by rotations and averaging them (Jin et al., "Align Attention Heads Before Merging
-Them", arXiv 2412.20677) is one such map of the K H channels to H; this one is the best of them all.
-`mean` is the average of the heads as they are (Ainslie et al., "GQA", arXiv 2305.13245, section 2.1).
+Them", arXiv 2412.20677) is one such map of K H channels to H; this one is the best of them all.
+`mean` is the average of the heads as they are (Ainslie et al., "GQA", arXiv 2305.13245, section
+2.1).
 """
 
 from collections.abc import Sequence
@@ -30,7 +35,7 @@ LEAST_SHARE = 1e-6  # of the mean: floor of weights and metrics, which are divid
 class Moments:
     """What merging asks of a block; P channel pairs of a head, K KV heads, H head dim.
 
-    keys     complex128 [P, K, K], E k[j, p] conj(k[l, p]) before RoPE
+    keys     complex128 [P, K, K], E k[j, p] conj(k[l, p])
     queries  float64 [P, K], E sum of |q[i, p]|² over the query heads i of a KV head
     values   float64 [K, H, K, H], E v vᵀ
     metric   float64 [K, H, H], G
