@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compress.chain import run_chain
     from compress.chain_recipe import ChainRecipe, build_chain
+    from compress.conversion import run_conversion
     from compress.core.errors import InputError
     from compress.distillation import run_distillation
     from compress.evaluate import evaluate_text
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
     from compress.quant.methods import METHODS
     from compress.recipe import (
         CalibrationConfig,
+        ConvertRecipe,
         DistillRecipe,
         PruneRecipe,
         Recipe,
+        build_conversion,
         build_distillation,
         build_pruning,
         build_recipe,
@@ -36,6 +39,7 @@ _HOMES = {
     "METHODS": "compress.quant.methods",
     "CalibrationConfig": "compress.recipe",
     "ChainRecipe": "compress.chain_recipe",
+    "ConvertRecipe": "compress.recipe",
     "DistillRecipe": "compress.recipe",
     "Grammar": "compress.runtime.grammar",
     "InputError": "compress.core.errors",
@@ -44,12 +48,14 @@ _HOMES = {
     "Recipe": "compress.recipe",
     "SamplingParams": "compress.runtime.sampling_params",
     "build_chain": "compress.chain_recipe",
+    "build_conversion": "compress.recipe",
     "build_distillation": "compress.recipe",
     "build_pruning": "compress.recipe",
     "build_recipe": "compress.recipe",
     "evaluate_text": "compress.evaluate",
     "load_recipe": "compress.recipe_file",
     "run_chain": "compress.chain",
+    "run_conversion": "compress.conversion",
     "run_distillation": "compress.distillation",
     "run_pruning": "compress.pruning",
     "run_recipe": "compress.pipeline",
@@ -60,6 +66,7 @@ __all__ = [
     "METHODS",
     "CalibrationConfig",
     "ChainRecipe",
+    "ConvertRecipe",
     "DistillRecipe",
     "Grammar",
     "InputError",
@@ -67,12 +74,14 @@ __all__ = [
     "Recipe",
     "SamplingParams",
     "build_chain",
+    "build_conversion",
     "build_distillation",
     "build_pruning",
     "build_recipe",
     "evaluate_text",
     "load_recipe",
     "run_chain",
+    "run_conversion",
     "run_distillation",
     "run_pruning",
     "run_recipe",

@@ -17,13 +17,14 @@ from compress.chain_preflight import check_chain
 from compress.chain_recipe import ChainRecipe
 from compress.chain_report import write_chain_report
 from compress.chain_stages import StagesFolder, identities
+from compress.conversion import run_conversion
 from compress.core.errors import naming
 from compress.core.processes import processes
 from compress.core.progress import say
 from compress.distillation import run_distillation
 from compress.pipeline import run_recipe
 from compress.pruning import run_pruning
-from compress.recipe import AnyRecipe, DistillRecipe, PruneRecipe, method_of
+from compress.recipe import AnyRecipe, ConvertRecipe, DistillRecipe, PruneRecipe, method_of
 
 
 def run_chain(
@@ -71,5 +72,7 @@ def _run(stage: AnyRecipe, activation_memory: int | None) -> None:
         run_distillation(stage)
     elif isinstance(stage, PruneRecipe):
         run_pruning(stage, activation_memory=activation_memory)
+    elif isinstance(stage, ConvertRecipe):
+        run_conversion(stage, activation_memory=activation_memory)
     else:
         run_recipe(stage, activation_memory=activation_memory)

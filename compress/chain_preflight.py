@@ -4,7 +4,13 @@ from dataclasses import replace
 
 import torch
 
-from compress import calibration, distill_preflight, preflight, prune_preflight
+from compress import (
+    calibration,
+    convert_preflight,
+    distill_preflight,
+    preflight,
+    prune_preflight,
+)
 from compress.chain_eval import SELF, sampling_config, text_config
 from compress.chain_recipe import ChainRecipe, EvalConfig
 from compress.core.blocks import BlockModel
@@ -13,30 +19,30 @@ from compress.core.errors import naming
 from compress.core.progress import without_bars
 from compress.core.source import resolve_model
 from compress.evaluate import check_models, check_text
-from compress.recipe import DistillRecipe, PruneRecipe, Recipe
+from compress.recipe import ConvertRecipe, DistillRecipe, PruneRecipe, Recipe
 
 
 def check_chain(recipe: ChainRecipe) -> BlockModel:
     """Everything that can be refused before the first stage begins; returns the original.
 
     Stages are checked as if each started from the original, whose vocabulary and context none of
-    them changes.  What a quantization or a second pruning asks of the shapes of a pruned model is
-    refused when that stage begins.
+    them changes.  What a stage asks of the shapes of a pruned or converted model is refused when
+    that stage begins.
 
     Raises InputError that names the stage.
     """
     original = BlockModel(resolve_model(recipe.model), default_device(), torch.float32)
     made = {str(stage.out) for stage in recipe.stages}
-    pruned = False
+    changed = False
     for name, stage in zip(recipe.names, recipe.stages, strict=True):
         with naming(name):
             if isinstance(stage, DistillRecipe):
                 _check_distillation(stage, recipe.model, made)
-            elif isinstance(stage, PruneRecipe):
-                _check_pruning(stage, recipe.model, pruned)
+            elif isinstance(stage, PruneRecipe | ConvertRecipe):
+                _check_shape(stage, recipe.model, changed)
             else:
-                _check_quantization(stage, recipe.model, pruned)
-        pruned = pruned or isinstance(stage, PruneRecipe)
+                _check_quantization(stage, recipe.model, changed)
+        changed = changed or isinstance(stage, PruneRecipe | ConvertRecipe)
     if recipe.eval is not None:
         with naming("eval"):
             _check_eval(recipe.eval, original)
@@ -54,17 +60,20 @@ def _check_distillation(stage: DistillRecipe, model: str, made: set[str]) -> Non
         distill_preflight.preflight(replace(stage, model=model, stages=(config,)))
 
 
-def _check_pruning(stage: PruneRecipe, model: str, pruned: bool) -> None:
-    if pruned:
+def _check_shape(stage: PruneRecipe | ConvertRecipe, model: str, changed: bool) -> None:
+    if changed:
         calibration.check_source(stage.calibration)
         preflight.check_shares(stage.calibration)
         return
     with without_bars():
-        prune_preflight.preflight(replace(stage, model=model))
+        if isinstance(stage, PruneRecipe):
+            prune_preflight.preflight(replace(stage, model=model))
+        else:
+            convert_preflight.preflight(replace(stage, model=model))
 
 
-def _check_quantization(stage: Recipe, model: str, pruned: bool) -> None:
-    if pruned:
+def _check_quantization(stage: Recipe, model: str, changed: bool) -> None:
+    if changed:
         preflight.check_settings(stage, stage.stages[0].stage({}))
         return
     with without_bars():

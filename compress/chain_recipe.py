@@ -28,12 +28,15 @@ from compress.core.errors import InputError
 from compress.core.source import public_name
 from compress.quant.methods import METHODS
 from compress.recipe import (
+    CONVERT,
     DISTILL,
     PRUNE,
     AnyRecipe,
+    ConvertRecipe,
     DistillRecipe,
     PruneRecipe,
     Recipe,
+    build_conversion,
     build_distillation,
     build_pruning,
     build_recipe,
@@ -47,7 +50,11 @@ from compress.recipe import (
     without,
 )
 
-KINDS = {DISTILL: (DistillRecipe, build_distillation), PRUNE: (PruneRecipe, build_pruning)}
+KINDS = {
+    CONVERT: (ConvertRecipe, build_conversion),
+    DISTILL: (DistillRecipe, build_distillation),
+    PRUNE: (PruneRecipe, build_pruning),
+}
 SHARED = ("calibration", "dtype", "compute_dtype", "propagate_error")
 STAGES = "stages"  # .NAME.stages beside the output NAME: the stages' folders
 RESULT = "model"  # in the folder of a stage: what it gave

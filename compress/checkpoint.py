@@ -198,6 +198,30 @@ def prune_card(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def convert_card(report: dict[str, Any]) -> str:
+    """The model card of a model whose attention was converted."""
+    recipe, conversion = report["recipe"], report["conversion"]
+    model, blocks = recipe["model"], conversion["blocks"]
+    (stage,) = recipe["stages"]
+    notes = dict.fromkeys(block["note"] for block in blocks if block["note"])
+    lines = [
+        *_front_matter(model, ["attention-conversion"]),
+        f"# {Path(model).name}, converted to {conversion['kv_heads']} KV heads",
+        "",
+        f"`{model}` with compress {report['versions']['compress-llm']}: of "
+        f"{conversion['original_kv_heads']} KV heads {conversion['kv_heads']}, merged by "
+        f"`{stage['merge']}`; {conversion['kv_values']:,} numbers of KV cache a token in place of "
+        f"{conversion['original_kv_values']:,}. It was not trained after that: `compress distill` "
+        "does.",
+        "",
+        *(f"Note: {note}." for note in notes),
+        *_plain_loading(recipe["out"]),
+        "`compress.json` has which heads were merged, and what each block lost.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def chain_card(report: dict[str, Any]) -> str:
     """The model card of a model that went through several stages."""
     recipe, measured = report["recipe"], report.get("eval")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from compress import calibration, prune_preflight
+from compress import calibration, convert_preflight, prune_preflight
 from compress.core.blocks import BlockModel, linears_of
 from compress.core.commits import Commits
 from compress.core.errors import InputError
@@ -27,7 +27,7 @@ from compress.preflight import (
     preflight,
     qat_config,
 )
-from compress.recipe import PruneRecipe, Recipe, method_of
+from compress.recipe import ConvertRecipe, PruneRecipe, Recipe, method_of
 from compress.walk import TOKENS_PER_BATCH, Clock, Walk
 
 FORWARDS = 4  # the original's forward pass, the student's, and a backward pass as long as two
@@ -84,6 +84,32 @@ def plan_pruning(
         "parameters": job.model.num_parameters,
         "original_shape": asdict(job.stage.shape),
         "shape": None if job.space else asdict(job.stage.target),
+        "output_parameters": job.parameters,
+        "device": str(job.device),
+        "compute_dtype": str(job.model.compute_dtype).removeprefix("torch."),
+        **_taken(recipe.out, job.model, needs, memory),
+    }
+
+
+def plan_conversion(
+    recipe: ConvertRecipe, overwrite: bool = False, activation_memory: int | None = None
+) -> dict[str, Any]:
+    """What a conversion would take, from shapes; writes no output, and foretells no time.
+
+    Raises InputError where `run_conversion` would, but for what only reading weights and text
+    shows.
+    """
+    folder = _unwritten(recipe.out, overwrite)
+    job = convert_preflight.preflight(recipe)
+    memory = kept_in_memory(activation_memory)
+    needs = convert_preflight.needs_of(job, memory)
+    check_resources(needs, folder, job.model, recipe.calibration)
+    return {
+        "model": recipe.model,
+        "blocks": job.model.num_blocks,
+        "parameters": job.model.num_parameters,
+        "original_shape": asdict(job.stage.shape),
+        "shape": asdict(job.target),
         "output_parameters": job.parameters,
         "device": str(job.device),
         "compute_dtype": str(job.model.compute_dtype).removeprefix("torch."),

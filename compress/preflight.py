@@ -21,7 +21,7 @@ from compress.quant.config import Grid, settle_grids
 from compress.quant.formats import FORMATS, Format
 from compress.quant.qat import QatConfig
 from compress.quant.weight import QuantizedWeight
-from compress.recipe import CalibrationConfig, PruneRecipe, Recipe
+from compress.recipe import CalibrationConfig, ConvertRecipe, PruneRecipe, Recipe
 
 MOST_HELD_OUT = 16  # sequences to evaluate a training on
 HELD_OUT = 16  # of so many sequences one is held out
@@ -95,7 +95,9 @@ def check_settings(recipe: Recipe, stage: Stage) -> None:
         check_shares(recipe.calibration)
 
 
-def open_model(recipe: Recipe | PruneRecipe) -> tuple[BlockModel, torch.dtype]:
+def open_model(
+    recipe: Recipe | PruneRecipe | ConvertRecipe,
+) -> tuple[BlockModel, torch.dtype]:
     """The model of a recipe, on the device it is to be computed on, and the dtype to store.
 
     Says what of the checkpoint will not be carried over.  Raises InputError.

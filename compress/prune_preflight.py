@@ -156,13 +156,19 @@ def check_limit(space: Space, small: Shape, most: float, least: float) -> None:
 
 def _parts(model: BlockModel, shape: Shape, target: Shape) -> Parts:
     """The parts of the blocks, which are alike.  Raises InputError where they cannot be cut so."""
+    parts = same_parts(model)
+    if target.hidden < shape.hidden:
+        check_norms(model.load_block(0), parts, model.source.ref)
+    return parts
+
+
+def same_parts(model: BlockModel) -> Parts:
+    """The parts of every block; InputError where blocks differ, or have others."""
     ref = model.source.ref
     parts = parts_of(model.meta_block(0), ref)
     for index in range(1, model.num_blocks):
         if parts_of(model.meta_block(index), ref) != parts:
             raise InputError(f"blocks 0 and {index} of '{ref}' have different parts; not supported")
-    if target.hidden < shape.hidden:
-        check_norms(model.load_block(0), parts, ref)
     return parts
 
 

@@ -1,8 +1,8 @@
 """Recipes of one stage: what to do to which model, from flags or YAML, as frozen dataclasses.
 
 A recipe file (recipe_file.py; with several stages, chain_recipe.py) holds the fields of `Recipe`,
-or of `DistillRecipe` or `PruneRecipe` where the method is `distill` or `prune`; a stage is a
-method's name and its settings:
+or of `DistillRecipe`, `PruneRecipe` or `ConvertRecipe` where the method is `distill`, `prune` or
+`convert`; a stage is a method's name and its settings:
 
     model: smollm2
     out: smollm2-awq-w4
@@ -26,14 +26,18 @@ from compress.distill.config import TrainConfig
 from compress.distill.lora import LoraConfig
 from compress.distill.objective import AGAINST_TEACHER, LossConfig
 from compress.prune.config import PruneConfig
+from compress.prune.conversions import CONVERSIONS
+from compress.prune.gqa import GqaConfig
 from compress.quant.config import WeightOnlyConfig
 from compress.quant.methods import METHODS
 
 T = TypeVar("T")
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
-DISTILL, PRUNE = "distill", "prune"  # the methods that are no quantization
+DISTILL, PRUNE, CONVERT = "distill", "prune", "convert"
+OTHERS = (DISTILL, PRUNE, CONVERT)  # the methods that are no quantization
 PRUNE_SAMPLES = 1024  # as in Minitron's papers
+CONVERT_SAMPLES = 128
 LOSSES = (*AGAINST_TEACHER, "cross_entropy")
 LONGEST_NAME = 240  # bytes; file systems take 255, and partial output needs a longer name
 LONGEST_PATH = 4000  # bytes; Linux takes 4,095
@@ -154,14 +158,26 @@ class PruneRecipe:
     compute_dtype: DTypeName = "auto"
 
 
-AnyRecipe = Recipe | DistillRecipe | PruneRecipe
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class ConvertRecipe:
+    """One model through one conversion of its attention (fields as `Recipe` has them)."""
+
+    model: Annotated[str, Field(min_length=1)]
+    out: Annotated[Path, AfterValidator(usable_output)]
+    stages: tuple[GqaConfig]
+    calibration: CalibrationConfig = CalibrationConfig(samples=CONVERT_SAMPLES)
+    dtype: DTypeName = "auto"
+    compute_dtype: DTypeName = "auto"
+
+
+AnyRecipe = Recipe | DistillRecipe | PruneRecipe | ConvertRecipe
 
 
 def build_stage(
     method: Any, settings: Mapping[str, Any], where: str | None = None
 ) -> WeightOnlyConfig:
     """Return the configuration of a method of quantization by its name, or raise InputError."""
-    if method in (DISTILL, PRUNE):
+    if method in OTHERS:
         raise InputError(
             f"method '{method}' is the command compress {method}, or a stage of a recipe file"
         )
@@ -171,18 +187,20 @@ def build_stage(
 
 
 def _check_method(method: Any) -> None:
-    known = (*METHODS, DISTILL, PRUNE)
+    known = (*METHODS, *OTHERS)
     if not isinstance(method, str) or method not in known:
         hint = nearest(str(method), known)
         raise InputError(f"unknown method {shown(method)}; allowed: {', '.join(known)}{hint}")
 
 
-def method_of(stage: WeightOnlyConfig | DistillConfig | PruneConfig) -> str:
+def method_of(stage: WeightOnlyConfig | DistillConfig | PruneConfig | GqaConfig) -> str:
     """The name under which a stage's configuration is registered."""
     if isinstance(stage, DistillConfig):
         return DISTILL
     if isinstance(stage, PruneConfig):
         return PRUNE
+    if isinstance(stage, tuple(CONVERSIONS.values())):
+        return CONVERT
     return next(name for name, cls in METHODS.items() if type(stage) is cls)
 
 
@@ -190,6 +208,9 @@ def described(recipe: AnyRecipe) -> dict[str, Any]:
     """The recipe for compress.json: of the output's place, only its name."""
     (stage,) = recipe.stages
     settings = {"method": method_of(stage), **asdict(stage)}
+    if settings["method"] == CONVERT:
+        to = next(name for name, cls in CONVERSIONS.items() if type(stage) is cls)
+        settings = {"method": CONVERT, "to": to, **asdict(stage)}
     if isinstance(stage, DistillConfig):
         # where a cache is changes nothing, and what is not trained is not told
         settings = {k: v for k, v in settings.items() if k != "cache" and v is not None}
@@ -233,6 +254,22 @@ def build_pruning(values: Mapping[str, Any], where: str = "recipe") -> PruneReci
     return _build_one(PruneRecipe, {**values, "calibration": calibration}, config, where)
 
 
+def build_conversion(values: Mapping[str, Any], where: str = "recipe") -> ConvertRecipe:
+    """Return a recipe whose one stage is `method: convert`, or raise InputError."""
+    (stage,) = values["stages"]
+    to = stage.get("to")
+    if not isinstance(to, str) or to not in CONVERSIONS:
+        found = "is missing" if to is None else f"= {shown(to)} is unknown"
+        raise InputError(
+            f"{where}: 'to' {found}; allowed: {', '.join(CONVERSIONS)}"
+            f"{nearest(str(to), CONVERSIONS)}"
+        )
+    settings = without(without(stage, "method"), "to")
+    config = build(CONVERSIONS[to], settings, f"{where}: to {to}")
+    calibration = {"samples": CONVERT_SAMPLES, **mapping_in(values, "calibration", where)}
+    return _build_one(ConvertRecipe, {**values, "calibration": calibration}, config, where)
+
+
 def _build_one(cls: type[T], values: Mapping[str, Any], stage: Any, where: str) -> T:
     """A recipe of one stage, whose configuration is built already."""
     values = {**values, "stages": (stage,)}
@@ -261,7 +298,7 @@ def stages_in(values: Mapping[str, Any], where: str) -> Sequence[Any]:
 def method_in(stage: Any, where: str) -> str:
     """The method that a stage names; InputError where it names none."""
     if not isinstance(stage, Mapping) or "method" not in stage:
-        known = ", ".join((*METHODS, DISTILL, PRUNE))
+        known = ", ".join((*METHODS, *OTHERS))
         raise InputError(f"{where}: stage {shown(stage)} has no 'method'; allowed: {known}")
     with naming(where):
         _check_method(stage["method"])

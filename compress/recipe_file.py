@@ -6,7 +6,13 @@ from typing import Any
 
 from compress.chain_recipe import ChainRecipe, build_chain
 from compress.core.errors import InputError
-from compress.recipe import AnyRecipe, build_distillation, build_pruning, build_recipe
+from compress.recipe import (
+    AnyRecipe,
+    build_conversion,
+    build_distillation,
+    build_pruning,
+    build_recipe,
+)
 from compress.strict_yaml import parse_yaml
 
 
@@ -29,4 +35,6 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> AnyRe
             return build_distillation(values, where)
         case [{"method": "prune"}]:
             return build_pruning(values, where)
+        case [{"method": "convert"}]:
+            return build_conversion(values, where)
     return build_recipe(values, where)

@@ -84,8 +84,8 @@ class Observed(Protocol):
         ...
 
 
-# Watches a block while it runs inside the context.
-Observe = Callable[[nn.Module], AbstractContextManager[Sequence[Observed]]]
+# Watches a block, of this number, while it runs inside the context.
+Observe = Callable[[int, nn.Module], AbstractContextManager[Sequence[Observed]]]
 
 
 @dataclass
@@ -110,8 +110,8 @@ class Walk(Generic[JobT]):
     activation_memory  bytes of them that are kept in memory too
     tokens             calibration sequences of this process, int64 [N, S]; None for no calibration
     title              of the progress bar
-    observe            watches the blocks, for `Block.observed`; None for statistics of the linears'
-                       inputs, `Block.inputs`
+    observe            watches the blocks, by number, for `Block.observed`; None for statistics of
+                       the linears' inputs, `Block.inputs`
     """
 
     job: JobT
@@ -214,7 +214,7 @@ class Walk(Generic[JobT]):
             watched: AbstractContextManager[Sequence[Observed]]
             watched = collecting(runner, paired, outputs=not propagate)
         else:
-            watched = self.observe(runner)
+            watched = self.observe(index, runner)
         with watched as seen:
             if paired and streams.originals is not None:
                 pairs = zip(streams.originals.drain(), streams.hidden, kwargs, strict=True)

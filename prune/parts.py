@@ -47,7 +47,7 @@ def parts_of(block: nn.Module, ref: str) -> Parts:
     if len(owners) != 2 or len(attention) != 1 or len(mlp) != 1:
         found = "; ".join(f"{owner}: {', '.join(sorted(names))}" for owner, names in owners.items())
         raise InputError(
-            f"the blocks of '{ref}' have the linears {found}; pruning knows attention of "
+            f"the blocks of '{ref}' have the linears {found}; known are attention of "
             f"{', '.join(ATTENTION)} and an MLP of {', '.join(MLP)}"
         )
     norms = [name for name, _ in block.named_children() if name not in owners]

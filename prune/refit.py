@@ -40,14 +40,7 @@ def refit(weight: Tensor, kept: Tensor, second_moment: Tensor, damping: float) -
     beside = second_moment.index_select(1, kept)  # [K, K']
     moment = beside.index_select(0, kept)
     start = weight.index_select(1, kept)
-    residual = weight @ beside - start @ moment
-    mean = moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
-    identity = torch.eye(len(kept), device=moment.device, dtype=moment.dtype)
-    factor, failed = torch.linalg.cholesky_ex(moment + damping * mean * identity)
-    while failed and math.isfinite(damping):
-        damping *= 10
-        factor, failed = torch.linalg.cholesky_ex(moment + damping * mean * identity)
-    found = start + torch.cholesky_solve(residual.T, factor).T
+    found, damping = solve_near(start, weight @ beside, moment, damping)
     output = weight @ second_moment
     power = float((output * weight).sum())
 
@@ -59,3 +52,22 @@ def refit(weight: Tensor, kept: Tensor, second_moment: Tensor, damping: float) -
         return max(float(lost), 0.0) / power if power > 0 else 0.0
 
     return Refitted(found, error(found), error(start), damping)
+
+
+def solve_near(
+    start: Tensor, cross: Tensor, moment: Tensor, damping: float
+) -> tuple[Tensor, float]:
+    """The weight V' that gives y from x by least squares, drawn towards V; and λ's share.
+
+    start    V, float32 [out, K]
+    cross    E[y xᵀ], float32 [out, K]
+    moment   E[x xᵀ], float32 [K, K]
+    damping  λ as a share of the mean of the moment's diagonal; raised where it takes more
+    """
+    mean = moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
+    identity = torch.eye(len(moment), device=moment.device, dtype=moment.dtype)
+    factor, failed = torch.linalg.cholesky_ex(moment + damping * mean * identity)
+    while failed and math.isfinite(damping):
+        damping *= 10
+        factor, failed = torch.linalg.cholesky_ex(moment + damping * mean * identity)
+    return start + torch.cholesky_solve((cross - start @ moment).T, factor).T, damping

@@ -102,7 +102,7 @@ class PruneStage:
     def _is_shorter(self) -> bool:
         return self.target.depth < self.shape.depth
 
-    def observe(self, block: nn.Module) -> AbstractContextManager[list[Activations]]:
+    def observe(self, _index: int, block: nn.Module) -> AbstractContextManager[list[Activations]]:
         """Watch a block that runs for its scores."""
         return watching(block, self.parts, self.shape.head_dim)
 

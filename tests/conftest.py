@@ -126,6 +126,21 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def stage_values(model_folder, text_file, tmp_path):
+    """A function that gives a recipe's values: a tiny model of four blocks, and little text."""
+
+    def make(family="llama", folder=None, out="out", **stage):
+        return {
+            "model": str(folder or model_folder(family, layers=4)),
+            "out": tmp_path / out,
+            "stages": [stage],
+            "calibration": {"source": str(text_file), "samples": 8, "seq_len": 32},
+        }
+
+    return make
+
+
+@pytest.fixture
 def one_block(model_folder: Callable[..., Path]) -> Callable[..., Any]:
     """A function that loads block 0 of a family with statistics: the Block, and its output."""
     from compress.core.blocks import BlockModel

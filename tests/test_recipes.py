@@ -10,8 +10,7 @@ from compress.chain_recipe import ChainRecipe, build_chain, described_chain
 from compress.core.errors import InputError
 from compress.quant.methods import METHODS
 from compress.recipe import (
-    DISTILL,
-    PRUNE,
+    OTHERS,
     build_distillation,
     build_recipe,
     method_of,
@@ -30,7 +29,7 @@ def test_recipe_is_valid_and_says_its_command(path):
 
 def test_every_method_has_a_recipe_of_its_own():
     alone = [recipe for path in RECIPES if not is_chain(recipe := load_recipe(path))]
-    assert {method_of(recipe.stages[0]) for recipe in alone} == {*METHODS, DISTILL, PRUNE}
+    assert {method_of(recipe.stages[0]) for recipe in alone} == {*METHODS, *OTHERS}
 
 
 def is_chain(recipe):
@@ -96,7 +95,7 @@ def test_losses_that_are_not_named_have_no_weight():
     assert weights(cross_entropy=0.5, forward_kl=2.0).forward_kl == 2.0
 
 
-@pytest.mark.parametrize("method", ["distill", "prune"])
+@pytest.mark.parametrize("method", OTHERS)
 def test_these_are_no_methods_of_quantization(method):
     with pytest.raises(InputError, match=f"is the command compress {method}"):
         build_recipe({**GOOD, "stages": [{"method": method}]})
@@ -116,6 +115,24 @@ def test_what_is_wrong_in_a_pruning_is_named(change, message, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     good = {"model": "m", "out": "o", "stages": [{"method": "prune", "ffn": 8}]}
     Path("r.yaml").write_text(yaml.safe_dump({**good, **change}))
+    with pytest.raises(InputError, match=message):
+        load_recipe(Path("r.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"kv_heads": 1}, "'to' is missing; allowed: gqa"),
+        ({"to": "gpa", "kv_heads": 1}, "'to' = 'gpa' is unknown; .*did you mean 'gqa'"),
+        ({"to": ["gqa"]}, "'to' = "),
+        ({"to": "gqa", "kv_head": 1}, "recipe 'r.yaml': to gqa.*did you mean 'kv_heads'"),
+        ({"to": "gqa", "kv_heads": 1, "damping": 0}, "damping"),
+    ],
+)
+def test_what_is_wrong_in_a_conversion_is_named(stage, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stages = [{"method": "convert", **stage}]
+    Path("r.yaml").write_text(yaml.safe_dump({"model": "m", "out": "o", "stages": stages}))
     with pytest.raises(InputError, match=message):
         load_recipe(Path("r.yaml"))
 

@@ -18,6 +18,7 @@ PATIENCE = 30
 COMMANDS = {
     "quantize": ("compress.cli.quantize", "quantize_command"),
     "prune": ("compress.cli.prune", "prune_command"),
+    "convert": ("compress.cli.convert", "convert_command"),
     "distill": ("compress.cli.distill", "distill_command"),
     "run": ("compress.cli.run", "run_command"),
     "export": ("compress.cli.export", "export_command"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import click
 
 from compress.cli.output import (
     print_chain,
+    print_conversion,
     print_json,
     print_plan,
     print_pruning,
@@ -114,12 +115,13 @@ def carry_out(
     """Run a recipe, or only plan it, and print what came of it; `only_rank` is of pruning."""
     from compress.chain import run_chain
     from compress.chain_recipe import ChainRecipe
+    from compress.conversion import run_conversion
     from compress.core.processes import processes
     from compress.distillation import run_distillation
-    from compress.dry_run import plan_pruning, plan_recipe
+    from compress.dry_run import plan_conversion, plan_pruning, plan_recipe
     from compress.pipeline import run_recipe
     from compress.pruning import run_pruning
-    from compress.recipe import DistillRecipe, PruneRecipe
+    from compress.recipe import ConvertRecipe, DistillRecipe, PruneRecipe
 
     with redirect_stdout(sys.stderr):  # trackers and other libraries print
         if isinstance(recipe, ChainRecipe):
@@ -138,6 +140,12 @@ def carry_out(
             else:
                 result = run_pruning(recipe, overwrite, restart, activation_memory, only_rank)
             show = print_plan if dry_run else print_pruning
+        elif isinstance(recipe, ConvertRecipe):
+            if dry_run:
+                result = plan_conversion(recipe, overwrite, activation_memory)
+            else:
+                result = run_conversion(recipe, overwrite, restart, activation_memory)
+            show = print_plan if dry_run else print_conversion
         elif dry_run:
             result, show = plan_recipe(recipe, overwrite, activation_memory), print_plan
         else:
@@ -151,3 +159,16 @@ def carry_out(
 def given(**values: Any) -> dict[str, Any]:
     """The options that were given: defaults live in the dataclasses alone."""
     return {name: value for name, value in values.items() if value is not None}
+
+
+def settings_in(changes: Sequence[str]) -> dict[str, Any]:
+    """The settings in `--set` arguments."""
+    from compress.strict_yaml import parse_yaml
+
+    found = {}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not (key and equals and value):
+            raise InputError(f"--set '{change}' is not KEY=VALUE, e.g. damping=0.02")
+        found[key] = parse_yaml(value, f"--set {key}")
+    return found

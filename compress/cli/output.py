@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from compress.core.progress import say
 from compress.core.resources import in_words
 
 
@@ -26,7 +27,7 @@ def print_pairs(title: str, rows: dict[str, str]) -> None:
 
 
 def print_plan(plan: dict[str, Any]) -> None:
-    """Print what `plan_recipe` or `plan_pruning` returned."""
+    """Print what a plan of `compress.dry_run` returned."""
     sizes = {name: in_words(count) for name, count in plan.items() if name.endswith("_bytes")}
     rows = {
         "model": f"{plan['model']}: {plan['blocks']} blocks, {plan['parameters']:,} parameters, "
@@ -177,6 +178,36 @@ def print_pruning(report: dict[str, Any]) -> None:
         "blocks removed": ", ".join(map(str, pruning["removed_blocks"])) or "none",
         "parameters": f"{sizes['parameters']:,}, was {sizes['original_parameters']:,} "
         f"({1 - sizes['parameters'] / sizes['original_parameters']:.1%} fewer)",
+        "size": f"{in_words(sizes['bytes'])}, was {in_words(sizes['original_bytes'])}",
+        "time": f"{report['seconds']:.0f} s, of which calibration text "
+        f"{report['calibration_seconds']:.0f} s",
+    }
+    print_pairs("Result", rows)
+
+
+def print_conversion(report: dict[str, Any]) -> None:
+    """Print what `run_conversion` returned."""
+    conversion, sizes = report["conversion"], report["sizes"]
+    table = Table(title="Lost in each block, as shares", title_justify="left")
+    for column in ("block", "groups", "keys", "values", "output, merged", "output, refitted"):
+        table.add_column(column, justify="left" if column in ("block", "groups") else "right")
+    for block in conversion["blocks"]:
+        groups = " ".join("+".join(map(str, group)) for group in block["groups"])
+        lost = (sum(block[key]) / len(block[key]) for key in ("keys_lost", "values_lost"))
+        errors = (block["merged_error"], block["error"])
+        shown = ("" if value is None else f"{value:.2e}" for value in (*lost, *errors))
+        number = re.findall(r"\d+", block["name"])[-1]
+        table.add_row(number, groups, *shown)
+    Console(highlight=False).print(table)
+    for note in dict.fromkeys(block["note"] for block in conversion["blocks"] if block["note"]):
+        say(note)
+    before, after = conversion["original_kv_values"], conversion["kv_values"]
+    rows = {
+        "output": report["out"],
+        "report": f"{report['out']}/report.html",
+        "KV heads": f"{conversion['original_kv_heads']} to {conversion['kv_heads']}",
+        "KV cache": f"{after:,} numbers a token, were {before:,} ({1 - after / before:.1%} fewer)",
+        "parameters": f"{sizes['parameters']:,}, was {sizes['original_parameters']:,}",
         "size": f"{in_words(sizes['bytes'])}, was {in_words(sizes['original_bytes'])}",
         "time": f"{report['seconds']:.0f} s, of which calibration text "
         f"{report['calibration_seconds']:.0f} s",

@@ -1,6 +1,5 @@
 """`compress prune`: a smaller stock model, from flags."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from compress.cli.options import (
     carry_out,
     given,
     run_options,
+    settings_in,
 )
-from compress.core.errors import InputError
 
 
 @click.command("prune")
@@ -105,23 +104,10 @@ def prune_command(
         {
             "model": model,
             "out": out,
-            "stages": [given(layers_out=layers_out, **kept) | _settings(changes)],
+            "stages": [given(layers_out=layers_out, **kept) | settings_in(changes)],
             "calibration": given(source=calibration, samples=samples, seq_len=seq_len, seed=seed),
             **given(dtype=dtype, compute_dtype=compute_dtype),
         },
         "prune",
     )
     carry_out(recipe, overwrite, restart, activation_memory, dry_run, as_json, only_rank)
-
-
-def _settings(changes: Sequence[str]) -> dict[str, Any]:
-    """The settings in `--set` arguments."""
-    from compress.strict_yaml import parse_yaml
-
-    found = {}
-    for change in changes:
-        key, equals, value = change.partition("=")
-        if not (key and equals and value):
-            raise InputError(f"--set '{change}' is not KEY=VALUE, e.g. damping=0.02")
-        found[key] = parse_yaml(value, f"--set {key}")
-    return found

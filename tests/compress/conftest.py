@@ -1,4 +1,4 @@
-"""A plan's page, open in a browser, and a recipe that prunes a tiny model."""
+"""A plan's page, open in a browser."""
 
 import json
 
@@ -38,18 +38,3 @@ def opened(chromium, tmp_path, llama):
     asked = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
     assert paths
     assert {event["request"]["url"] for event in asked} == {path.as_uri() for path in paths}
-
-
-@pytest.fixture
-def pruning_values(model_folder, text_file, tmp_path):
-    """A function that gives a recipe's values: a tiny model of four blocks, and little text."""
-
-    def make(family="llama", folder=None, out="out", **stage):
-        return {
-            "model": str(folder or model_folder(family, layers=4)),
-            "out": tmp_path / out,
-            "stages": [stage],
-            "calibration": {"source": str(text_file), "samples": 8, "seq_len": 32},
-        }
-
-    return make

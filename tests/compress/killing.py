@@ -24,9 +24,10 @@ import torch
 from compress import walk
 from compress.chain import run_chain
 from compress.chain_recipe import build_chain
+from compress.conversion import run_conversion
 from compress.pipeline import run_recipe
 from compress.pruning import run_pruning
-from compress.recipe import build_pruning, build_recipe
+from compress.recipe import build_conversion, build_pruning, build_recipe
 
 # A forked process cannot use the threads that its parent has started.
 torch.set_num_threads(1)
@@ -35,12 +36,14 @@ walk.TOKENS_PER_BATCH = 256  # several batches of little text
 
 
 def carry_out(values: dict[str, Any], out: Path, **how: Any) -> None:
-    """Quantize, prune, or carry out several stages."""
+    """Quantize, prune, convert, or carry out several stages."""
     values = values | {"out": str(out)}
     if len(values["stages"]) > 1:
         run_chain(build_chain(values), **how)
     elif values["stages"][0]["method"] == "prune":
         run_pruning(build_pruning(values), **how)
+    elif values["stages"][0]["method"] == "convert":
+        run_conversion(build_conversion(values), **how)
     else:
         run_recipe(build_recipe(values), **how)
 

@@ -32,8 +32,8 @@ def shape_without(found):
     return {name: found["shape"][name] for name in ("depth", "hidden", "ffn", "heads", "kv_heads")}
 
 
-def test_the_target_is_met_by_the_best_of_the_shapes_made(pruning_values, tmp_path):
-    report = run(pruning_values(**TARGET))
+def test_the_target_is_met_by_the_best_of_the_shapes_made(stage_values, tmp_path):
+    report = run(stage_values(**TARGET))
     search = report["pruning"]["search"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert sum(p.numel() for p in model.parameters()) <= 45_000
@@ -49,18 +49,18 @@ def test_the_target_is_met_by_the_best_of_the_shapes_made(pruning_values, tmp_pa
     assert ranked == sorted(ranked)
 
 
-def test_the_model_is_that_of_the_numbers_it_found(pruning_values, tmp_path):
+def test_the_model_is_that_of_the_numbers_it_found(stage_values, tmp_path):
     """As `compress prune` with these numbers on the same sequences gives it, byte for byte."""
-    report = run(pruning_values(**TARGET))
-    run(pruning_values(out="again", **shape_without(report["pruning"]["search"]["measured"][0])))
+    report = run(stage_values(**TARGET))
+    run(stage_values(out="again", **shape_without(report["pruning"]["search"]["measured"][0])))
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "again")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def test_losses_are_those_of_transformers(pruning_values, tmp_path):
+def test_losses_are_those_of_transformers(stage_values, tmp_path):
     """KL by hand, on the sequences that no score was computed from."""
-    given = pruning_values(**TARGET)
+    given = stage_values(**TARGET)
     report = run(given)
     job = preflight(build_pruning(given))
     from compress.pruning import _tokens
@@ -80,23 +80,23 @@ def test_losses_are_those_of_transformers(pruning_values, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parameters_of_a_shape(family, pruning_values):
+def test_parameters_of_a_shape(family, stage_values):
     """As the stock class of that shape counts them."""
-    job = preflight(build_pruning(pruning_values(family, **TARGET)))
+    job = preflight(build_pruning(stage_values(family, **TARGET)))
     for found in (job.stage.target, job.stage.shape):
         expected = check_class(job.model, job.stage.parts, job.stage.shape, found)
         assert job.parameters_of(found) == expected
 
 
-def test_numbers_that_are_given_stay(pruning_values, tmp_path):
-    report = run(pruning_values(**TARGET, ffn=64, layers_out=0))
+def test_numbers_that_are_given_stay(stage_values, tmp_path):
+    report = run(stage_values(**TARGET, ffn=64, layers_out=0))
     for found in report["pruning"]["search"]["measured"] + report["pruning"]["search"]["others"]:
         assert (found["shape"]["depth"], found["shape"]["ffn"]) == (4, 64)
     assert report["pruning"]["shape"]["ffn"] == 64
 
 
-def test_bytes_of_weights(pruning_values, tmp_path):
-    report = run(pruning_values(target_memory="180kB"))
+def test_bytes_of_weights(stage_values, tmp_path):
+    report = run(stage_values(target_memory="180kB"))
     assert report["sizes"]["bytes"] <= 180_000
     assert report["pruning"]["search"]["measured"][0]["parameters"] > 170_000 / 4
 
@@ -117,8 +117,8 @@ def clock(monkeypatch):
     return timed
 
 
-def test_a_latency(pruning_values, clock, tmp_path):
-    report = run(pruning_values(target_latency=8.5, hidden=48, heads=6))
+def test_a_latency(stage_values, clock, tmp_path):
+    report = run(stage_values(target_latency=8.5, hidden=48, heads=6))
     taken = report["pruning"]["search"]["measured"][0]
     assert 8 < taken["milliseconds"] <= 8.5
     assert taken["milliseconds"] == pytest.approx(
@@ -128,7 +128,7 @@ def test_a_latency(pruning_values, clock, tmp_path):
     assert len(set(clock)) == len(clock)  # each shape once
 
 
-def test_a_latency_that_shapes_do_not_keep(pruning_values, monkeypatch, tmp_path):
+def test_a_latency_that_shapes_do_not_keep(stage_values, monkeypatch, tmp_path):
     """What looks best is timed, and where it takes too long, what was timed teaches the next round:
     here blocks cost as their square, which the fit does not know."""
 
@@ -137,16 +137,16 @@ def test_a_latency_that_shapes_do_not_keep(pruning_values, monkeypatch, tmp_path
         return float(config.num_hidden_layers**2)
 
     monkeypatch.setattr(prune_search, "time_decoding", milliseconds)
-    report = run(pruning_values(target_latency=9.5, hidden=48, heads=6))
+    report = run(stage_values(target_latency=9.5, hidden=48, heads=6))
     assert report["pruning"]["shape"]["depth"] <= 3
     with pytest.raises(InputError, match="is not possible: the smallest shape looked at"):
-        run(pruning_values(out="other", target_latency=3, hidden=48, heads=6))
+        run(stage_values(out="other", target_latency=3, hidden=48, heads=6))
     assert not (tmp_path / "other").exists()
 
 
-def test_as_many_are_made_as_asked_for(pruning_values, clock, monkeypatch):
+def test_as_many_are_made_as_asked_for(stage_values, clock, monkeypatch):
     """Of shapes that should keep the time, the first one timed does not."""
-    given = pruning_values(target_latency=8.5, finalists=2)
+    given = stage_values(target_latency=8.5, finalists=2)
     search = run(given)["pruning"]["search"]
     slow = search["measured"][0]["shape"]
     assert slow not in [found["shape"] for found in search["alone"]]
@@ -162,7 +162,7 @@ def test_as_many_are_made_as_asked_for(pruning_values, clock, monkeypatch):
     assert slow not in [found["shape"] for found in search["measured"] + search["others"]]
 
 
-def test_a_clock_gives_a_time(pruning_values, model_folder, tmp_path):
+def test_a_clock_gives_a_time(stage_values, model_folder, tmp_path):
     config = resolve_model(str(model_folder())).folder
     from transformers import AutoConfig
 
@@ -171,9 +171,9 @@ def test_a_clock_gives_a_time(pruning_values, model_folder, tmp_path):
     assert math.isfinite(found)
 
 
-def test_only_the_ranking(pruning_values, tmp_path, text_file):
+def test_only_the_ranking(stage_values, tmp_path, text_file):
     """It writes no model; what was measured is there for the run that does."""
-    given = pruning_values(**TARGET)
+    given = stage_values(**TARGET)
     command = ["prune", given["model"], "--target-params", "45k", "--calibration", str(text_file)]
     command += ["--samples", "8", "--seq-len", "32", "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(main, [*command, "--only-rank", "--json"])
@@ -192,19 +192,19 @@ def test_only_the_ranking(pruning_values, tmp_path, text_file):
     assert 'id="search"' in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_killed_before_every_step(pruning_values, model_folder, tmp_path):
+def test_killed_before_every_step(stage_values, model_folder, tmp_path):
     (tmp_path / "place").mkdir()
     stage = {"method": "prune", "target_params": 38_000, "hidden": 48, "heads": 6, "finalists": 2}
-    given = pruning_values(folder=model_folder(layers=2)) | {"stages": [stage]}
+    given = stage_values(folder=model_folder(layers=2)) | {"stages": [stage]}
     given.pop("out")
     found = kill(given, tmp_path / "place" / "out", "every")
     assert found["killed"] > 30
     assert {"model.safetensors", "compress.json", "config.json"} < set(found["files"])
 
 
-def test_only_blocks_of_unknown_parts(pruning_values, tmp_path, capsys):
+def test_only_blocks_of_unknown_parts(stage_values, tmp_path, capsys):
     """Phi 3 has fused projections; what cannot be cut is said, and depth is left to choose."""
-    report = run(pruning_values("phi3", target_params=70_000))
+    report = run(stage_values("phi3", target_params=70_000))
     assert {found["shape"]["ffn"] for found in report["pruning"]["search"]["measured"]} == {80}
     assert report["pruning"]["shape"]["depth"] == 3
     assert "Leaving hidden, ffn, heads as they are: the blocks of" in capsys.readouterr().err
@@ -242,8 +242,8 @@ def test_only_blocks_of_unknown_parts(pruning_values, tmp_path, capsys):
         (["--target-params", "45k", "--finalists", "0"], "finalists"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(more, message, pruning_values, tmp_path):
-    command = ["prune", pruning_values()["model"], "--out", str(tmp_path / "out"), *more]
+def test_bad_input_is_one_line_and_leaves_nothing(more, message, stage_values, tmp_path):
+    command = ["prune", stage_values()["model"], "--out", str(tmp_path / "out"), *more]
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 2
     assert message in done.stderr

@@ -60,7 +60,7 @@ def silence(folder, head_dim):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_taking_out_what_gives_zero_changes_nothing(family, model_folder, pruning_values, tmp_path):
+def test_taking_out_what_gives_zero_changes_nothing(family, model_folder, stage_values, tmp_path):
     """Block, neurons, heads and channels, each and together; the gains make up for the mean square
     of a norm that is now over fewer channels."""
     folder = shutil.copytree(model_folder(family, layers=4), tmp_path / "silent")
@@ -69,7 +69,7 @@ def test_taking_out_what_gives_zero_changes_nothing(family, model_folder, prunin
     cases = {"depth": {"depth": 3}, "ffn": {"ffn": 60}, "heads": {"heads": 4}}
     cases |= {"hidden": {"hidden": 40}, "all": {"depth": 3, "ffn": 60, "heads": 4, "hidden": 40}}
     for name, asked in cases.items():
-        run_pruning(build_pruning(pruning_values(folder=folder, out=name, **asked, damping=1e-6)))
+        run_pruning(build_pruning(stage_values(folder=folder, out=name, **asked, damping=1e-6)))
         found = logits_of(tmp_path / name)
         # float32, with sums in another order and a refit that solves for the same weights; logits
         # reach some tens
@@ -119,9 +119,9 @@ def cut_by_hand(folder, report, head_dim):
 
 @pytest.mark.parametrize("score", ["contribution", "activation", "magnitude", "random"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_refit_weights_are_those_that_are_kept(family, score, pruning_values, tmp_path):
+def test_without_refit_weights_are_those_that_are_kept(family, score, stage_values, tmp_path):
     depth_score = {"contribution": "influence", "activation": "influence"}.get(score, score)
-    given = pruning_values(family, **ALL, score=score, depth_score=depth_score, refit=False)
+    given = stage_values(family, **ALL, score=score, depth_score=depth_score, refit=False)
     report = run_pruning(build_pruning(given))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     expected = cut_by_hand(Path(given["model"]), report, config["head_dim"])
@@ -135,11 +135,11 @@ def test_without_refit_weights_are_those_that_are_kept(family, score, pruning_va
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("axis", [*AXES, "all"])
-def test_a_pruned_model_is_a_stock_model(family, axis, pruning_values, tmp_path, text_file):
+def test_a_pruned_model_is_a_stock_model(family, axis, stage_values, tmp_path, text_file):
     """It loads in transformers, with as many parameters as reported, and in our runtime, which
     scores a text the same."""
     asked = AXES.get(axis, ALL)
-    report = run_pruning(build_pruning(pruning_values(family, **asked)))
+    report = run_pruning(build_pruning(stage_values(family, **asked)))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert sum(p.numel() for p in model.parameters()) == report["sizes"]["parameters"]
     assert report["sizes"]["parameters"] < report["sizes"]["original_parameters"]
@@ -157,9 +157,9 @@ def test_a_pruned_model_is_a_stock_model(family, axis, pruning_values, tmp_path,
         assert linear["error"] <= linear["cut_error"]
 
 
-def test_the_refit_is_what_is_reported(pruning_values, tmp_path, text_file):
+def test_the_refit_is_what_is_reported(stage_values, tmp_path, text_file):
     """Fewer neurons: the one linear that reads them loses less with the refit than without."""
-    report = run_pruning(build_pruning(pruning_values(ffn=40)))
+    report = run_pruning(build_pruning(stage_values(ffn=40)))
     refitted = report["pruning"]["refitted"]
     assert [linear["name"] for linear in refitted] == [
         f"model.layers.{n}.mlp.down_proj" for n in range(4)
@@ -169,9 +169,9 @@ def test_the_refit_is_what_is_reported(pruning_values, tmp_path, text_file):
     assert "80 to 40" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_refit_looks_at_the_first_sequences(pruning_values, tmp_path):
+def test_the_refit_looks_at_the_first_sequences(stage_values, tmp_path):
     """Scores by weights, so that the sequences matter to the refit alone."""
-    given = pruning_values(ffn=40, score="magnitude", refit_samples=2)
+    given = stage_values(ffn=40, score="magnitude", refit_samples=2)
     run_pruning(build_pruning(given))
     given["calibration"] = given["calibration"] | {"samples": 2}
     run_pruning(build_pruning(given | {"out": tmp_path / "two"}))
@@ -180,7 +180,7 @@ def test_the_refit_looks_at_the_first_sequences(pruning_values, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["intermediate_size", "hidden_size"])
-def test_a_class_that_takes_other_shapes_is_refused(name, pruning_values, monkeypatch, tmp_path):
+def test_a_class_that_takes_other_shapes_is_refused(name, stage_values, monkeypatch, tmp_path):
     """Before anything is written, whatever the config says."""
     right = stock.config_entries
 
@@ -190,34 +190,34 @@ def test_a_class_that_takes_other_shapes_is_refused(name, pruning_values, monkey
 
     monkeypatch.setattr("compress.prune_preflight.config_entries", wrong)
     with pytest.raises(InputError, match=r"cannot be made depth 4, hidden 42.*takes"):
-        run_pruning(build_pruning(pruning_values(hidden=42)))
+        run_pruning(build_pruning(stage_values(hidden=42)))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_memory_or_disk(pruning_values, monkeypatch, tmp_path):
+def test_too_little_memory_or_disk(stage_values, monkeypatch, tmp_path):
     with monkeypatch.context() as patched:
         patched.setattr("compress.preflight.free_memory", lambda: 1000)
         with pytest.raises(InputError, match="of memory, and 1 kB are free"):
-            run_pruning(build_pruning(pruning_values(ffn=40)))
+            run_pruning(build_pruning(stage_values(ffn=40)))
     monkeypatch.setattr("compress.core.outfolder.free_disk", lambda _: 1000)
     with pytest.raises(InputError, match="of disk while it is made"):
-        run_pruning(build_pruning(pruning_values(ffn=40)))
+        run_pruning(build_pruning(stage_values(ffn=40)))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_blocks_of_unknown_parts_can_be_removed(pruning_values, tmp_path):
+def test_blocks_of_unknown_parts_can_be_removed(stage_values, tmp_path):
     """Phi 3 has fused projections."""
-    report = run_pruning(build_pruning(pruning_values("phi3", depth=2)))
+    report = run_pruning(build_pruning(stage_values("phi3", depth=2)))
     assert len(report["pruning"]["removed_blocks"]) == 2
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 2
-    with pytest.raises(InputError, match="pruning knows attention of"):
-        run_pruning(build_pruning(pruning_values("phi3", out="other", ffn=40)))
+    with pytest.raises(InputError, match="known are attention of"):
+        run_pruning(build_pruning(stage_values("phi3", out="other", ffn=40)))
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_removal_losses(family, pruning_values, tmp_path, model_folder):
+def test_removal_losses(family, stage_values, tmp_path, model_folder):
     """As those of models from whose lists of blocks one was taken out."""
-    given = pruning_values(family, depth=3, depth_score="removal", removal_samples=2)
+    given = stage_values(family, depth=3, depth_score="removal", removal_samples=2)
     given["compute_dtype"] = "float32"
     report = run_pruning(build_pruning(given))
     tokens = calibration_tokens(
@@ -240,7 +240,7 @@ def test_removal_losses(family, pruning_values, tmp_path, model_folder):
     assert report["pruning"]["removed_blocks"] == [expected.index(min(expected))]
 
 
-def test_removal_losses_of_a_broken_off_run_are_kept(pruning_values, monkeypatch, tmp_path):
+def test_removal_losses_of_a_broken_off_run_are_kept(stage_values, monkeypatch, tmp_path):
     right, calls = pruning.loss_without, []
 
     def counted(model, block, tokens):
@@ -251,26 +251,26 @@ def test_removal_losses_of_a_broken_off_run_are_kept(pruning_values, monkeypatch
         return right(model, block, tokens)
 
     monkeypatch.setattr(pruning, "loss_without", counted)
-    recipe = build_pruning(pruning_values(depth=3, depth_score="removal"))
+    recipe = build_pruning(stage_values(depth=3, depth_score="removal"))
     with pytest.raises(KeyboardInterrupt):
         run_pruning(recipe)
     report = run_pruning(recipe)
     assert len(calls) == 1 + 1 + 4  # the whole model, each block, and the one that broke off
-    again = run_pruning(build_pruning(pruning_values(depth=3, depth_score="removal", out="again")))
+    again = run_pruning(build_pruning(stage_values(depth=3, depth_score="removal", out="again")))
     assert again["pruning"]["depth_scores"] == report["pruning"]["depth_scores"]
 
 
-def test_killed_before_every_step(pruning_values, model_folder, tmp_path):
+def test_killed_before_every_step(stage_values, model_folder, tmp_path):
     (tmp_path / "place").mkdir()
-    given = pruning_values(folder=model_folder(layers=2)) | {"stages": [{"method": "prune", **ALL}]}
+    given = stage_values(folder=model_folder(layers=2)) | {"stages": [{"method": "prune", **ALL}]}
     given.pop("out")
     found = kill(given, tmp_path / "place" / "out", "every")
     assert found["killed"] > 20  # a commit for each block in both walks, parts, side files
     assert {"model.safetensors", "compress.json", "config.json"} < set(found["files"])
 
 
-def test_the_command(pruning_values, tmp_path, text_file):
-    given = pruning_values()
+def test_the_command(stage_values, tmp_path, text_file):
+    given = stage_values()
     command = ["prune", given["model"], "--ffn", "56", "--calibration", str(text_file)]
     command += ["--samples", "8", "--seq-len", "32", "--out"]
     done = CliRunner().invoke(main, [*command, str(tmp_path / "out"), "--json"])
@@ -282,8 +282,8 @@ def test_the_command(pruning_values, tmp_path, text_file):
 
 
 @pytest.mark.parametrize("more", [["--ffn", "56"], ["--target-params", "45k"]])
-def test_a_dry_run_writes_nothing_and_foretells_sizes(more, pruning_values, tmp_path, text_file):
-    given = pruning_values()
+def test_a_dry_run_writes_nothing_and_foretells_sizes(more, stage_values, tmp_path, text_file):
+    given = stage_values()
     command = ["prune", given["model"], *more, "--calibration", str(text_file), "--samples", "8"]
     command += ["--seq-len", "32", "--out", str(tmp_path / "out")]
     plan = CliRunner().invoke(main, [*command, "--dry-run", "--json"])
@@ -304,11 +304,11 @@ def test_a_dry_run_writes_nothing_and_foretells_sizes(more, pruning_values, tmp_
 
 
 def test_what_libraries_print_is_not_among_the_results(
-    pruning_values, tmp_path, text_file, monkeypatch
+    stage_values, tmp_path, text_file, monkeypatch
 ):
     """Trackers such as trackio print to standard output."""
     monkeypatch.setattr("compress.pruning.write_report", lambda folder: print("a library speaks"))
-    command = ["prune", pruning_values()["model"], "--ffn", "56", "--calibration", str(text_file)]
+    command = ["prune", stage_values()["model"], "--ffn", "56", "--calibration", str(text_file)]
     command += ["--samples", "8", "--seq-len", "32", "--out", str(tmp_path / "out"), "--json"]
     done = CliRunner().invoke(main, command)
     assert json.loads(done.stdout)["pruning"]
@@ -327,8 +327,8 @@ def test_what_libraries_print_is_not_among_the_results(
         (["--ffn", "40", "--calibration", "missing.txt"], "missing.txt"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(more, message, pruning_values, tmp_path):
-    command = ["prune", pruning_values()["model"], "--out", str(tmp_path / "out"), *more]
+def test_bad_input_is_one_line_and_leaves_nothing(more, message, stage_values, tmp_path):
+    command = ["prune", stage_values()["model"], "--out", str(tmp_path / "out"), *more]
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 2
     assert message in done.stderr

@@ -1,0 +1,155 @@
+"""What converting the attention loses, and what training then wins back, in Markdown.
+
+    python benchmarks/conversions.py WORK_FOLDER --model smollm2 --train c4.txt \\
+        --text wikitext2_valid.txt --out FILE.md
+
+Every run is a `compress convert` or `compress distill` in a process of its own, by its command in
+the page; speeds are of `compress bench latency`.  What has scores is not run again
+(benchmarks/scored.py).  `--only REGEX` picks runs by name; the page is of all that have scores.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from runtime_cpu import processor
+from scored import Scored, add_options, compress
+
+from compress.core.source import resolve_model
+
+ONE_HEAD = ("--to", "gqa", "--kv-heads", "1")
+CONVERSIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "mean": ("1 KV head, averaged", (*ONE_HEAD, "--merge", "mean", "--no-refit")),
+    "mean-refit": ("1 KV head, averaged, refitted", (*ONE_HEAD, "--merge", "mean")),
+    "merged": ("1 KV head, merged", (*ONE_HEAD, "--no-refit")),
+    "merged-refit": ("1 KV head, merged, refitted", ONE_HEAD),
+}
+HEALED = ("mean", "merged-refit")
+# what attention gives first, then what the model predicts
+PHASES = ("forward_kl=0.1,attention_mse=1", "forward_kl=1")
+CONTEXTS = ("2048", "7936")  # of SmolLM2's 8,192, with room for what is decoded
+SPEED = ("--dtype", "bfloat16", "--new-tokens", "128", "--json")
+
+
+def main() -> None:
+    options = parse()
+    scores = options.scores or options.work / "scores"
+    scored = Scored(options.model, options.text, options.windows, options.work, scores)
+    for name in CONVERSIONS:
+        if re.search(options.only, name) and not scored.has(name):
+            scored.make(name, converting(options, name))
+    for name in HEALED:
+        healed = f"{name}-healed"
+        if re.search(options.only, healed) and not scored.has(healed):
+            heal(options, scored, name)
+    for name in ("original", HEALED[-1]):
+        for context in CONTEXTS:
+            key = f"speed-{name}-{context}"
+            if re.search(options.only, key) and not scored.has(key):
+                scored.put(key, speed(options, name, context))
+    text = page(options, scored)
+    (options.out or options.work / "conversions.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_options(parser, "conversions.md")
+    parser.add_argument("--samples", default="128")
+    parser.add_argument("--tokens", default="50k,150k", help="to train on in each of two phases")
+    return parser.parse_args()
+
+
+def converting(options: argparse.Namespace, name: str) -> tuple[str, ...]:
+    data = ("--calibration", options.train, "--samples", options.samples, "--seq-len", "512")
+    return ("convert", options.model, *CONVERSIONS[name][1], *data)
+
+
+def training(options: argparse.Namespace, student: str, phase: int) -> tuple[str, ...]:
+    """The command of a phase of the training; each takes text of its own."""
+    data = ("--data", options.train, "--tokens", options.tokens.split(",")[phase])
+    data = (*data, "--seed", str(phase), "--loss", PHASES[phase])
+    return ("distill", "--teacher", options.model, "--student", student, *data)
+
+
+def heal(options: argparse.Namespace, scored: Scored, name: str) -> None:
+    """Train a conversion in both phases, and score it."""
+    converted, half = options.work / name, options.work / f"{name}-half-healed"
+    if not converted.exists():
+        compress(*converting(options, name), "--out", str(converted))
+    if not half.exists():
+        compress(*training(options, str(converted), 0), "--out", str(half))
+    scored.make(f"{name}-healed", training(options, str(half), 1))
+
+
+def speed(options: argparse.Namespace, name: str, context: str) -> dict[str, Any]:
+    folder = options.work / name
+    if name == "original":  # its dense weights: the runtime reads a .gguf file as it is
+        folder = resolve_model(options.model).folder
+    found = compress("bench", "latency", str(folder), *SPEED, "--prompt-tokens", context)
+    return json.loads(found) | {"model": name}
+
+
+def page(options: argparse.Namespace, scored: Scored) -> str:
+    """The record of runs that have scores."""
+    names = [name for name in CONVERSIONS if scored.has(name)]
+    lines = [
+        "# What converting the attention loses, and what training wins back",
+        "",
+        f"{options.model}, {processor()}; calibrated on {options.samples} sequences of 512 tokens "
+        f"of {Path(options.train).name}, scored on the first {options.windows} windows of 512 "
+        f"tokens of {Path(options.text).name} in float32. KL is from the original, in nats a "
+        "token. Training: "
+        + ", then ".join(
+            f"{count} tokens by {phase}"
+            for count, phase in zip(options.tokens.split(","), PHASES, strict=True)
+        )
+        + f", on {Path(options.train).name}.",
+        "",
+    ]
+    if names:
+        lines += ["| | perplexity | KL | perplexity, trained | KL, trained |"]
+        lines += ["|---|---|---|---|---|"]
+        lines.append(f"| original | {scored.get(names[0])['perplexity_original']:.2f} | 0 | | |")
+        for name in names:
+            healed = f"{name}-healed"
+            after = cells(scored.get(healed)) if scored.has(healed) else " | "
+            lines.append(f"| {CONVERSIONS[name][0]} | {cells(scored.get(name))} | {after} |")
+        lines.append("")
+    lines += speed_lines(scored)
+    lines += ["## Commands", ""]
+    for name in names:
+        lines.append(command_line(options, converting(options, name), name))
+        if scored.has(f"{name}-healed"):
+            half = f"{name}-half-healed"
+            lines.append(command_line(options, training(options, name, 0), half))
+            lines.append(command_line(options, training(options, half, 1), f"{name}-healed"))
+    return "\n".join([*lines, ""])
+
+
+def cells(score: dict[str, Any]) -> str:
+    return f"{score['perplexity']:.2f} | {score['kl_mean']:.4f}"
+
+
+def speed_lines(scored: Scored) -> list[str]:
+    rows = []
+    for name in ("original", HEALED[-1]):
+        for context in CONTEXTS:
+            if scored.has(key := f"speed-{name}-{context}"):
+                rate = scored.get(key)["decode_tokens_per_s"]
+                rows.append(f"| {name} | {context} | {rate:.0f} |")
+    if not rows:
+        return []
+    head = ["| | tokens in the cache | decoding, tokens/s |", "|---|---|---|"]
+    return ["## Speed, batch 1, bfloat16", "", *head, *rows, ""]
+
+
+def command_line(options: argparse.Namespace, command: tuple[str, ...], name: str) -> str:
+    words = (Path(word).name if word == options.train else word for word in command)
+    return f"    compress {' '.join(words)} --out {name}"
+
+
+if __name__ == "__main__":
+    main()

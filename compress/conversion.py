@@ -1,0 +1,164 @@
+"""Converting the attention from checkpoint to checkpoint: fewer bytes of KV cache a token.
+
+    calibrate ─> walk 1: moments of queries, keys, values ─> walk 2: convert, refit, write
+
+What comes out is a stock class of transformers, in the original's dtype.  One block at a time is
+in memory, and a run that is broken off goes on after the last block that was committed.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from compress import calibration, checkpoint
+from compress.convert_preflight import ConvertJob, needs_of, preflight
+from compress.core.commits import numbered
+from compress.core.outfolder import OutputFolder
+from compress.core.processes import processes
+from compress.core.shards import ShardWriter, in_stored_dtype
+from compress.core.stage import Block
+from compress.inspection import inspect_folder
+from compress.pipeline import broken_off, identity, made_once, outer_tensors
+from compress.preflight import check_resources, kept_in_memory
+from compress.recipe import ConvertRecipe, described
+from compress.report import write_report
+from compress.walk import Clock, Walk
+
+
+def run_conversion(
+    recipe: ConvertRecipe,
+    overwrite: bool = False,
+    restart: bool = False,
+    activation_memory: int | None = None,
+) -> dict[str, Any]:
+    """Carry out a recipe and return its report, as written to compress.json with times added.
+
+    A broken-off run towards the same output goes on where it was, unless `restart`.
+    `activation_memory` is as in `compress.pipeline.run_recipe`.
+
+    Raises InputError before any long work when the model cannot be converted so, or the
+    calibration source, the machine or the output folder will not do.
+    """
+    clock = Clock()
+    folder = OutputFolder(recipe.out, overwrite)
+    first = processes().first
+    first(folder.check)
+    job = preflight(recipe)
+    memory = kept_in_memory(activation_memory)
+    with ExitStack() as stack:
+        needs = needs_of(job, memory)
+        first(lambda: check_resources(needs, folder, job.model, recipe.calibration))
+        first(lambda: stack.enter_context(folder))
+        found = partial(identity, described(recipe), recipe.calibration, job.model, job.dtype)
+        first(lambda: folder.begin(found(), restart))
+        with broken_off(folder):
+            walk = Walk(job, folder.commits, folder.activations, memory, clock)
+            return _convert(walk, folder)
+
+
+def _convert(walk: Walk[ConvertJob], folder: OutputFolder) -> dict[str, Any]:
+    """Do what preflight found possible; returns the report, with the times."""
+    job, stage = walk.job, walk.job.stage
+    tokens = made_once(walk, partial(_tokens, job))
+    calibrated = walk.clock.seconds
+    walk.tokens, walk.observe = processes().share(tokens), stage.observe
+    walk.title = "Looking at attention"
+    plans = stage.decide(walk.visit_all("collect", stage.collect, propagate=False))
+    writer = ShardWriter(folder.output)
+    walk.tokens, walk.observe = None, None
+    if job.config.refit:
+        walk.tokens = processes().share(tokens[: job.config.refit_samples])
+        walk.observe = partial(stage.compare, plans)
+    walk.title = "Converting blocks"
+    processes().first(lambda: _write_outer(walk, writer))
+    reports = walk.visit_all("apply", partial(_apply, job, writer, plans), propagate=False)
+
+    def finish() -> dict[str, Any]:
+        return _finish(walk, folder, writer, tokens, calibrated, reports)
+
+    return processes().first(finish) or {}
+
+
+def _tokens(job: ConvertJob) -> Tensor:
+    """Token ids to calibrate on."""
+    vocabulary = job.model.config.get_text_config().vocab_size
+    data, source = job.recipe.calibration, job.model.source
+    return calibration.calibration_tokens(data, source, vocabulary, job.device)
+
+
+def _write_outer(walk: Walk[ConvertJob], writer: ShardWriter) -> None:
+    if walk.commits.get("outer") is None:
+        writer.write("outer", outer_tensors(walk.job.model, walk.job.dtype))
+        walk.commits.put("outer", True)
+
+
+def _apply(
+    job: ConvertJob, writer: ShardWriter, plans: Sequence[dict[str, Any]], block: Block
+) -> dict[str, Any]:
+    """Convert a block and write it; returns what is reported of it."""
+    tensors, report = job.stage.apply(block, plans)
+    part = {
+        job.model.stored_name(block.full_name(name)): tensor for name, tensor in tensors.items()
+    }
+    part = {name: in_stored_dtype(name, value, block.dtype) for name, value in part.items()}
+    writer.write(numbered("block", block.index), part)
+    return asdict(report)
+
+
+def _finish(
+    walk: Walk[ConvertJob],
+    folder: OutputFolder,
+    writer: ShardWriter,
+    tokens: Tensor,
+    calibrated: float,
+    reports: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """Write what stands beside the weights; can be broken off and done again."""
+    job, source = walk.job, walk.job.model.source
+    parts = [numbered("block", number) for number in range(job.model.num_blocks)]
+    report = _report(job, tokens, writer.finish(["outer", *parts]), reports)
+    times = {"calibration_seconds": calibrated, "seconds": walk.clock.seconds}
+    times = {name: round(value, 1) for name, value in times.items()}
+    card = checkpoint.convert_card(report)
+    checkpoint.write_side_files(folder.output, source, job.dtype, job.entries, report, times, card)
+    write_report(folder.output)
+    return {**report, **times, "out": str(job.recipe.out)}
+
+
+def _report(
+    job: ConvertJob, tokens: Tensor, total: int, reports: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """What compress.json says; nothing in it depends on the clock or the host."""
+    model, shape = job.model, job.stage.shape
+    return {
+        "recipe": described(job.recipe),
+        "versions": checkpoint.versions(),
+        "calibration_sha256": calibration.fingerprint(tokens),
+        "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "sizes": {
+            "original_bytes": model.reader.total_bytes,
+            "original_bytes_by_part": inspect_folder(model.source.folder)["bytes_by_part"],
+            "bytes": total,
+            "quantized_weights": 0,
+            "original_parameters": model.num_parameters,
+            "parameters": job.parameters,
+        },
+        "layers": [],
+        "conversion": {
+            "original_kv_values": kv_values(shape.kv_heads, shape.head_dim, shape.depth),
+            "kv_values": kv_values(job.target.kv_heads, shape.head_dim, shape.depth),
+            "original_kv_heads": shape.kv_heads,
+            "kv_heads": job.target.kv_heads,
+            "blocks": list(reports),
+        },
+    }
+
+
+def kv_values(kv_heads: int, head_dim: int, layers: int) -> int:
+    """Numbers that the KV cache holds for a token."""
+    return 2 * kv_heads * head_dim * layers

@@ -1,0 +1,7 @@
+"""The registry of conversions of the attention: a name for each configuration class."""
+
+from collections.abc import Mapping
+
+from compress.prune.gqa import GqaConfig
+
+CONVERSIONS: Mapping[str, type[GqaConfig]] = {"gqa": GqaConfig}
