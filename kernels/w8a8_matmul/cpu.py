@@ -112,8 +112,10 @@ class RoundingLinear:
 def int_mm_is_exact() -> bool:
     """Whether `torch._int_mm` multiplies the largest codes without saturating, on this CPU."""
     for rows in (1, 16):
-        x = torch.tensor([-128, 127], dtype=torch.int8).repeat(rows, 128)
-        w = torch.tensor([-128, 127, 127, -128], dtype=torch.int8).repeat(64, 64)
+        x, w = (
+            torch.tensor([[127], [-128]], dtype=torch.int8).repeat(count, 256)[:count]
+            for count in (rows, 64)
+        )
         found = torch._int_mm(x, w.mT)
         if not torch.equal(found.double(), x.double() @ w.double().mT):
             return False

@@ -207,7 +207,7 @@ def _of_rounding(width: int, fp8: bool, threshold: bool, outliers: int) -> dict[
     """Compile-time constants of rounding, and what the compiler is told besides."""
     block = min(triton.next_power_of_2(width), ROUND_BLOCK)
     constants = {"FP8": fp8, "THRESHOLD": threshold, "OUTLIERS": outliers, "BLOCK": block}
-    return constants | {"num_warps": min(8, max(1, block // 512)), "num_stages": 1}
+    return constants | {"num_warps": min(16, max(1, block // 256)), "num_stages": 1}
 
 
 def _of_product(config: Config, columns: int) -> dict[str, Any]:
@@ -243,7 +243,8 @@ def entries(capability: int) -> list[Entry]:
         name = f"w8a8_matmul {kind} {dtype} {extra or 'plain'}"
         options = _of_rounding(_WIDTH, kind == "fp8", threshold, outliers)
         absent = _absent(threshold, outliers)
-        found.setdefault(f"{name} rounding", _entry(f"{name} rounding", round_inputs, dtype, options | absent))
+        rounding = f"{name} rounding"
+        found[rounding] = _entry(rounding, round_inputs, dtype, options | absent)
         constants = {
             "FP8": kind == "fp8",
             "NATIVE": _native(kind == "fp8", capability),
