@@ -60,8 +60,8 @@ _ARGUMENTS = {
     "TakeRows": _struct("TakeRows", width=_INT, source=_POINTER, delta=_POINTER, out=_POINTER),
     "RoundingLinear": _struct(
         "RoundingLinear", kind=_INT, fp8=_INT, scale_kind=_INT, n=_INT, k=_INT, outliers=_INT,
-        silu_mul=_INT, over_rows=_INT, in_float=_INT, largest=_FLOAT, threshold=_FLOAT, weight=_POINTER,
-        scale=_POINTER, bias=_POINTER, rounded=_POINTER, outlier_index=_POINTER,
+        silu_mul=_INT, over_rows=_INT, in_float=_INT, largest=_FLOAT, threshold=_FLOAT,
+        weight=_POINTER, scale=_POINTER, bias=_POINTER, rounded=_POINTER, outlier_index=_POINTER,
         outlier_weight=_POINTER, surplus=_POINTER, x=_POINTER, codes=_POINTER, tokens=_POINTER,
         y=_POINTER,
     ),
@@ -156,7 +156,8 @@ class Recorder:
 
     def _linear(self, x: Tensor, weight: AnyPacked, out: Tensor | None) -> None:
         if isinstance(weight, w8a8.PackedRoundingLinear):
-            return self._rounding_linear(x, weight, out)
+            self._rounding_linear(x, weight, out)
+            return
         self._add(
             "Linear", kind=weight.kind, scale_kind=weight.scale_kind, n=weight.rows,
             k=weight.columns, chunk=weight.chunk, silu_mul=weight.silu_mul,
@@ -171,8 +172,9 @@ class Recorder:
         self._add(
             "RoundingLinear", kind=weight.kind, fp8=weight.fp8, scale_kind=weight.scale_kind,
             n=weight.rows, k=weight.columns, outliers=weight.outliers, silu_mul=weight.silu_mul,
-            over_rows=self._over_rows, in_float=self.dtype == torch.float32, largest=weight.largest, threshold=weight.threshold,
-            weight=weight.codes, scale=weight.scale, bias=weight.bias, rounded=weight.rounded,
+            over_rows=self._over_rows, in_float=self.dtype == torch.float32,
+            largest=weight.largest, threshold=weight.threshold, weight=weight.codes,
+            scale=weight.scale, bias=weight.bias, rounded=weight.rounded,
             outlier_index=weight.outlier_index, outlier_weight=weight.outlier_weight,
             surplus=self._surplus, x=x,
             codes=self._buffer("codes of inputs", weight.words, torch.float32),

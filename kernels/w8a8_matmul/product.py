@@ -37,9 +37,8 @@ def _half(bits):
 def _number(code, FP8: tl.constexpr, NATIVE: tl.constexpr):
     """A code of W in float32."""
     if FP8 and not NATIVE:
-        return _half(code).to(tl.float32) * 256.0
-    else:
-        return code.to(tl.float32)
+        code = _half(code) * 256.0
+    return code.to(tl.float32)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from compress.core.errors import InputError
 from compress.core.source import ModelSource, resolve_model
 from compress.kernels.lowbit_matmul import LinearWeight
-from compress.kernels.w8a8_matmul.reference import linear
+from compress.kernels.w8a8_matmul import reference
 from compress.loading import load_model
 from compress.pipeline import run_recipe
 from compress.quant.packed import PackedFolder
@@ -244,8 +244,8 @@ def test_linears_that_round_alike_are_joined(kind, capsys):
         (8, 40), 40, parts[0].codes.dtype,
     )  # fmt: skip
     x = outlying(3, 40)
-    expected = torch.cat([linear(x, part) for part in parts], dim=1)
-    assert torch.equal(linear(x, joined), expected)
+    expected = torch.cat([reference.linear(x, part) for part in parts], dim=1)
+    assert torch.equal(reference.linear(x, joined), expected)
     assert not capsys.readouterr().err
 
 
