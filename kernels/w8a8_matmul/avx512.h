@@ -75,6 +75,23 @@ struct Bf16Codes : Bf16 {
 };
 
 #ifdef __AVX512VBMI__
+// The magnitudes of float8_e4m3fn in bfloat16: low bytes of all 128, then high bytes.
+struct Fp8Table {
+  alignas(64) uint8_t bytes[256] = {};
+  constexpr Fp8Table() {
+    for (int code = 0; code < 128; code++) {
+      int bits = ((code >> 3) + 120) << 7 | (code & 7) << 4;  // 7 and 127 are the exponents' biases
+      if (code == 127) bits = 0x7fc0;                         // NaN
+      if (code < 8) bits = code < 1 ? 0 : 118 << 7;           // multiples of 2^-9
+      if (code > 1 && code < 4) bits = 119 << 7 | (code - 2) << 6;
+      if (code > 3 && code < 8) bits = 120 << 7 | (code - 4) << 5;
+      bytes[code] = uint8_t(bits);
+      bytes[128 + code] = uint8_t(bits >> 8);
+    }
+  }
+};
+constexpr Fp8Table FP8_TABLE;
+
 struct Fp8 : Bf16Codes {
   static constexpr int ELEMENTS = 2;
   static __m512i element(__m512i raw, int i) {
@@ -87,27 +104,7 @@ struct Fp8 : Bf16Codes {
   static __m512 column(const uint8_t* tile, int k, int v) {
     return half(element(fetch(tile, k / 4, v), k / 2 % 2), k);
   }
-
- private:
-  // Low bytes of the codes' magnitudes in bfloat16, in two parts; then high bytes.
-  static __m512i table(int part) {
-    static const Table bytes;
-    return _mm512_load_si512(bytes.of + 64 * part);
-  }
-  struct Table {
-    alignas(64) uint8_t of[256];
-    Table() {
-      for (int code = 0; code < 128; code++) {
-        int exponent = code >> 3, mantissa = code & 7;
-        float value = exponent ? std::ldexp(8.f + mantissa, exponent - 10) : std::ldexp(float(mantissa), -9);
-        if (code == 127) value = NAN;
-        uint32_t bits;
-        std::memcpy(&bits, &value, 4);
-        of[code] = uint8_t(bits >> 16);
-        of[128 + code] = uint8_t(bits >> 24);
-      }
-    }
-  };
+  static __m512i table(int part) { return _mm512_load_si512(FP8_TABLE.bytes + 64 * part); }
 };
 #endif
 
@@ -274,7 +271,7 @@ struct RoundingLinear : Operation, RoundingLinearArguments {
     for (int pair = worker.begin(pairs); pair < worker.end(pairs); pair++) {
       const uint8_t* from = weight + 2 * pair * tile_bytes();
       const uint8_t* weights[2] = {from, from + tile_bytes()};
-      if (m < DECODE_FIRST || Weight::ELEMENTS == 1) {
+      if (m <= 2 * ROUNDED_ROWS || Weight::ELEMENTS == 1) {
         multiply_rows<Weight>(batch, m, pair, weights, 2 * tile_bytes());
       } else {
         for (int t = 0; t < 2; t++)
@@ -284,7 +281,7 @@ struct RoundingLinear : Operation, RoundingLinearArguments {
     }
   }
 
-  // For many rows a tile's codes become bfloat16 once.
+  // For more than two blocks of rows a tile's codes become bfloat16 once.
   template <class Weight>
   const uint8_t* decode(const uint8_t* from, uint8_t* room, int t) const {
     uint8_t* to = room + int64_t(t) * words * 128;
