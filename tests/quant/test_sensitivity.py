@@ -59,9 +59,10 @@ def test_predicted_divergence_is_the_measured_one():
     head = torch.randn(40, 32) * 0.5
     x = torch.randn(20_000, 32).requires_grad_()
     with watching_gradients(model) as found:
-        original = F.log_softmax(model(x) @ head.T, dim=-1)
-        drawn = torch.multinomial(original.detach().exp(), 1)
-        torch.autograd.grad(original.gather(1, drawn).sum(), x)
+        predicted = F.log_softmax(model(x) @ head.T, dim=-1)
+        original = predicted.detach()
+        drawn = torch.multinomial(original.exp(), 1)
+        torch.autograd.grad(predicted.gather(1, drawn).sum(), x)
     for name in ("up", "down"):
         linear = model.get_submodule(name)
         weight = linear.weight.data.clone()
@@ -69,7 +70,8 @@ def test_predicted_divergence_is_the_measured_one():
         moment = found[name].second_moment / found[name].tokens
         rounded = ROUNDING.round(weight, moment, Grid(4, 32), torch.float32).dequantize()
         linear.weight.data.copy_(rounded)
-        changed = F.log_softmax(model(x) @ head.T, dim=-1)
+        with torch.no_grad():
+            changed = F.log_softmax(model(x) @ head.T, dim=-1)
         linear.weight.data.copy_(weight)
         measured = (original.exp() * (original - changed)).sum(dim=-1).mean()
         assert price == pytest.approx(float(measured), rel=0.15)
