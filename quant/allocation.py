@@ -58,7 +58,7 @@ def allocate(groups: Sequence[Sequence[Option]], budget: int) -> Allocation:
     losses = np.array([groups[g][o].loss for g, found in enumerate(kept) for o in found])
     # HiGHS has absolute tolerances of about 1e-6: losses are brought to a size far above that, and
     # bytes above the least are counted in their largest common unit, which keeps numbers small.
-    scale = 1e6 / (max(losses.max(), 0) or 1.0)
+    scale = 1e6 / (float(losses.max()) or 1.0)
     owner = np.repeat(np.arange(len(kept)), [len(found) for found in kept])
     one_each = csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))))
     unit = math.gcd(*more) or 1
@@ -74,11 +74,11 @@ def allocate(groups: Sequence[Sequence[Option]], budget: int) -> Allocation:
     )
     assert solved.x is not None, solved.message
     numbers = [o for found in kept for o in found]
-    chosen = tuple(numbers[i] for i in np.flatnonzero(solved.x > 0.5))
+    chosen = tuple(numbers[i] for i in np.flatnonzero(solved.x > 0.5).tolist())
     taken, lost = totals(groups, chosen)
     assert len(chosen) == len(groups)
     assert taken <= budget
-    bound = solved.mip_dual_bound / scale
+    bound = float(solved.mip_dual_bound) / scale
     return Allocation(chosen, taken, lost, max(0.0, (lost - bound) / lost) if lost > 0 else 0.0)
 
 

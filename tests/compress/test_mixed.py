@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from compress.cli import main
+from compress.core.activations import Activations
 from compress.core.blocks import BlockModel, linears_of
 from compress.core.commits import Commits
 from compress.core.errors import InputError
@@ -22,7 +23,6 @@ from compress.quant.sensitivity import LinearSensitivity
 from compress.recipe import build_recipe
 from compress.runtime.scoring import Span
 from tests.compress.test_pipeline import TOKENS, dense_logits, quantization_of
-from tests.compress.test_resume import kill
 
 CHOICES = {"choose_bits": [3, 4, 8], "choose_group_sizes": [16]}
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "cohere", "granite"]
@@ -264,10 +264,45 @@ def test_a_linear_that_no_token_reaches_is_refused(model_folder, tmp_path, monke
         probe.losses({name: [Grid(4, 4)]}, torch.float32)
 
 
-def test_killed_before_every_step(model_folder, text_file, tmp_path):
-    """Also on the way forward and back, and between them."""
+@pytest.mark.parametrize(
+    "broken",
+    ["probe-inputs-00001", "probe-gradients-00002", "probe-00001", "allocation", "apply-00001"],
+)
+def test_broken_off_and_taken_up_again(broken, model_folder, text_file, tmp_path, monkeypatch):
+    """On the way forward, back, and after it: the same bytes, and nothing is probed twice."""
     given = values(model_folder(layers=3), text_file, "rtn")
-    (tmp_path / "place").mkdir()
-    found = kill(given, tmp_path / "place" / "out", "every")
-    assert found["killed"] > 20
-    assert {"model.safetensors", "compress.json", "allocation.png"} < set(found["files"])
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run_recipe(build_recipe(given | {"out": whole}))
+    put, store, visit = Commits.put, Activations.store.__func__, Probe._visit
+    visited = []
+
+    def full(place):
+        if broken in str(place):
+            raise OSError(28, "No space left on device")
+
+    def put_or_fail(self, name, value):
+        full(name)
+        put(self, name, value)
+
+    def store_or_fail(cls, folder, batches, memory):
+        full(folder)
+        return store(cls, folder, batches, memory)
+
+    def visit_and_note(self, index, *how):
+        visited.append(index)
+        return visit(self, index, *how)
+
+    monkeypatch.setattr(Probe, "_visit", visit_and_note)
+    with monkeypatch.context() as patched:
+        patched.setattr(Commits, "put", put_or_fail)
+        patched.setattr(Activations, "store", classmethod(store_or_fail))
+        with pytest.raises(InputError, match="No space left"):
+            run_recipe(build_recipe(given | {"out": out}))
+    run_recipe(build_recipe(given | {"out": out}))
+    twice = {"probe-gradients-00002": [2], "probe-00001": [1]}.get(broken, [])
+    assert sorted(visited) == sorted([0, 1, 2, *twice])
+    for name in ("model.safetensors", "config.json", "allocation.png"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    told = json.loads((out / "compress.json").read_text())
+    expected = json.loads((whole / "compress.json").read_text())
+    assert told | {"recipe": None} == expected | {"recipe": None}  # but the name of the output

@@ -37,6 +37,7 @@ def test_no_allocation_in_the_budget_loses_less(seed):
         # the solver stops at a relative gap of 1e-6
         assert found.loss <= best_by_trying(groups, budget) * (1 + 2e-6)
         assert 0 <= found.gap <= 2e-6
+        assert type(found.gap) is float  # it is committed, and NumPy's are not read again
 
 
 def test_losses_far_below_the_solver_s_tolerances_are_told_apart():
