@@ -1,14 +1,15 @@
 """Mixed precision against one grid for all, and against chance, in Markdown.
 
     python benchmarks/mixed.py WORK_FOLDER --model smollm2 --train c4.txt \\
-        --text wikitext2_valid.txt --out FILE.md
+        --text wikitext2_valid.txt --out results/mixed.md
 
 The target is 4.75 bits a weight, scales included.  Beside the allocation stand every uniform grid
 of the same choices that is not larger, and RANDOM allocations of the same size: each group of
-linears draws a choice, and groups are redrawn until the budget is just met.  All are rounded by the
-same method with the same calibration; scales are bfloat16.  Every run is a `compress quantize` in a
-process of its own; what has scores is not run again (benchmarks/scored.py).  `--only REGEX` picks
-runs by name; the page is of all that have scores.
+linears draws a choice, and groups are redrawn until the budget is just met.  All are rounded by
+GPTQ with the same calibration; scales are bfloat16.  Every run is a `compress quantize` in a
+process of its own; what has scores is not run again (benchmarks/scored.py), and a run that was
+broken off goes on in the same WORK_FOLDER.  `--only REGEX` picks runs by name; the page is of all
+that have scores.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import random
 import re
 import statistics
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from runtime_cpu import processor
@@ -44,7 +46,6 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_options(parser, "mixed.md")
     parser.add_argument("--samples", default="64")
-    parser.add_argument("--method", default="gptq")
     parser.add_argument("--target-bits", default="4.75")
     return parser.parse_args()
 
@@ -52,7 +53,7 @@ def parse() -> argparse.Namespace:
 def quantizing(options: argparse.Namespace) -> tuple[str, ...]:
     """The command that quantizes, but for its grids."""
     data = ("--calibration", options.train, "--samples", options.samples)
-    return ("quantize", options.model, "--method", options.method, "--dtype", "bfloat16", *data)
+    return ("quantize", options.model, "--method", "gptq", "--dtype", "bfloat16", *data)
 
 
 def allocated(options: argparse.Namespace) -> dict[str, Any]:
@@ -128,19 +129,23 @@ def overriding(groups: Sequence[Group], chosen: Sequence[int]) -> tuple[str, ...
 def page(options: argparse.Namespace, scored: Scored, allocation: dict[str, Any]) -> str:
     """The record of runs that have scores."""
     names = [name for name, _ in runs_of(options, allocation) if scored.has(name)]
-    lines = [
-        "# Mixed precision",
-        "",
-        f"`compress {' '.join(quantizing(options))}`, {processor()}.",
-        f"Rows by chance are the best, the median and the worst by KL, of {RANDOM} at most.",
-        "",
-        "| | bits a weight | KL predicted | KL | perplexity |",
-        "|---|---|---|---|---|",
-    ]
     by_chance = sorted(
         (name for name in names if name.startswith("random")),
         key=lambda name: scored.get(name)["kl_mean"],
     )
+    lines = [
+        "# Mixed precision",
+        "",
+        f"{options.model}, {processor()}; GPTQ calibrated on {options.samples} sequences of 512 "
+        f"tokens of {Path(options.train).name}, scored on the first {options.windows} windows of "
+        f"512 tokens of {Path(options.text).name} in float32. KL is from the original, in nats a "
+        "token; 4g32 is 4 bits with groups of 32; scales are bfloat16 and count as bits. An "
+        "allocation by chance has 3 bits or more in each group of linears, and fills the budget of "
+        f"{options.target_bits} bits.",
+        "",
+        "| | bits a weight | KL predicted | KL | perplexity |",
+        "|---|---|---|---|---|",
+    ]
     for name in (n for n in names if not n.startswith("random")):
         lines.append(row(name, scored, *foretold(name, allocation)))
     for label, place in (("best", 0), ("median", len(by_chance) // 2), ("worst", -1)):
@@ -154,8 +159,8 @@ def page(options: argparse.Namespace, scored: Scored, allocation: dict[str, Any]
         mixed = scored.get(names[0])["kl_mean"]
         lines += [
             "",
-            f"KL of the {len(found)} by chance: mean {statistics.mean(found):.4f}.",
-            f"The allocation's {mixed:.4f} is below {sum(mixed < kl for kl in found)} of them.",
+            f"Of {len(found)} by chance the mean KL is {statistics.mean(found):.4f}; the "
+            f"allocation's {mixed:.4f} is below {sum(mixed < kl for kl in found)} of them.",
         ]
     return "\n".join([*lines, ""])
 

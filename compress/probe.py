@@ -72,6 +72,7 @@ class Probe:
     def __init__(self, model: BlockModel, tokens: Tensor, commits: Commits, folder: Path) -> None:
         assert model.compute_dtype == torch.float32
         self.model, self.commits, self.folder = model, commits, folder
+        self.tokens = tokens.numel()
         self.batches = tokens.split(max(1, AT_ONCE // tokens.shape[1]))
         self.kwargs: list[list[dict[str, Any]]] = []
 
@@ -169,7 +170,8 @@ class Probe:
             name = f"{self.model.block_name(index)}.{short}"
             if name in grids:
                 _check(name, found[short])
-                losses[name] = found[short].increases(linear.weight.data, grids[name], dtype)
+                weight = linear.weight.data
+                losses[name] = found[short].increases(weight, grids[name], dtype, self.tokens)
         return losses
 
 

@@ -33,8 +33,9 @@ ROUNDING = AwqStage(AwqConfig(clip_points=8), {})  # each group's scale is searc
 
 
 class LinearSensitivity:
-    """H_g and f of one linear, as sums over tokens while they are collected.
+    """N H_g and f of one linear, as sums over the tokens that reach it.
 
+    tokens         that reached it
     second_moment  float32 [in, in]
     shares         float32 [out]
     """
@@ -52,14 +53,17 @@ class LinearSensitivity:
         self.shares += squares.sum(dim=0)
         self.tokens += len(x)
 
-    def increases(self, weight: Tensor, grids: Sequence[Grid], dtype: torch.dtype) -> list[float]:
+    def increases(
+        self, weight: Tensor, grids: Sequence[Grid], dtype: torch.dtype, tokens: int
+    ) -> list[float]:
         """The predicted divergence, nats a token, for a weight [out, in] rounded on each grid.
 
-        Scales are kept in `dtype`.  Rounding is to nearest on searched scales: cheap, and the
-        methods that do better do so on all grids alike.
+        Scales are kept in `dtype`.  `tokens` is how many the model was run on, of which a linear
+        may see a part.  Rounding is to nearest on searched scales: cheap, and the methods that do
+        better do so on all grids alike.
         """
         rows = slice(None, None, max(1, len(weight) // ROWS))
-        moment, chosen = self.second_moment / max(self.tokens, 1), weight[rows]
+        moment, chosen = self.second_moment / tokens, weight[rows]
         tiny = torch.finfo(torch.float32).tiny
         shares = self.shares[rows] / self.shares[rows].sum().clamp(min=tiny)
         found = []

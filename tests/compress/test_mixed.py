@@ -19,6 +19,7 @@ from compress.inspection import inspect_folder
 from compress.pipeline import run_recipe
 from compress.probe import Probe
 from compress.quant.config import Grid
+from compress.quant.packed import PackedFolder
 from compress.quant.sensitivity import LinearSensitivity
 from compress.recipe import build_recipe
 from compress.runtime.scoring import Span
@@ -104,7 +105,7 @@ def test_probe_against_the_gradients_of_the_whole_model(family, model_folder, tm
         for x, gradient in seen[name]:
             expected.add(x, gradient)
         weight = whole.get_submodule(name).weight.data
-        prices = expected.increases(weight, grids, torch.float32)
+        prices = expected.increases(weight, grids, torch.float32, tokens.numel())
         # float32, in another order of sums; where two scales of a group are nearly as good the
         # other one may be taken, which moved a price by 0.4%
         assert found[name] == pytest.approx(prices, rel=2e-2), name
@@ -177,6 +178,40 @@ def test_it_loads_in_transformers_and_in_the_runtime(family, model_folder, text_
     torch.testing.assert_close(logits, expected, **close)
     spans = [Span(row.numpy(), 1) for row in TOKENS]
     pieces = list(load_predictor("runtime", resolve_model(str(out)), "float32")(spans))
+    for index in range(len(TOKENS)):
+        ours = torch.cat([piece.logits for piece in pieces if piece.index == index])
+        torch.testing.assert_close(ours, expected[index, :-1], **close)
+
+
+@pytest.mark.parametrize("method", ["gptq", "qat"])
+def test_it_loads_from_the_gptq_format(method, model_folder, text_file, tmp_path):
+    """Of which each module's bits are in `dynamic`; and training starts from the same grids."""
+    folder, out = model_folder(), tmp_path / "out"
+    settings = {"method": method, "format": "gptq", "dtype": "float32", "target_bits": 7.4}
+    if method == "qat":
+        settings |= {"block_epochs": 0, "tokens": 1024}
+    report = quantize(folder, out, text_file, **settings)
+    chosen = {
+        name: group["chosen"]["choice"]
+        for group in report["allocation"]["groups"]
+        for name in group["linears"]
+    }
+    packed = PackedFolder(resolve_model(str(out)))
+    grids = {name: packed.grid(name) for name in packed.linears}
+    assert len(set(chosen.values())) > 1
+    assert {name: f"{g.bits}g{g.group_size}" for name, g in grids.items()} == chosen
+    state = {name: packed.reader.load(name) for name in packed.others}
+    state |= {f"{name}.weight": packed.weight(name).dequantize() for name in packed.linears}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all(name == "lm_head.weight" for name in missing)  # tied
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+    spans = [Span(row.numpy(), 1) for row in TOKENS]
+    pieces = list(load_predictor("runtime", resolve_model(str(out)), "float32")(spans))
+    # as in the test above
+    close = {"rtol": 0.0, "atol": 2e-5 * float(expected.abs().max())}
     for index in range(len(TOKENS)):
         ours = torch.cat([piece.logits for piece in pieces if piece.index == index])
         torch.testing.assert_close(ours, expected[index, :-1], **close)

@@ -29,7 +29,7 @@ def test_price_of_a_grid_is_the_formula_of_the_docstring():
     found.add(x[:20].view(2, 10, 32), gradients[:20].view(2, 10, 24))
     found.add(x[20:], gradients[20:])
     grids = [Grid(bits, 16, symmetric) for bits in (2, 4) for symmetric in (True, False)]
-    prices = found.increases(linear.weight.data, grids, torch.float32)
+    prices = found.increases(linear.weight.data, grids, torch.float32, 50)
     moment = found.second_moment / 50
     for grid, price in zip(grids, prices, strict=True):
         rounded = ROUNDING.round(linear.weight.data, moment, grid, torch.float32).dequantize()
@@ -66,8 +66,8 @@ def test_predicted_divergence_is_the_measured_one():
     for name in ("up", "down"):
         linear = model.get_submodule(name)
         weight = linear.weight.data.clone()
-        (price,) = found[name].increases(weight, [Grid(4, 32)], torch.float32)
-        moment = found[name].second_moment / found[name].tokens
+        (price,) = found[name].increases(weight, [Grid(4, 32)], torch.float32, len(x))
+        moment = found[name].second_moment / len(x)
         rounded = ROUNDING.round(weight, moment, Grid(4, 32), torch.float32).dequantize()
         linear.weight.data.copy_(rounded)
         with torch.no_grad():
@@ -84,8 +84,21 @@ def test_rows_are_a_sample_of_many():
     x, gradients = torch.randn(64, 16), torch.randn(64, 4096)
     found = LinearSensitivity(linear)
     found.add(x, gradients)
-    (price,) = found.increases(linear.weight.data, [Grid(3, 16)], torch.float32)
+    (price,) = found.increases(linear.weight.data, [Grid(3, 16)], torch.float32, len(x))
     moment = found.second_moment / 64
     rounded = ROUNDING.round(linear.weight.data, moment, Grid(3, 16), torch.float32).dequantize()
     by_hand = fisher_by_hand(x, gradients, rounded - linear.weight.data)
     assert price == pytest.approx(float(by_hand), rel=0.1)
+
+
+def test_a_linear_that_sees_half_of_the_tokens_costs_half():
+    """The mean is over the tokens of the model, so that linears compare."""
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 24, bias=False)
+    found = LinearSensitivity(linear)
+    found.add(torch.randn(50, 32), torch.randn(50, 24))
+    grids = [Grid(3, 16)]
+    (alone,) = found.increases(linear.weight.data, grids, torch.float32, 50)
+    (half,) = found.increases(linear.weight.data, grids, torch.float32, 100)
+    # scales are chosen by errors on H, all halved: a power of two, so the same choices
+    assert half == pytest.approx(alone / 2, rel=1e-6)
