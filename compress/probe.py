@@ -27,7 +27,7 @@ from compress.core.shards import all_finite
 from compress.quant.config import Grid
 from compress.quant.sensitivity import LinearSensitivity, watching_gradients
 
-TOKENS = 4096  # twice as many change which grids are chosen for few groups (benchmarks/LOG.md)
+TOKENS = 4096  # half of them rank groups as measured divergences do (benchmarks/LOG.md)
 LONGEST = 256  # tokens of a sequence: the more sequences, the more kinds of text
 AT_ONCE = 1024  # tokens whose gradients go through a block together
 LOGITS = 4  # arrays of logits at once: themselves, log-probabilities, a copy, and gradients
