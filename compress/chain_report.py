@@ -17,7 +17,7 @@ from compress.distillation import RECORDS
 from compress.recipe import method_of
 from compress.report import QUALITY, record_quality, write_report
 
-PARTS = ("training", "pruning", "conversion")  # of a stage's report, for its row
+PARTS = ("training", "pruning", "conversion", "allocation")  # of a stage's report, for its row
 EVALUATION = (  # of what was measured, what holds for all stages
     "perplexity_original",
     "windows",
@@ -59,8 +59,8 @@ def write_chain_report(recipe: ChainRecipe, results: Sequence[StageResult]) -> d
 def chain_report(recipe: ChainRecipe, results: Sequence[StageResult]) -> dict[str, Any]:
     """What compress.json says: the last stage's report, and a row for each stage.
 
-    What training, pruning and conversion report is in the rows.  Nothing depends on the clock or
-    the host.
+    What training, pruning, conversion and an allocation of bits report is in the rows.  Nothing
+    depends on the clock or the host.
     """
     first, last = results[0].report, results[-1].report
     before = first["sizes"]

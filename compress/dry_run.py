@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from compress import calibration, convert_preflight, prune_preflight
+from compress import calibration, convert_preflight, probe, prune_preflight
 from compress.core.blocks import BlockModel, linears_of
 from compress.core.commits import Commits
 from compress.core.errors import InputError
@@ -31,6 +31,7 @@ from compress.recipe import ConvertRecipe, PruneRecipe, Recipe, method_of
 from compress.walk import TOKENS_PER_BATCH, Clock, Walk
 
 FORWARDS = 4  # the original's forward pass, the student's, and a backward pass as long as two
+PROBE_FORWARDS = 3  # forward, and again on the way back with gradients of inputs alone
 
 
 def plan_recipe(
@@ -173,6 +174,8 @@ def _timed(job: Job) -> float:
     batches = math.ceil(data.samples / size) if job.stage.needs_statistics else 1
     running = ends[-1] - ends[-2] - visits[-1]
     seconds = visits[-1] + running * batches
+    if job.choices is not None:
+        seconds += running / 2 * PROBE_FORWARDS * probe.TOKENS / (size * data.seq_len)
     if stage.trains_blocks:
         seconds += visits[-1] * (batches - 1)
     if stage.trains_model:

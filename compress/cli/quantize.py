@@ -1,5 +1,6 @@
 """`compress quantize`: one method, from flags."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import click
 from compress.cli.options import calibration_options, carry_out, given, run_options
 from compress.core.errors import InputError
 
+COMMA = re.compile(r",(?![^\[]*\])")  # not inside a list, [4,8]
+
 
 @click.command("quantize")
 @click.argument("model")
@@ -16,6 +19,18 @@ from compress.core.errors import InputError
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Output folder.")
 @click.option("--bits", type=int, help="Bits a weight: 2, 3, 4 or 8.  [default: 4]")
 @click.option("--group-size", help="Columns that share a scale, or 'channel'.  [default: 128]")
+@click.option(
+    "--target-bits",
+    type=float,
+    help="In place of --bits and --group-size: give each linear those that lose least, in so many "
+    "bits a weight on average, scales included (4.75).",
+)
+@click.option(
+    "--only-allocate",
+    is_flag=True,
+    help="With --target-bits: print which linears get which bits, and write no model. What was "
+    "found out is kept for a run without.",
+)
 @click.option(
     "--symmetric/--asymmetric",
     default=None,
@@ -43,6 +58,8 @@ def quantize_command(
     out: Path,
     bits: int | None,
     group_size: str | None,
+    target_bits: float | None,
+    only_allocate: bool,
     symmetric: bool | None,
     format: str | None,
     ignore: tuple[str, ...],
@@ -65,6 +82,9 @@ def quantize_command(
       compress quantize Qwen/Qwen3-0.6B --method awq --group-size 128 --out qwen3-w4 \\
           --calibration HuggingFaceFW/fineweb-edu:sample-10BT
       compress quantize smollm2 --method gptq --bits 3 --set down_proj:bits=4 --out smollm2-w3
+      compress quantize smollm2 --method gptq --target-bits 4.75 --out smollm2-mixed
+      compress quantize ./model --method awq --target-bits 5 --out model-w5 \\
+          --set "choose_bits=[4,8]"
       compress quantize smollm2 --method qat --bits 3 --set tokens=200k --out smollm2-qat-w3
       compress quantize ./model --method rtn --bits 8 --group-size channel --out model-w8
       compress quantize ./model --method gptq --calibration text.txt --out model-w4 --dry-run
@@ -73,7 +93,13 @@ def quantize_command(
     """
     from compress.recipe import build_recipe
 
-    stage = given(bits=bits, group_size=group_size, symmetric=symmetric, format=format)
+    stage = given(
+        bits=bits,
+        group_size=group_size,
+        target_bits=target_bits,
+        symmetric=symmetric,
+        format=format,
+    )
     if ignore:
         stage["ignore"] = ignore
     stage |= _settings_of(changes)
@@ -87,7 +113,7 @@ def quantize_command(
         },
         "quantize",
     )
-    carry_out(recipe, **how)
+    carry_out(recipe, only_decide=only_allocate, **how)
 
 
 def _settings_of(changes: Sequence[str]) -> dict[str, Any]:
@@ -99,7 +125,7 @@ def _settings_of(changes: Sequence[str]) -> dict[str, Any]:
     for change in changes:
         first, equals, _ = change.partition("=")
         pattern, colon, _ = first.rpartition(":")
-        pairs = [pair.partition("=") for pair in change[len(pattern + colon) :].split(",")]
+        pairs = [pair.partition("=") for pair in COMMA.split(change[len(pattern + colon) :])]
         if not equals or not all(key and value for key, _, value in pairs):
             raise InputError(
                 f"--set '{change}' is not [LINEAR:]KEY=VALUE[,KEY=VALUE], e.g. down_proj:bits=8"

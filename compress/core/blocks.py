@@ -6,7 +6,8 @@ shards when a block is asked for, and go when the caller drops it.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any
 
@@ -132,7 +133,7 @@ class BlockModel:
         hands its input on, so these are those of the model's class, per block where they differ.
         Arguments equal to the first batch's are the first batch's.
         """
-        outer = self._load_outer(batches)
+        outer = self._load_outer(torch.cat([batch.flatten() for batch in batches]))
         first: list[dict[str, Any]] = []
         kwargs: list[dict[str, Any]] = []
         hidden: Tensor | None = None
@@ -162,10 +163,30 @@ class BlockModel:
                     first = first or list(kwargs)
                     yield hidden, _shared(kwargs, first, {})
         finally:
-            for block in self._blocks:
-                del block.forward
-            for name in outer:
-                _set_parameter(self.skeleton, name, self.skeleton.get_parameter(name).to("meta"))
+            self._unload_outer(outer)
+
+    @contextmanager
+    def predicting(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Inside, a function from what the last block gives, [B, S, D], to logits [B, S, V].
+
+        The model's own forward runs with every block replaced by one that gives these states, so
+        what comes after the blocks is that of the model's class; gradients pass through it.
+        """
+        outer = self._load_outer(None)
+        states = torch.empty(0)
+        for block in self._blocks:
+            block.forward = lambda *_args, **_kwargs: states
+
+        def predict(last: Tensor) -> Tensor:
+            nonlocal states
+            states = last.to(self.device)
+            ids = torch.zeros(last.shape[:2], dtype=torch.int64, device=self.device)
+            return self.skeleton(input_ids=ids, use_cache=False).logits
+
+        try:
+            yield predict
+        finally:
+            self._unload_outer(outer)
 
     def compute_copy(self, block: nn.Module) -> nn.Module:
         """A copy of a float32 block in the dtype that forwards run in."""
@@ -177,36 +198,54 @@ class BlockModel:
         """Run a block on one batch [B, S, D]; returns its output, the same shape, on the CPU."""
         return call_block(block, states.to(self.device), kwargs).to("cpu")
 
-    def _load_outer(self, batches: Sequence[Tensor]) -> list[str]:
-        """Materialize what runs before the blocks; returns the names of those parameters.
+    def _load_outer(self, tokens: Tensor | None) -> dict[str, nn.Parameter]:
+        """Materialize what is outside the blocks; returns the parameters without data by name.
 
-        Of the embeddings only the rows of tokens in `batches` are filled in.
+        With `tokens` only what runs before the blocks, and of the embeddings only the rows of these
+        tokens are filled in.
         """
         head = self.skeleton.get_output_embeddings()
         embeddings = self.skeleton.get_input_embeddings()
-        skip = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
-        skip -= {id(p) for p in embeddings.parameters()}
+        skip: set[int] = set()
+        if tokens is not None and isinstance(head, nn.Module):
+            skip = {id(p) for p in head.parameters()} - {id(p) for p in embeddings.parameters()}
         looked_up = {id(p) for p in embeddings.parameters() if p.dim() == 2}
-        tokens = torch.cat([batch.flatten() for batch in batches]).unique()
         inside = self.blocks_name + "."
-        names = [
-            name
+        found = {
+            name: parameter
             for name, parameter in self.skeleton.named_parameters()
             if not name.startswith(inside) and id(parameter) not in skip
-        ]
-        for name in names:
-            stored, parameter = self.stored_name(name), self.skeleton.get_parameter(name)
-            if id(parameter) in looked_up:
-                tensor = torch.empty_like(parameter, device=self.device, dtype=self.compute_dtype)
-                start = 0
-                for rows in self.reader.rows(stored):
-                    here = tokens[(tokens >= start) & (tokens < start + len(rows))]
-                    tensor[here] = rows[here - start].to(self.device, self.compute_dtype)
-                    start += len(rows)
-            else:
-                tensor = self.reader.load(stored).to(self.device, self.compute_dtype)
-            _set_parameter(self.skeleton, name, tensor)
-        return names
+        }
+        sources = dict(getattr(self.skeleton, "all_tied_weights_keys", None) or {})
+        loaded: dict[str, Tensor] = {}
+        for name, parameter in found.items():
+            source = name if self.stored_name(name) in self.reader else sources.get(name, name)
+            if source not in loaded:
+                rows = tokens if id(parameter) in looked_up else None
+                loaded[source] = self._outer_tensor(source, parameter, rows)
+            _set_parameter(self.skeleton, name, loaded[source])
+        return found
+
+    def _outer_tensor(self, name: str, parameter: nn.Parameter, tokens: Tensor | None) -> Tensor:
+        """A parameter's value in the compute dtype; of an embedding perhaps only some rows."""
+        stored = self.stored_name(name)
+        if tokens is None:
+            return self.reader.load(stored).to(self.device, self.compute_dtype)
+        tensor = torch.empty_like(parameter, device=self.device, dtype=self.compute_dtype)
+        looked_up, start = tokens.unique(), 0
+        for rows in self.reader.rows(stored):
+            here = looked_up[(looked_up >= start) & (looked_up < start + len(rows))]
+            tensor[here] = rows[here - start].to(self.device, self.compute_dtype)
+            start += len(rows)
+        return tensor
+
+    def _unload_outer(self, outer: Mapping[str, nn.Parameter]) -> None:
+        """Undo `_load_outer`, and give the blocks their own forward again."""
+        for block in self._blocks:
+            del block.forward
+        for name, parameter in outer.items():
+            owner, _, leaf = name.rpartition(".")
+            self.skeleton.get_submodule(owner)._parameters[leaf] = parameter
 
     def _checkpoint_prefix(self) -> str:
         """`model.` when the checkpoint was saved from the bare base model, else nothing."""
