@@ -17,8 +17,9 @@ from compress.core.resources import free_memory, in_words
 from compress.core.shards import SINGLE_FILE_BYTES
 from compress.core.source import resolve_model
 from compress.core.stage import Stage
-from compress.quant.config import Grid, settle_grids
+from compress.quant.config import Grid, RoundedGrid
 from compress.quant.formats import FORMATS, Format
+from compress.quant.input_rounding import rounding_of
 from compress.quant.qat import QatConfig
 from compress.quant.weight import QuantizedWeight
 from compress.recipe import CalibrationConfig, PruneRecipe, Recipe
@@ -46,7 +47,8 @@ class Job:
 class Needs:
     """Bytes that a run takes.
 
-    output       tensors of the output, exactly
+    output       tensors of the output, exactly; LLM.int8's outlier columns, which only calibration
+                 tells, are not in it
     disk         at once, at most
     activations  hidden states between two blocks
     host         memory of this process, about
@@ -69,7 +71,7 @@ def preflight(recipe: Recipe) -> Job:
         for index in range(model.num_blocks)
         for name, linear in linears_of(model.meta_block(index)).items()
     }
-    grids, remarks = settle_grids(config, {n: m.in_features for n, m in linears.items()})
+    grids, remarks = config.grids({n: m.in_features for n, m in linears.items()})
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
     if reason := FORMATS[config.format].refusal(grids, shapes):
         raise InputError(f"format {config.format} cannot hold {reason}")
@@ -293,5 +295,7 @@ def _packed_bytes(format: Format, grid: Grid, shape: tuple[int, ...], dtype: tor
     scale = torch.empty(groups, dtype=format.scale_dtype(dtype), device="meta")
     zero = None if grid.symmetric else torch.empty(groups, dtype=torch.int8, device="meta")
     codes = torch.empty(shape, dtype=torch.int8, device="meta")
-    packed = format.pack_weight(QuantizedWeight(codes, scale, zero, grid.bits, group))
+    inputs = rounding_of(grid) if isinstance(grid, RoundedGrid) else None
+    weight = QuantizedWeight(codes, scale, zero, grid.bits, group, inputs=inputs)
+    packed = format.pack_weight(weight)
     return sum(tensor.nbytes for tensor in packed.values())

@@ -26,7 +26,7 @@ from compress.distill.config import TrainConfig
 from compress.distill.lora import LoraConfig
 from compress.distill.objective import AGAINST_TEACHER, LossConfig
 from compress.prune.config import PruneConfig
-from compress.quant.config import WeightOnlyConfig
+from compress.quant.config import QuantizationConfig
 from compress.quant.methods import METHODS
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ class Recipe:
 
     model: Annotated[str, Field(min_length=1)]
     out: Annotated[Path, AfterValidator(usable_output)]
-    stages: tuple[WeightOnlyConfig, ...]
+    stages: tuple[QuantizationConfig, ...]
     calibration: CalibrationConfig = CalibrationConfig()
     dtype: DTypeName = "auto"
     compute_dtype: DTypeName = "auto"
@@ -159,7 +159,7 @@ AnyRecipe = Recipe | DistillRecipe | PruneRecipe
 
 def build_stage(
     method: Any, settings: Mapping[str, Any], where: str | None = None
-) -> WeightOnlyConfig:
+) -> QuantizationConfig:
     """Return the configuration of a method of quantization by its name, or raise InputError."""
     if method in (DISTILL, PRUNE):
         raise InputError(
@@ -177,7 +177,7 @@ def _check_method(method: Any) -> None:
         raise InputError(f"unknown method {shown(method)}; allowed: {', '.join(known)}{hint}")
 
 
-def method_of(stage: WeightOnlyConfig | DistillConfig | PruneConfig) -> str:
+def method_of(stage: QuantizationConfig | DistillConfig | PruneConfig) -> str:
     """The name under which a stage's configuration is registered."""
     if isinstance(stage, DistillConfig):
         return DISTILL

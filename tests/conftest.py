@@ -153,12 +153,11 @@ def one_block(model_folder: Callable[..., Path]) -> Callable[..., Any]:
 def apply() -> Callable[..., Any]:
     """A function that applies a method's configuration to a block, as the pipeline does."""
     from compress.core.blocks import linears_of
-    from compress.quant.config import settle_grids
 
     def run(config: Any, block: Any) -> Any:
         linears = linears_of(block.module).items()
         widths = {block.full_name(name): linear.in_features for name, linear in linears}
-        return config.stage(settle_grids(config, widths)[0]).apply(block, None)
+        return config.stage(config.grids(widths)[0]).apply(block, None)
 
     return run
 
