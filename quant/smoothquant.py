@@ -102,9 +102,7 @@ class SmoothQuantStage(QuantizationStage):
         notes = self.smoothing.apply(block, linears)
         dtype = self.format.scale_dtype(block.dtype)
         rounded = {name: self.round(linear.weight.data, dtype) for name, linear in linears.items()}
-        results = {
-            name: QuantizedLinear(weight, None, UNREACHED) for name, weight in rounded.items()
-        }
+        results = {name: QuantizedLinear(rounded[name], note=UNREACHED) for name in linears}
         for stats, note in zip(block.inputs, notes, strict=True):
             for name in stats.linears:
                 if name in linears:

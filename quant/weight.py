@@ -6,10 +6,10 @@ Methods make grids without an offset; imported GGUF weights (Q4_1) have one.  Wh
 inputs are rounded to fp8, its codes are floats of that kind, and columns that LLM.int8 keeps in
 float stand beside the codes (`inputs`).
 
-Integer codes are signed, in [-2^(b-1), 2^(b-1) - 1].  Arithmetic follows compressed-tensors operation by
-operation (dtype of each step included), so that codes and de-quantized weights are equal to that
-library's bit for bit: in the dtype of the weight for rounding, in the dtype of the scale for
-de-quantization.
+Integer codes are signed, in [-2^(b-1), 2^(b-1) - 1].  Arithmetic follows compressed-tensors
+operation by operation (dtype of each step included), so that codes and de-quantized weights are
+equal to that library's bit for bit: in the dtype of the weight for rounding, in the dtype of the
+scale for de-quantization.
 """
 
 from dataclasses import dataclass
