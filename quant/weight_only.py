@@ -36,6 +36,7 @@ class QuantizationStage:
     method: ClassVar[str]
     needs_statistics: bool
     needs_reference: bool = False
+    counts_above: float | None = None
     trains_blocks: bool = False
     trains_model: bool = False
     decides_globally: ClassVar[bool] = False

@@ -118,6 +118,7 @@ class Stage(Protocol):
 
     needs_statistics: bool
     needs_reference: bool  # cross moments with the inputs of the original model
+    counts_above: float | None  # wants `share_above` of this bound in its statistics
     trains_blocks: bool  # wants `block.samples`
     trains_model: bool  # its blocks are a start, from which the whole model is trained
     decides_globally: ClassVar[bool]
