@@ -326,9 +326,8 @@ def _inputs_lines(format_name: str, inputs: str | None) -> list[str]:
     said = f"Activations are rounded to {inputs} as well, with one scale a token, at run time."
     if format_name == "bitsandbytes":
         said += (
-            f" Columns that were outliers in calibration are kept as they were in `{BESIDE}/`,"
-            " which compress reads; bitsandbytes finds outliers at run time, and takes their weights"
-            " from the codes."
+            f" Outlier columns found in calibration are kept as they were in `{BESIDE}/`, which "
+            "compress reads; bitsandbytes finds its own at run time, with weights from the codes."
         )
     return [said, ""]
 

@@ -179,7 +179,8 @@ def collecting(
 
     `with_originals`: calls come in pairs, the first of each on the original model's hidden states,
     the second on those that statistics are of.  `outputs=False`: what the block returns is not
-    used, so the linears that come last are not multiplied by (from the second call on).  `bound`: for `share_above`.
+    used, so the linears that come last are not multiplied by (from the second call on).  `bound`:
+    for `share_above`.
 
     Yields a list that fills during the first run: one InputStatistics per distinct input tensor,
     in the order of the forward pass.  Linears count as sharing an input when they are handed the
