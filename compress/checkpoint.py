@@ -129,9 +129,7 @@ def model_card(ref: str, report: dict[str, Any]) -> str:
     if len(widths) > 1:
         bits += f", {mean_bits(quantized):.2f} a weight on average (scales not counted)"
     groups = spread(
-        "one scale a row"
-        if layer.get("inputs") or not layer["group_size"]
-        else f"group size {layer['group_size']}"
+        f"group size {layer['group_size']}" if layer["group_size"] else "one scale a row"
         for layer in quantized
     )
     symmetric = stage.get("symmetric", True)  # methods that round inputs know nothing else

@@ -101,11 +101,10 @@ def _survey(
             f"'{source.source.ref}' has no linear of a type that can be re-packed (GPTQ, AWQ, "
             "compressed-tensors pack-quantized, GGUF Q4_0 or Q8_0); run: compress quantize"
         )
-    if rounded := next(
-        (n for n in source.linears if isinstance(source.grid(n), RoundedGrid)), None
-    ):
+    rounded = [name for name in source.linears if isinstance(source.grid(name), RoundedGrid)]
+    if rounded:
         raise InputError(
-            f"'{source.source.ref}' rounds the inputs of {rounded} as well, which no other format "
+            f"'{source.source.ref}' rounds the inputs of {rounded[0]} as well, which no other format "
             "holds in the same way; run compress quantize on the original"
         )
     linears: dict[str, nn.Linear] = linears_of(source.skeleton)

@@ -91,7 +91,7 @@ class QuantizationStage:
                     method=self.method,
                     shape=result.weight.shape,
                     bits=result.weight.bits,
-                    group_size=result.weight.group_size,
+                    group_size=None if inputs else result.weight.group_size,
                     inputs=None if inputs is None else inputs.kind,
                     weight_error=_share((dense - linear.weight).square(), linear.weight.square()),
                     output_error=result.output_error,

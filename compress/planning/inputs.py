@@ -144,7 +144,9 @@ def stored_weights(config: Mapping[str, Any]) -> str | None:
             bits, group, kind = found.pop()
             if kind == "float" and bits == 8:
                 return "fp8"
-            if bits == 8 and all(one.get("input_activations") for one in groups.values()):
+            if bits == 8 and all(
+                isinstance(one, Mapping) and one.get("input_activations") for one in groups.values()
+            ):
                 return "w8a8"
     if bits not in (2, 3, 4, 8):
         raise InputError(
