@@ -104,7 +104,7 @@ def _survey(
     rounded = [name for name in source.linears if isinstance(source.grid(name), RoundedGrid)]
     if rounded:
         raise InputError(
-            f"'{source.source.ref}' rounds the inputs of {rounded[0]} as well, which no other format "
+            f"'{source.source.ref}' rounds inputs as well ({rounded[0]}), which no other format "
             "holds in the same way; run compress quantize on the original"
         )
     linears: dict[str, nn.Linear] = linears_of(source.skeleton)

@@ -140,7 +140,7 @@ def one_block(model_folder: Callable[..., Path]) -> Callable[..., Any]:
         model = BlockModel(source, torch.device("cpu"), torch.float32)
         ((hidden, kwargs),) = model.capture_inputs([tokens])
         module = model.load_block(0)
-        with collecting(module) as groups:
+        with collecting(module, bound=6.0) as groups:
             model.run_block(module, hidden, kwargs[0])
         probe = probe_of(hidden, kwargs[0], torch.device("cpu"))
         block = Block(0, model.block_name(0), module, groups, probe, torch.float32)

@@ -37,7 +37,8 @@ def by_hand(x, rounding):
         ]
         exact = {*index, *found[:RUNTIME_OUTLIERS]}
         others = [i for i in range(len(row)) if i not in exact]
-        step = row[others].abs().max() / rounding.largest if others else 1.0
+        step = row[others].abs().max() / rounding.largest
+        step = step if step else torch.tensor(1.0)
         for i in others:
             code = row[i] / step
             if rounding.kind == "int8":
@@ -63,8 +64,8 @@ def test_against_the_formula(rounding):
     x = inputs(strong=[(1, 3, 50.0), (2, 8, -9.0), (4, 30, 7.0)])
     x[:, 5] = 0
     rounded = round_inputs(x, rounding)
-    # The same float32 operations in the same order, so the same bits: 127.5 is a tie, which any other
-    # order would round to either side.
+    # The same float32 operations in the same order, so the same bits: 127.5 is a tie, which any
+    # other order would round to either side.
     assert torch.equal(rounded, by_hand(x, rounding))
     assert rounded.dtype == x.dtype
 
