@@ -131,7 +131,7 @@ def test_bitsandbytes_loads_the_folder(family, model_folder, text_file, tmp_path
     folder, out = model_folder(family, torch.float16), tmp_path / "out"
     quantize(folder, out, text_file, "llm-int8", ignore=["layers.1.self_attn.k_proj"])
     theirs, report = AutoModelForCausalLM.from_pretrained(
-        out, dtype=torch.float32, output_loading_info=True
+        out, dtype=torch.float16, output_loading_info=True
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     kinds = {name: type(module).__name__ for name, module in theirs.named_modules()}
