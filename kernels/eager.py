@@ -16,6 +16,7 @@ from compress.kernels.paged_attention import paged_attention, write_kv
 from compress.kernels.rms_norm import rms_norm
 from compress.kernels.rope import apply_rope, rope_table
 from compress.kernels.silu_mul import silu_mul
+from compress.kernels.w8a8_matmul import pack as pack_rounding
 
 BLOCK_SIZE = 16
 
@@ -38,10 +39,19 @@ class Eager:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
+        self._surplus = torch.zeros(1, dtype=torch.int64, device=device)
+
+    @property
+    def surplus_outliers(self) -> int:
+        """Elements above a threshold that were rounded, for want of room (see InputRounding)."""
+        return int(self._surplus)
 
     def pack(self, weight: LinearWeight, silu_mul: bool = False) -> _Linear:
         """Lay a weight out for `linear`; with `silu_mul` it is gate over up."""
-        return _Linear(pack(weight, self.dtype, self.device), silu_mul)
+        if weight.inputs is None:
+            return _Linear(pack(weight, self.dtype, self.device), silu_mul)
+        packed = pack_rounding(weight, self.dtype, self.device, self._surplus)
+        return _Linear(packed, silu_mul)
 
     def new_cache(self, num_blocks: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, not filled: [blocks, kv_heads, block_size, head_dim] each."""

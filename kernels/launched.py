@@ -21,6 +21,8 @@ from compress.kernels.paged_attention.triton import paged_attention
 from compress.kernels.rms_norm.triton import rms_norm
 from compress.kernels.rope.triton import angles, rope_and_write
 from compress.kernels.silu_mul.triton import silu_mul
+from compress.kernels.w8a8_matmul import pack_for_triton as pack_rounding
+from compress.kernels.w8a8_matmul.triton import TritonRoundingLinear
 from compress.kernels.workspace import Workspace
 
 
@@ -48,7 +50,7 @@ class DeviceBatch:
 class _Linear:
     """`silu_mul`: the packed weight is gate over up, and does not apply silu itself."""
 
-    packed: TritonLinear | DenseLinear
+    packed: TritonLinear | TritonRoundingLinear | DenseLinear
     silu_mul: bool
 
     @property
@@ -65,6 +67,12 @@ class Launched:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self._workspace = Workspace(device)
+        self._surplus = torch.zeros(1, dtype=torch.int64, device=device)
+
+    @property
+    def surplus_outliers(self) -> int:
+        """Elements above a threshold that were rounded, for want of room; waits for the device."""
+        return int(self._surplus)
 
     @property
     def workspace(self) -> Workspace:
@@ -73,7 +81,10 @@ class Launched:
 
     def pack(self, weight: LinearWeight, silu_mul: bool = False) -> _Linear:
         """Lay a weight out for `linear`; with `silu_mul` it is gate over up."""
-        packed = pack_for_triton(weight, self.dtype, self.device, self._workspace, silu_mul)
+        place = self.dtype, self.device, self._workspace
+        if weight.inputs is not None:
+            return _Linear(pack_rounding(weight, *place, self._surplus, silu_mul), False)
+        packed = pack_for_triton(weight, *place, silu_mul)
         return _Linear(packed, silu_mul and isinstance(packed, DenseLinear))
 
     def new_cache(self, num_blocks: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:

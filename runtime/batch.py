@@ -67,6 +67,16 @@ class Model(Protocol):
         ...
 
 
+@runtime_checkable
+class RoundingModel(Protocol):
+    """A model whose linear layers may round their inputs (kernels/w8a8_matmul)."""
+
+    @property
+    def surplus_outliers(self) -> int:
+        """Elements above a threshold that were rounded, since a token has room for only so many."""
+        ...
+
+
 class Launched(Protocol):
     """A step that a device is at work on."""
 

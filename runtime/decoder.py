@@ -133,6 +133,11 @@ class Decoder(ABC):
             + self._head.bytes
         )
 
+    @property
+    def surplus_outliers(self) -> int:
+        """Elements of layers' inputs that had no room as outliers (InputRounding)."""
+        return self._operations.surplus_outliers
+
     def allocate(self, num_blocks: int) -> None:
         """Make the cache."""
         if self._whole:

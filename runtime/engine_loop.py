@@ -22,6 +22,7 @@ from compress.runtime.engine import Engine
 from compress.runtime.outputs import Increment
 from compress.runtime.sampling_params import SamplingParams
 from compress.runtime.sequence import Request
+from compress.runtime.surplus import say_surplus
 
 Listener = Callable[[Increment | Exception], None]
 
@@ -106,6 +107,7 @@ class EngineLoop:
             while not self._closed:
                 self._turn()
             self._end(InputError("the model was closed"))
+            say_surplus(self._engine.model)
         except BaseException as error:  # a mistake in this file or the engine's accounting
             self._error = error
             self._end(RuntimeError(f"the engine's thread ended: {error!r}"))

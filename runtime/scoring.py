@@ -21,6 +21,7 @@ from torch import Tensor
 from compress.runtime.batch import Model
 from compress.runtime.batch_builder import build_batch
 from compress.runtime.block_pool import BlockPool
+from compress.runtime.surplus import say_surplus
 
 MOST_TOKENS = 512  # of one batch
 MOST_SEQUENCES = 64  # in one batch: each may waste most of a block
@@ -94,6 +95,7 @@ def logits(model: Model, spans: Items[Span], most_tokens: int = MOST_TOKENS) -> 
             if wanted:
                 yield Piece(reading.index, wanted.start + 1, rows[: len(wanted)])
                 rows = rows[len(wanted) :]
+    say_surplus(model)
 
 
 class _Reading:

@@ -6,7 +6,7 @@ scales stay as they are stored.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from compress.core.errors import InputError
 from compress.core.progress import say
 from compress.core.source import ModelSource
 from compress.kernels.lowbit_matmul import LinearWeight
+from compress.kernels.lowbit_matmul.weight import InputRounding
 from compress.runtime.families import Architecture, architecture_of
 from compress.runtime.stored import StoredModel, with_groups_of
 
@@ -146,13 +147,22 @@ def _layer(stored: StoredModel, index: int, window: int | None) -> LayerWeights:
 def join(parts: Sequence[LinearWeight], name: str) -> LinearWeight:
     """One linear layer with the rows of several that read the same input.
 
-    Quantized parts come to groups of a common divisor, with the same values.  Where some are
-    quantized and some are not, all are de-quantized, in float32, and that is said under `name`.
+    Quantized parts come to groups of a common divisor, with the same values.  Parts that round
+    their inputs do so as one, if they do it alike: with the same kind of codes, range, threshold
+    and stored outlier columns.  All others, and parts of which some are quantized and some are
+    not, are de-quantized, in float32, and that is said under `name`.
     """
     bias = _joined([part.bias for part in parts], [part.shape[0] for part in parts])
+    inputs = [part.inputs for part in parts if part.inputs is not None]
+    alike = len(inputs) == len(parts) and all(_alike(inputs[0], other) for other in inputs[1:])
     dense = [part.dense for part in parts if part.dense is not None]
-    if dense and len(dense) < len(parts):
-        say(f"{name} are not all quantized; they are de-quantized")
+    reason = None
+    if inputs and not alike:
+        reason = "do not all round their inputs alike"
+    elif dense and len(dense) < len(parts):
+        reason = "are not all quantized"
+    if reason:
+        say(f"{name} {reason}; they are de-quantized")
         dense = [part.dequantize(torch.float32) for part in parts]
     if dense:
         return LinearWeight.of_dense(torch.cat(dense), bias)
@@ -166,7 +176,24 @@ def join(parts: Sequence[LinearWeight], name: str) -> LinearWeight:
         group_size=size,
         bits=max(part.bits for part in parts),
         bias=bias,
+        inputs=_of_all(inputs) if inputs else None,
     )
+
+
+def _alike(one: InputRounding, other: InputRounding) -> bool:
+    """Whether two linears give one input the same codes."""
+    fields = ("kind", "largest", "threshold")
+    if any(getattr(one, field) != getattr(other, field) for field in fields):
+        return False
+    if one.outlier_index is None or other.outlier_index is None:
+        return one.outlier_index is other.outlier_index
+    return torch.equal(one.outlier_index, other.outlier_index)
+
+
+def _of_all(inputs: Sequence[InputRounding]) -> InputRounding:
+    """The rounding of linears that round alike, with the outlier weights of all their rows."""
+    weights = [part.outlier_weight for part in inputs if part.outlier_weight is not None]
+    return replace(inputs[0], outlier_weight=torch.cat(weights) if weights else None)
 
 
 def _joined(parts: Sequence[Tensor | None], rows: Sequence[int]) -> Tensor | None:

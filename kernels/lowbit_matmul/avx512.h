@@ -34,6 +34,22 @@ constexpr int DECODE_FIRST = 64;  // rows from which a tile is decoded once, not
 enum WeightKind { INT4 = 0, INT8 = 1, BF16 = 2, FP32 = 3 };
 enum ScaleKind { SCALE_FP16 = 0, SCALE_BF16 = 1, SCALE_FP32 = 2, NO_SCALE = 3 };
 
+// 16 numbers of a ScaleKind.
+inline __m512 load_number(int kind, const uint8_t* from, int64_t at) {
+  if (kind == SCALE_FP32) return load(reinterpret_cast<const float*>(from) + at);
+  if (kind == SCALE_BF16) return load(reinterpret_cast<const bf16*>(from) + at);
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 2 * at)));
+}
+
+// silu(g) = g / (1 + e^-g) through e^-|g|, which cannot overflow; times up.
+inline __m512 silu_times(__m512 g, __m512 up) {
+  __m512 e = exponential(_mm512_or_ps(g, _mm512_set1_ps(-0.f)));
+  __m512 one = _mm512_set1_ps(1.f);
+  __mmask16 negative = _mm512_cmp_ps_mask(g, _mm512_setzero_ps(), _CMP_LT_OQ);
+  __m512 above = _mm512_mask_mov_ps(one, negative, e);
+  return _mm512_mul_ps(_mm512_div_ps(_mm512_mul_ps(g, above), _mm512_add_ps(one, e)), up);
+}
+
 struct Stream {  // a tile's vectors in the order in which they are read
   static void prefetch(const uint8_t* tile, int step, int vector) {
     _mm_prefetch(tile + (step * 2 + vector) * 64, _MM_HINT_T0);
@@ -177,11 +193,7 @@ struct Linear : Operation, LinearArguments {
 
   __m512 scale_at(const uint8_t* from, int tile, int c, int vector) const {
     if (scale_kind == NO_SCALE) return _mm512_set1_ps(1.f);
-    int64_t at = (int64_t(tile) * chunks + c) * TILE + vector * LANES;
-    if (scale_kind == SCALE_FP32) return load(reinterpret_cast<const float*>(from) + at);
-    if (scale_kind == SCALE_BF16) return load(reinterpret_cast<const bf16*>(from) + at);
-    return _mm512_cvtph_ps(
-        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 2 * at)));
+    return load_number(scale_kind, from, (int64_t(tile) * chunks + c) * TILE + vector * LANES);
   }
 
   // COUNT rows by TILES tiles, into out [COUNT][TILES * 32]; rows are packed, or as in x if DIRECT.
@@ -337,12 +349,7 @@ struct Linear : Operation, LinearArguments {
   }
 
   void put_silu(__m512 g, __m512 up, int row, int64_t at) const {
-    // silu(g) = g / (1 + e^-g); through e^-|g|, which cannot overflow
-    __m512 e = exponential(_mm512_or_ps(g, _mm512_set1_ps(-0.f)));
-    __m512 one = _mm512_set1_ps(1.f);
-    __mmask16 negative = _mm512_cmp_ps_mask(g, _mm512_setzero_ps(), _CMP_LT_OQ);
-    __m512 above = _mm512_mask_mov_ps(one, negative, e);
-    __m512 value = _mm512_mul_ps(_mm512_div_ps(_mm512_mul_ps(g, above), _mm512_add_ps(one, e)), up);
+    __m512 value = silu_times(g, up);
     int width = n / 2;
     __mmask16 mask = first_lanes(int(width - at));
     if (kind == FP32)

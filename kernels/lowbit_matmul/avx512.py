@@ -51,7 +51,7 @@ def pack(weight: LinearWeight, dtype: torch.dtype, silu_mul: bool = False) -> Pa
             narrow = INT4 if weight.bits <= 4 else INT8
             if whole := _chunk(weight, STEP[narrow]):
                 kind, chunk = narrow, whole
-    order = _tile_order(weight.shape[0], silu_mul)
+    order = tile_order(weight.shape[0], silu_mul)
     layout, scale_dtype, scale, shift = (
         _dense(weight, kind, order) if kind in (BF16, FP32) else _coded(weight, kind, chunk, order)
     )
@@ -65,7 +65,7 @@ def pack(weight: LinearWeight, dtype: torch.dtype, silu_mul: bool = False) -> Pa
         codes=layout,
         scale=scale,
         shift=shift,
-        bias=None if weight.bias is None else _by_row(weight.bias.float(), order).flatten(),
+        bias=None if weight.bias is None else by_row(weight.bias.float(), order).flatten(),
     )
 
 
@@ -75,29 +75,29 @@ _Parts = tuple[Tensor, torch.dtype | None, Tensor | None, Tensor | None]
 def _dense(weight: LinearWeight, kind: int, order: Tensor) -> _Parts:
     """Tiles of numbers; no scales."""
     if kind == FP32:
-        return _by_row(weight.dequantize(torch.float32), order).mT.contiguous(), None, None, None
+        return by_row(weight.dequantize(torch.float32), order).mT.contiguous(), None, None, None
     if weight.shape[1] % 2:
         raise InputError(
             f"a linear layer reads {weight.shape[1]} columns, and bfloat16 products here take an "
             "even number; use float32"
         )
-    return _pairs(_by_row(weight.dequantize(torch.bfloat16), order)), None, None, None
+    return _pairs(by_row(weight.dequantize(torch.bfloat16), order)), None, None, None
 
 
 def _coded(weight: LinearWeight, kind: int, chunk: int, order: Tensor) -> _Parts:
     """Tiles of codes, and the scales and shifts of each chunk in the least dtype that is exact."""
     assert weight.codes is not None
     assert weight.scale is not None
-    codes = _by_row(weight.codes, order)
+    codes = by_row(weight.codes, order)
     given = [weight.scale] if weight.shift is None else [weight.scale, weight.shift]
     dtype = least_exact(given)
     group = torch.arange(0, weight.shape[1], chunk) // weight.group_size  # of each chunk
-    scale, *shift = [_by_row(s[:, group], order).mT.to(dtype).contiguous() for s in given]
+    scale, *shift = [by_row(s[:, group], order).mT.to(dtype).contiguous() for s in given]
     layout = _nibbles(codes) if kind == INT4 else _bytes(codes)
     return layout, dtype, scale, shift[0] if shift else None
 
 
-def _tile_order(rows: int, silu_mul: bool) -> Tensor:
+def tile_order(rows: int, silu_mul: bool) -> Tensor:
     """The row of W in each place of the tiles, int64 [tiles * 32]; -1 is padding."""
     parts = [torch.arange(rows)]
     if silu_mul:
@@ -109,7 +109,7 @@ def _tile_order(rows: int, silu_mul: bool) -> Tensor:
     return torch.stack(padded, dim=1).flatten()
 
 
-def _by_row(tensor: Tensor, order: Tensor) -> Tensor:
+def by_row(tensor: Tensor, order: Tensor) -> Tensor:
     """Rows in tile order, [tiles, 32, ...], zeros for padding."""
     taken = tensor[order.clamp(min=0)]
     taken[order < 0] = 0

@@ -53,7 +53,7 @@ class TritonLinear:
         self.bytes = self.packed.bytes
         self._dtype = dtype
         self._workspace = workspace
-        self._capability, self._sm_count = _device(device)
+        self._capability, self._sm_count = device_of(device)
 
     def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
         """x [T, in] in the dtype it was packed for -> [T, out] in that dtype, or in `out_dtype`.
@@ -172,7 +172,7 @@ def _of_dequantize(layout: Layout, silu_mul: bool) -> dict[str, Any]:
 
 
 @lru_cache
-def _device(device: torch.device) -> tuple[int, int]:
+def device_of(device: torch.device) -> tuple[int, int]:
     """Compute capability, such as 90, and multiprocessors."""
     if INTERPRETED:
         return 80, 1

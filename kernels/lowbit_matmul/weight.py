@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MOST_FOUND = 32  # elements of a token that `InputRounding.threshold` takes out
 CHUNK_ELEMENTS = 1 << 22  # de-quantized at a time, so that float32 is never a second whole copy
 
 
@@ -30,6 +31,12 @@ class InputRounding:
     outlier_weight  [out, k] in a float dtype: the weights that these columns are multiplied with
     threshold       elements outside `outlier_index` with |x| at or above it are not rounded either:
                     they are multiplied with the de-quantized weight.  None: there are none
+
+    A token has room for MOST_FOUND such elements, those of the lowest columns; any more are
+    surplus: they are rounded with the others, and counted.  What is found in one token says
+    nothing of the others, so a row of y does not depend on its batch.  bitsandbytes leaves a column
+    in 16 bits for all tokens once one of them exceeds the threshold there, which is the same
+    wherever a token is asked for alone.
     """
 
     kind: Literal["int8", "fp8"]
@@ -80,7 +87,8 @@ class LinearWeight:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in `dtype`: computed in float32, rounded once.
 
-        A dense weight that is in `dtype` already is returned itself.
+        A dense weight that is in `dtype` already is returned itself.  Outlier columns of `inputs`
+        are those of `outlier_weight`.
         """
         if self.dense is not None:
             return self.dense.to(dtype)
@@ -96,6 +104,9 @@ class LinearWeight:
             if self.shift is not None:
                 part += self.shift[run].unsqueeze(-1)
             weight[run] = part.view(-1, columns)
+        if self.inputs is not None and self.inputs.outlier_index is not None:
+            assert self.inputs.outlier_weight is not None
+            weight[:, self.inputs.outlier_index] = self.inputs.outlier_weight.to(dtype)
         return weight
 
 

@@ -17,6 +17,8 @@ from compress.kernels.eager import BLOCK_SIZE
 from compress.kernels.lowbit_matmul.avx512 import PackedLinear, pack
 from compress.kernels.lowbit_matmul.weight import LinearWeight
 from compress.kernels.program.build import library
+from compress.kernels.w8a8_matmul import avx512 as w8a8
+from compress.kernels.w8a8_matmul import check
 
 LANES = 16  # of a vector; a cache block has as many tokens
 WIDEST_HEAD = 512  # as WIDEST in rope/avx512.h
@@ -56,12 +58,22 @@ _ARGUMENTS = {
         parts=_POINTER, out=_POINTER,
     ),
     "TakeRows": _struct("TakeRows", width=_INT, source=_POINTER, delta=_POINTER, out=_POINTER),
+    "RoundingLinear": _struct(
+        "RoundingLinear", kind=_INT, fp8=_INT, scale_kind=_INT, n=_INT, k=_INT, outliers=_INT,
+        silu_mul=_INT, over_rows=_INT, in_float=_INT, largest=_FLOAT, threshold=_FLOAT,
+        weight=_POINTER, scale=_POINTER, bias=_POINTER, rounded=_POINTER, outlier_index=_POINTER,
+        outlier_weight=_POINTER, surplus=_POINTER, x=_POINTER, codes=_POINTER, tokens=_POINTER,
+        y=_POINTER,
+    ),
 }  # fmt: skip
 _BATCH = _struct(
     "Batch", tokens_count=ctypes.c_int64, sequences=ctypes.c_int64, rows_count=ctypes.c_int64,
     table_width=ctypes.c_int64, tokens=_POINTER, positions=_POINTER, slots=_POINTER,
     starts=_POINTER, contexts=_POINTER, block_tables=_POINTER, rows=_POINTER, logits=_POINTER,
 )  # fmt: skip
+
+
+AnyPacked = PackedLinear | w8a8.PackedRoundingLinear
 
 
 class Recorder:
@@ -84,10 +96,19 @@ class Recorder:
         self._parts: Tensor | None = None  # of attention
         self._over_rows = False
         self._vocabulary = 0
+        self._surplus = torch.zeros(1, dtype=torch.int64)
 
-    def pack(self, weight: LinearWeight, silu_mul: bool = False) -> PackedLinear:
+    @property
+    def surplus_outliers(self) -> int:
+        """Elements above a threshold that were rounded, for want of room (see InputRounding)."""
+        return int(self._surplus)
+
+    def pack(self, weight: LinearWeight, silu_mul: bool = False) -> AnyPacked:
         """Lay a weight out for `linear`; with `silu_mul` it is gate over up."""
-        return pack(weight, self.dtype, silu_mul)
+        if weight.inputs is None:
+            return pack(weight, self.dtype, silu_mul)
+        check(weight)
+        return w8a8.pack(weight, silu_mul)
 
     def __del__(self) -> None:
         self._library.program_free(self._program)
@@ -119,7 +140,7 @@ class Recorder:
         )  # fmt: skip
         return hidden, out
 
-    def linear(self, name: str, x: Tensor, weight: PackedLinear) -> Tensor:
+    def linear(self, name: str, x: Tensor, weight: AnyPacked) -> Tensor:
         """Return x Wᵀ + bias in float32; with gate and up in one weight, silu(gate) * up."""
         width, dtype = (
             (weight.rows // 2, self.dtype) if weight.silu_mul else (weight.rows, torch.float32)
@@ -128,17 +149,36 @@ class Recorder:
         self._linear(x, weight, out)
         return out
 
-    def logits(self, x: Tensor, weight: PackedLinear) -> None:
+    def logits(self, x: Tensor, weight: AnyPacked) -> None:
         """The last operation: its product is what `run` returns."""
         self._vocabulary = weight.rows
         self._linear(x, weight, None)
 
-    def _linear(self, x: Tensor, weight: PackedLinear, out: Tensor | None) -> None:
+    def _linear(self, x: Tensor, weight: AnyPacked, out: Tensor | None) -> None:
+        if isinstance(weight, w8a8.PackedRoundingLinear):
+            self._rounding_linear(x, weight, out)
+            return
         self._add(
             "Linear", kind=weight.kind, scale_kind=weight.scale_kind, n=weight.rows,
             k=weight.columns, chunk=weight.chunk, silu_mul=weight.silu_mul,
             over_rows=self._over_rows, most_rows=self._most[self._over_rows], weight=weight.codes,
             scale=weight.scale, shift=weight.shift, bias=weight.bias, x=x, y=out,
+        )  # fmt: skip
+
+    def _rounding_linear(
+        self, x: Tensor, weight: w8a8.PackedRoundingLinear, out: Tensor | None
+    ) -> None:
+        token_words = w8a8.TOKEN_WORDS + weight.outliers
+        self._add(
+            "RoundingLinear", kind=weight.kind, fp8=weight.fp8, scale_kind=weight.scale_kind,
+            n=weight.rows, k=weight.columns, outliers=weight.outliers, silu_mul=weight.silu_mul,
+            over_rows=self._over_rows, in_float=self.dtype == torch.float32,
+            largest=weight.largest, threshold=weight.threshold, weight=weight.codes,
+            scale=weight.scale, bias=weight.bias, rounded=weight.rounded,
+            outlier_index=weight.outlier_index, outlier_weight=weight.outlier_weight,
+            surplus=self._surplus, x=x,
+            codes=self._buffer("codes of inputs", weight.words, torch.float32),
+            tokens=self._buffer("rounded tokens", token_words, torch.float32), y=out,
         )  # fmt: skip
 
     def attention(

@@ -50,6 +50,11 @@ def reason_against() -> str | None:
     return _obstacle()
 
 
+def processor_has(flag: str) -> bool:
+    """Whether the processor, and so the compiled kernels, have an instruction set."""
+    return flag in _processor_flags()
+
+
 @cache
 def _obstacle() -> str | None:
     lacking = [flag for flag in NEEDED if flag not in _processor_flags()]

@@ -12,6 +12,7 @@
 #include "../paged_attention/avx512.h"
 #include "../rms_norm/avx512.h"
 #include "../rope/avx512.h"
+#include "../w8a8_matmul/avx512.h"
 
 using namespace compress;
 
@@ -56,6 +57,7 @@ void program_add(void* program, int operation, int in_float, const void* argumen
     case 4: return to.add<RopeAndWrite>(in_float, arguments);
     case 5: return to.add<PagedAttention>(in_float, arguments);
     case 6: return to.add<TakeRows>(arguments);
+    case 7: return to.add<RoundingLinear>(arguments);
   }
 }
 

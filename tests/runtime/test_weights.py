@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from compress.core.errors import InputError
 from compress.core.source import ModelSource, resolve_model
 from compress.kernels.lowbit_matmul import LinearWeight
+from compress.kernels.w8a8_matmul import reference
 from compress.loading import load_model
 from compress.pipeline import run_recipe
 from compress.quant.packed import PackedFolder
@@ -17,6 +18,7 @@ from compress.quant.weight import QuantizedWeight
 from compress.recipe import build_recipe
 from compress.runtime.stored import linear_of
 from compress.runtime.weights import GATE_UP, QKV, join, load_weights, rounded_by_row
+from tests.kernels.rounding import outlying, rounding_weight
 
 # attribute of LayerWeights -> the linears whose rows it holds
 PARTS = {"qkv": QKV, "gate_up": GATE_UP, "out": ("self_attn.o_proj",), "down": ("mlp.down_proj",)}
@@ -229,6 +231,46 @@ def test_biases_are_joined():
     joined = join([LinearWeight.of_dense(one), LinearWeight.of_dense(two, torch.ones(2))], "x")
     assert joined.bias.tolist() == [0, 0, 0, 1, 1]
     assert replace(joined, bias=None).shape == (5, 4)
+
+
+@pytest.mark.parametrize("kind", ["w8a8", "llm.int8", "fp8"])
+def test_linears_that_round_alike_are_joined(kind, capsys):
+    parts = [rounding_weight(kind, rows, 40, bias=rows == 5) for rows in (5, 3)]
+    if kind == "llm.int8":
+        index = parts[0].inputs.outlier_index
+        parts[1] = replace(parts[1], inputs=replace(parts[1].inputs, outlier_index=index))
+    joined = join(parts, "q and k")
+    assert (joined.shape, joined.group_size, joined.codes.dtype) == (
+        (8, 40), 40, parts[0].codes.dtype,
+    )  # fmt: skip
+    x = outlying(3, 40)
+    expected = torch.cat([reference.linear(x, part) for part in parts], dim=1)
+    assert torch.equal(reference.linear(x, joined), expected)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"largest": 127.5},
+        {"threshold": 7.0},
+        {"threshold": None},
+        {"outlier_index": torch.tensor([1, 2, 3])},
+        {"outlier_index": None, "outlier_weight": None},
+        None,
+    ],
+)
+def test_linears_that_do_not_round_alike_are_dequantized(other, capsys):
+    first, second = (rounding_weight("llm.int8", rows, 40) for rows in (5, 3))
+    index = first.inputs.outlier_index
+    inputs = replace(second.inputs, outlier_index=index)
+    second = replace(second, inputs=inputs and other and replace(inputs, **other))
+    joined = join([first, second], "q and k")
+    expected = torch.cat([part.dequantize(torch.float32) for part in (first, second)])
+    assert torch.equal(joined.dense, expected)
+    assert joined.inputs is None
+    said = "q and k do not all round their inputs alike; they are de-quantized"
+    assert said in capsys.readouterr().err
 
 
 def test_what_nobody_uses_is_refused(model_folder, tmp_path, capsys):
