@@ -19,14 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.kernels.lowbit_matmul.weight import InputRounding
+from compress.kernels.lowbit_matmul.weight import MOST_FOUND, InputRounding
 from compress.quant.config import RoundedGrid
 
 # The code of a token's largest |x|.  compressed-tensors divides integers by half their range.
 LARGEST = {"int8": 127.5, "fp8": torch.finfo(torch.float8_e4m3fn).max}
 VECTORWISE = 127.0  # of LLM.int8, in bitsandbytes
-# Elements of a token that may be found at run time, so that a step has one shape.
-RUNTIME_OUTLIERS = 32
 
 
 def rounding_of(
@@ -68,10 +66,10 @@ def _outliers(values: Tensor, rounding: InputRounding) -> Tensor:
     if rounding.outlier_index is not None:
         index = rounding.outlier_index.to(values.device)
         exact[..., index] = False
-        exact &= exact.cumsum(dim=-1) <= RUNTIME_OUTLIERS
+        exact &= exact.cumsum(dim=-1) <= MOST_FOUND
         exact[..., index] = True
         return exact
-    return exact & (exact.cumsum(dim=-1) <= RUNTIME_OUTLIERS)
+    return exact & (exact.cumsum(dim=-1) <= MOST_FOUND)
 
 
 def round_inputs_of(model: nn.Module, roundings: Mapping[str, InputRounding]) -> None:

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from compress.core.stage import Block
 from compress.core.statistics import InputStatistics
+from compress.kernels.lowbit_matmul.weight import MOST_FOUND
 from compress.quant.config import Grid, RoundedConfig, RoundedGrid
-from compress.quant.input_rounding import RUNTIME_OUTLIERS, VECTORWISE, rounding_of
+from compress.quant.input_rounding import VECTORWISE, rounding_of
 from compress.quant.weight import QuantizedWeight
 from compress.quant.weight_only import (
     UNREACHED,
@@ -40,7 +41,7 @@ from compress.quant.weight_only import (
 )
 
 COMMON = 0.06  # share of tokens
-LEFT_TO_RUN_TIME = RUNTIME_OUTLIERS / 4  # a token, on average: few tokens have four times as many
+LEFT_TO_RUN_TIME = MOST_FOUND / 4  # a token, on average: few tokens have four times as many
 LEAST_WIDTH = 16  # input columns for each one of `outlier_columns`, at least
 
 

@@ -4,14 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from compress.kernels.lowbit_matmul.weight import InputRounding
+from compress.kernels.lowbit_matmul.weight import MOST_FOUND, InputRounding
 from compress.quant.config import RoundedGrid
-from compress.quant.input_rounding import (
-    RUNTIME_OUTLIERS,
-    round_inputs,
-    round_inputs_of,
-    rounding_of,
-)
+from compress.quant.input_rounding import round_inputs, round_inputs_of, rounding_of
 
 
 def inputs(tokens=7, width=40, strong=()):
@@ -35,7 +30,7 @@ def by_hand(x, rounding):
             for i, value in enumerate(row.tolist())
             if i not in index and rounding.threshold and abs(value) >= rounding.threshold
         ]
-        exact = {*index, *found[:RUNTIME_OUTLIERS]}
+        exact = {*index, *found[:MOST_FOUND]}
         others = [i for i in range(len(row)) if i not in exact]
         step = row[others].abs().max() / rounding.largest
         step = step if step else torch.tensor(1.0)
@@ -74,9 +69,9 @@ def test_what_is_over_the_capacity_is_rounded_with_the_rest():
     """The first are exact; the others count for the token's scale, and no other token changes."""
     rounding = InputRounding("int8", 127.0, threshold=6.0)
     x = inputs(tokens=3, width=80)
-    x[0, 1, 10 : 10 + RUNTIME_OUTLIERS + 4] = 100.5 + torch.arange(RUNTIME_OUTLIERS + 4)
+    x[0, 1, 10 : 10 + MOST_FOUND + 4] = 100.5 + torch.arange(MOST_FOUND + 4)
     rounded = round_inputs(x, rounding)
-    last = 10 + RUNTIME_OUTLIERS
+    last = 10 + MOST_FOUND
     assert torch.equal(rounded[0, 1, 10:last], x[0, 1, 10:last])
     step = x[0, 1].max() / 127
     assert not torch.equal(rounded[0, 1, last : last + 3], x[0, 1, last : last + 3])

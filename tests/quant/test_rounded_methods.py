@@ -7,10 +7,10 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 
 from compress.core.errors import InputError
 from compress.core.statistics import InputStatistics
+from compress.kernels.lowbit_matmul.weight import MOST_FOUND
 from compress.quant.channel_scaling import ChannelScaling
 from compress.quant.formats.compressed_tensors import quantization_config, unpack_weight
 from compress.quant.fp8 import Fp8Config, rounded_to_fp8
-from compress.quant.input_rounding import RUNTIME_OUTLIERS
 from compress.quant.llm_int8 import LlmInt8Config, outlier_columns, vectorwise
 from compress.quant.smoothquant import Smoothing, SmoothQuantConfig
 from compress.recipe import build_stage
@@ -58,8 +58,8 @@ def test_what_is_left_to_the_run_time_fits_its_buffer():
     left = x.clone()
     left[:, kept] = 0
     a_token = (left.abs() >= 6).sum(dim=1).float()
-    assert RUNTIME_OUTLIERS / 8 < a_token.mean() <= RUNTIME_OUTLIERS / 4
-    assert (a_token <= RUNTIME_OUTLIERS).all()
+    assert MOST_FOUND / 8 < a_token.mean() <= MOST_FOUND / 4
+    assert (a_token <= MOST_FOUND).all()
     # the commonest were taken
     share = seen(x).share_above
     others = [i for i in range(400) if i not in set(kept.tolist())]
