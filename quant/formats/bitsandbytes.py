@@ -70,6 +70,8 @@ def unpack_weight(
 ) -> QuantizedWeight:
     """The inverse of `pack_weight`; a scale may differ in its last bit, SCB / 127 * 127.
 
+    No outlier columns are read as None, whether they are stored so or not at all.
+
     Raises RuntimeError for codes of another dtype, or outlier columns that the weight has not.
     """
     codes = tensors["weight"]
@@ -83,6 +85,8 @@ def unpack_weight(
             raise RuntimeError(f"outlier_index leaves 0 to {columns - 1}")
         if exact is None or exact.shape != (rows, len(index)):
             raise RuntimeError("outlier_weight does not fit outlier_index")
+        if not len(index):
+            index = exact = None
     scale = tensors["SCB"].float().reshape(-1, 1) / VECTORWISE
     inputs = rounding_of(grid_of(config, name), index, exact)
     return QuantizedWeight(codes, scale, None, 8, columns, inputs=inputs)
