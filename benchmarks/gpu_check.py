@@ -57,6 +57,10 @@ def all_stages() -> list[Stage]:
             Stage(f"lowbit-w{bits}", partial(call, "lowbit", "measure", bits=bits, few=True), 90)
             for bits in (2, 3, 8)
         ),
+        *(
+            Stage(f"rounded-{kind}", partial(call, "rounded", "measure", kind=kind), 120)
+            for kind in ("int8", "llm.int8", "fp8")
+        ),
         Stage("small", partial(call, "small", "measure"), 60),
     ]
 

@@ -7,7 +7,7 @@ One linear layer after another, of the shapes of Llama-3-8B (4096 x 4096) and Sm
 half a percent of the columns stored, and of the inputs one in a thousand found), fp8, and bfloat16;
 PyTorch's `F.linear` in bfloat16.  All are timed in turn, and the table has medians of their ratios,
 so that drift of the machine hits all alike.  Weights are taken in turn from copies that no cache
-holds.  A product that is off by more than its rounding is not timed.
+holds.  Nothing is written if a product is off by more than float32's rounding.
 """
 
 from __future__ import annotations
@@ -56,12 +56,14 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     default = Path(__file__).parent / "results" / "w8a8-cpu.md"
-    parser.add_argument("--out", type=Path, default=default)
+    parser.add_argument("--out", type=Path, default=default,
+                        help="the table [default: benchmarks/results/w8a8-cpu.md]")  # fmt: skip
     parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")],
                         default=list(TOKENS), help="[default: 1,16,256,4096]")  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=6, help="for each line of the table")
+    parser.add_argument("--seconds", type=float, default=30,
+                        help="for each W and M, all ways together [default: 30]")  # fmt: skip
     return parser.parse_args()
 
 
@@ -190,9 +192,9 @@ def table(rows: list[dict[str, object]]) -> str:
         "",
         f"`python benchmarks/w8a8_matmul.py` on {platform.processor() or platform.machine()}, "
         f"{os.cpu_count()} processors, {threads} threads, PyTorch {torch.__version__}. Medians; "
-        "ratios are those of calls in turn, above 1 is faster than bfloat16.",
+        "the ratios are those of speeds, of calls in turn: above 1 is faster than bfloat16.",
         "",
-        "| W | M | way | ms | GB/s of W | GFLOP/s | of our bfloat16 | of torch's |",
+        "| W | M | way | ms | GB/s of W | GFLOP/s | times our bfloat16 | times torch's |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

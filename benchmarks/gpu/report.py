@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress.core.resources import in_words
-from gpu import lowbit
+from gpu import lowbit, rounded
 from gpu.stages import Outcome
 
 Lines = list[str]
@@ -17,16 +17,19 @@ def collected(facts: Mapping[str, Any], outcomes: Sequence[Outcome]) -> dict[str
     """Everything, as it goes into the JSON file; targets and sums are computed here."""
     data = {outcome.name: outcome.data for outcome in outcomes if outcome.data}
     copy = data.get("bandwidth", {}).get("copy_bytes_per_s")
-    sums = []
+    sums, of_rounded = [], []
     if copy:
         for name, found in data.items():
             if name.startswith("lowbit"):
                 sums += lowbit.summed(found, copy)
+            if name.startswith("rounded"):
+                of_rounded += rounded.summed(found, copy)
     record: dict[str, Any] = {
         "facts": dict(facts),
         "stages": {outcome.name: vars(outcome) | {"data": None} for outcome in outcomes},
         "data": data,
         "lowbit": sums,
+        "rounded": of_rounded,
     }
     return record | {"targets": targets(record)}
 
@@ -49,6 +52,12 @@ def targets(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         ("W4 products to 64 rows, times cuBLAS", 1.0, ratio(1, 64)),
         ("W4 products from 1,024 rows, times cuBLAS", 0.85, ratio(1024, max(lowbit.ROWS))),
     ]  # fmt: skip
+    outliers = {row["rows"]: row["of_dense"] for row in record["rounded"]
+                if row["kind"] == "llm.int8"}  # fmt: skip
+    found.append((
+        "LLM.int8 at 1 to 4,096 rows, times cuBLAS in bfloat16 (1 / 1.15 is published)", 1 / 1.15,
+        min(outliers.values()) if outliers.keys() >= set(rounded.ROWS) else None,
+    ))  # fmt: skip
     long = [row for row in data.get("attention", {}).get("cases", ()) if row["context"] == LONG]
     least = None
     if copy and long and all("seconds" in row for row in long):
@@ -88,8 +97,8 @@ def markdown(record: Mapping[str, Any]) -> str:
         said = f"A large copy moves {copy / 1e9:,.0f} GB/s (read and written), reading alone "
         said += f"{read / 1e9:,.0f}.  L2 is cold, unless a table says otherwise."
         lines += ["", said]
-        lines += [*_lowbit(record["lowbit"]), *_attention(data, copy), *_models(data, copy)]
-        lines += [*_verify(data), *_small(data)]
+        lines += [*_lowbit(record["lowbit"]), *_rounded(record["rounded"])]
+        lines += [*_attention(data, copy), *_models(data, copy), *_verify(data), *_small(data)]
     lines += [*_parity(data), *_speculation(data)]
     return "\n".join(lines) + "\n"
 
@@ -142,6 +151,20 @@ def _lowbit(sums: Sequence[Mapping[str, Any]]) -> Lines:
     ]  # fmt: skip
     columns = ("bits", "rows", "microseconds", "of copy", "times cuBLAS", "least of the four")
     return table("Low-bit products: the linears of a Llama-3-8B layer", columns, rows)
+
+
+def _rounded(sums: Sequence[Mapping[str, Any]]) -> Lines:
+    rows = [
+        [row["kind"], f"{row['rows']:,}", _micro(row["seconds"]), f"{row['of_copy']:.0%}",
+         f"{row['operations_per_s'] / 1e12:,.1f}", f"{row['of_dense']:.2f}",
+         f"{row['least_of_dense']:.2f}"]
+        for row in sums
+    ]  # fmt: skip
+    columns = (
+        "codes", "rows", "microseconds", "of copy", "TFLOP/s", "times cuBLAS", "least of the four",
+    )  # fmt: skip
+    title = "Products that round their inputs: the linears of a Llama-3-8B layer"
+    return table(title, columns, rows)
 
 
 def _attention(data: Mapping[str, Any], copy: float) -> Lines:

@@ -87,11 +87,14 @@ def pack(weight: LinearWeight, silu_mul: bool = False) -> PackedRoundingLinear:
     order = tile_order(rows, silu_mul)
     order = F.pad(order, (0, -len(order) % PAIR), value=-1)
     padded = F.pad(codes.view(torch.uint8), (0, -columns % 4)).view(codes.dtype)
-    outlier_weight = None
-    if inputs.outlier_weight is not None:
+    index, outlier_weight = inputs.outlier_index, None
+    if index is not None and not len(index):
+        index = None
+    if index is not None:
         given = inputs.outlier_weight
+        assert given is not None
         tiles = by_row(given.to(least_exact([given])), order)  # [tiles, 32, outliers]
-        outlier_weight = tiles.view(-1, PAIR, given.shape[1]).mT.contiguous()
+        outlier_weight = tiles.view(-1, PAIR, len(index)).mT.contiguous()
     return PackedRoundingLinear(
         kind=kind,
         fp8=inputs.kind == "fp8",
@@ -103,8 +106,8 @@ def pack(weight: LinearWeight, silu_mul: bool = False) -> PackedRoundingLinear:
         codes=_LAYOUTS[kind](padded, order),
         scale=by_row(weight.scale, order).flatten(),
         bias=None if weight.bias is None else by_row(weight.bias.float(), order).flatten(),
-        rounded=None if inputs.outlier_index is None else _bits(inputs.outlier_index, columns),
-        outlier_index=inputs.outlier_index,
+        rounded=None if index is None else _bits(index, columns),
+        outlier_index=index,
         outlier_weight=outlier_weight,
     )
 

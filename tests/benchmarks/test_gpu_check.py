@@ -55,6 +55,7 @@ def test_every_stage_runs_to_its_end(gpu_check, tmp_path):
     assert set(record["stages"]) == set(said)
     timed = {"lowbit-w4": "linears", "attention": "cases", "small": "launches"}
     timed |= {"speculation": "rows", "verify": "rows"}
+    timed |= {f"rounded-{kind}": "linears" for kind in ("int8", "llm.int8", "fp8")}
     for stage, key in timed.items():
         rows = record["data"][stage][key]
         assert rows
@@ -64,7 +65,7 @@ def test_every_stage_runs_to_its_end(gpu_check, tmp_path):
     assert "met" not in text.split("## Targets")[1].split("##")[0]
     for title in (
         "Low-bit products", "Paged decode", "Other launches", "Greedy answers",
-        "Verifying drafts", "Speculative decoding",
+        "Verifying drafts", "Speculative decoding", "Products that round their inputs",
     ):  # fmt: skip
         assert f"## {title}" in text
     # and where records of real devices lie, nothing has changed
@@ -93,7 +94,7 @@ def test_a_second_call_goes_on_where_the_first_stopped(gpu_check, tmp_path):
 
 def test_targets_are_judged_only_where_all_was_measured(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from gpu import lowbit, report
+    from gpu import lowbit, report, rounded
     from gpu.stages import Outcome
 
     def outcomes(**changes):
@@ -102,11 +103,13 @@ def test_targets_are_judged_only_where_all_was_measured(monkeypatch):
             return [{"linear": name, "rows": rows} | sizes for name in ("qkv", "down")]
 
         linears = [row for rows in lowbit.ROWS for row in products(rows)]
+        outliers = [row | {"operations": 1e9} for rows in rounded.ROWS for row in products(rows)]
         case = {"context": 32768, "batch": 1, "bytes": 4e8, "torch_seconds": 1e-3, "error": 0.001}
         decode = {"batch": 1, "bytes": 4e9}
         data = {
             "bandwidth": {"copy_bytes_per_s": 4e12, "read_bytes_per_s": 4e12},
             "lowbit-w4": {"bits": 4, "linears": linears},
+            "rounded-llm.int8": {"kind": "llm.int8", "linears": outliers},
             "attention": {"cases": [case | {"seconds": 2e-4}]},
             "model": {"decode": [decode | {"seconds": 1e-3}]},
             "model-gemlite": {"decode": [decode | {"seconds": 2e-3}]},
@@ -121,14 +124,16 @@ def test_targets_are_judged_only_where_all_was_measured(monkeypatch):
     # 4.5 MB in 1.25 microseconds are 90% of 4 TB/s, and a quarter of cuBLAS's time
     everything = judged()
     assert everything == [
-        (0.9, True), (4, True), (4, True), (4, True), (0.5, False), (1, True), (2, True)
+        (0.9, True), (4, True), (4, True), (4, True), (4, True), (0.5, False), (1, True), (2, True)
     ]  # fmt: skip
     products = outcomes()[1].data["linears"]
     del products[4]["seconds"]  # at 4 rows, where the result was wrong
     wrong = judged(**{"lowbit-w4": {"bits": 4, "linears": products}})
     assert wrong[:4] == [(0.9, True), (0, None), (0, None), (4, True)]
-    assert judged(**{"model-gemlite": {}})[6] == (0, None)
-    assert judged(bandwidth={}) == [(0, None)] * 6 + [(2, True)]
+    few = {"kind": "llm.int8", "linears": outcomes()[2].data["linears"][:-2]}  # without 4,096 rows
+    assert judged(**{"rounded-llm.int8": few})[4] == (0, None)
+    assert judged(**{"model-gemlite": {}})[7] == (0, None)
+    assert judged(bandwidth={}) == [(0, None)] * 7 + [(2, True)]
 
 
 STAGES = """

@@ -238,6 +238,44 @@ def test_program_rounds_every_ratio_as_pytorch_does(kind):
 
 
 @program
+@pytest.mark.parametrize("fallback", [False, True])
+def test_program_knows_every_weight_in_fp8(fallback, monkeypatch):
+    """Inputs are the identity: y are the codes, times a scale of 448 / 448 in float32."""
+    if fallback:
+        monkeypatch.setattr(avx512, "processor_has", lambda flag: False)
+    codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)
+    codes = codes[codes.float().isfinite()].repeat(2)[None]
+    columns = codes.shape[1]
+    weight = LinearWeight(
+        None, codes, torch.ones(1, 1), None, columns, 8, None, InputRounding("fp8", 448.0)
+    )
+    do = recorder(torch.float32)
+    x = torch.eye(columns)[:256]
+    y = do.linear("y", x, do.pack(weight))
+    for count in (1, 12, 13, 254):  # codes become bfloat16 in place, and before the product
+        y.fill_(torch.nan)
+        saved = x.clone()
+        x[:count] = saved[254 - count : 254]
+        run(do, batch_of([(0, count)]))
+        torch.testing.assert_close(
+            y[:count, 0], codes[0, 254 - count : 254].float(), rtol=2**-22, atol=0
+        )  # 1 / 448 and the product with it are rounded
+        x.copy_(saved)
+
+
+@program
+def test_a_layer_may_store_no_outlier_column():
+    weight = rounding_weight("llm.int8", 70, 48, outliers=0)
+    do = recorder(torch.bfloat16)
+    x = outlying(256, 48).bfloat16()
+    y = do.linear("y", x, do.pack(weight))
+    run(do, batch_of([(0, 9)]))
+    assert error(y[:9], reference.linear(x[:9], weight)) < 2**-20
+    by_pytorch = RoundingLinear(weight, torch.float32, CPU, torch.zeros(1, dtype=torch.int64))
+    assert error(by_pytorch(x[:9].float()), reference.linear(x[:9], weight)) < 2**-20
+
+
+@program
 def test_bytes_are_those_of_the_checkpoint():
     """A byte a code, four a scale, two for each stored outlier of float16."""
     do = recorder(torch.bfloat16)

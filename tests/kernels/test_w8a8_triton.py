@@ -20,9 +20,9 @@ from tests.kernels.rounding import KINDS, error, outlying, rounding_weight
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * (DEVICE.type == "cuda")
-# Codes and their sums are exact (fp8: float32's rounding, which adds up like random steps).  Scales,
-# found and stored outliers are float32: a few units of 2^-24, some tens of terms.  Where y has 16
-# bits, its rounding (half of 2^-10 and 2^-7 of a value at most) is nearly all of the error.
+# Codes and their sums are exact (fp8: float32's rounding, which adds up like random steps).
+# Scales, found and stored outliers are float32: a few units of 2^-24, some tens of terms.  Where y
+# has 16 bits, its rounding (half of 2^-10 and 2^-7 of a value at most) is nearly all of the error.
 BOUND = {torch.float32: 2**-20, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
