@@ -18,14 +18,19 @@ from compress.core.errors import InputError
     help="rtn, awq, gptq, awq+gptq, qat; and with 8-bit activations llm-int8, smoothquant, fp8.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Output folder.")
-@click.option("--bits", type=int, help="Bits a weight: 2, 3, 4 or 8.  [default: 4]")
+@click.option(
+    "--bits", type=int, help="Bits a weight: 2, 3, 4 or 8.  [default: 4; 8 with 8-bit activations]"
+)
 @click.option("--group-size", help="Columns that share a scale, or 'channel'.  [default: 128]")
 @click.option(
     "--symmetric/--asymmetric",
     default=None,
     help="Without or with zero points.  [default: symmetric]",
 )
-@click.option("--format", help="compressed-tensors, gptq or awq.  [default: compressed-tensors]")
+@click.option(
+    "--format",
+    help="compressed-tensors, gptq or awq.  [default: compressed-tensors; llm-int8: bitsandbytes]",
+)
 @click.option(
     "--outlier-threshold",
     type=float,
