@@ -90,9 +90,9 @@ def distance(found, expected):
     return (found - expected).norm().item()
 
 
-# Only the order of float32 sums differs.  In compressed-tensors' integers it decides for the largest
-# input of every token, which by x / (|x| / 127.5) is a tie between two codes: half a step to either
-# side is as much as rounding does to any input.
+# Only the order of float32 sums differs.  In compressed-tensors' integers it decides for a token's
+# largest input, which by x / (|x| / 127.5) is a tie between two codes: half a step to either side is
+# as much as rounding does to any input.
 ALLOWED = {"smoothquant": 0.5, "fp8": 0.02}
 
 
