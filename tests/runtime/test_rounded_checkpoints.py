@@ -91,8 +91,8 @@ def distance(found, expected):
 
 
 # Only the order of float32 sums differs.  In compressed-tensors' integers it decides for a token's
-# largest input, which by x / (|x| / 127.5) is a tie between two codes: half a step to either side is
-# as much as rounding does to any input.
+# largest input, which by x / (|x| / 127.5) is a tie between two codes: half a step to either side
+# is as much as rounding does to any input.
 ALLOWED = {"smoothquant": 0.5, "fp8": 0.02}
 
 
