@@ -76,6 +76,7 @@ class RoundingLinear:
             kept = torch.where(rounded.found, exact, 0)[:, columns]
             y += F.linear(kept, self._codes[:, columns].float()) * self._scale
         if self._index is not None:
+            assert self._outlier_weight is not None
             y += F.linear(exact[:, self._index], self._outlier_weight)
         if self._bias is not None:
             y += self._bias
@@ -84,7 +85,7 @@ class RoundingLinear:
     def _product(self, codes: Tensor) -> Tensor:
         """Sums of products of codes, float32 [T, out]."""
         if self._held == torch.int8:
-            return torch._int_mm(codes, self._codes.mT).float()
+            return torch._int_mm(codes, self._codes.mT).float()  # pyright: ignore[reportPrivateImportUsage]
         return F.linear(codes, self._codes).float()
 
     def _round(self, x: Tensor) -> _Rounded:
@@ -116,7 +117,7 @@ def int_mm_is_exact() -> bool:
             torch.tensor([[127], [-128]], dtype=torch.int8).repeat(count, 256)[:count]
             for count in (rows, 64)
         )
-        found = torch._int_mm(x, w.mT)
+        found = torch._int_mm(x, w.mT)  # pyright: ignore[reportPrivateImportUsage]
         if not torch.equal(found.double(), x.double() @ w.double().mT):
             return False
     return True

@@ -1,5 +1,6 @@
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
-# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 """Triton kernel that rounds the inputs of a linear layer, a program a token.
 
 reference.py has the arithmetic.  A row is read twice, in blocks: once for its largest element and

@@ -159,11 +159,9 @@ class TritonRoundingLinear:
             self._width,
             tiles,
             tiles_per_split,
-            FP8=self._fp8,
-            NATIVE=self._native,
-            THRESHOLD=self._threshold is not None,
-            OUTLIERS=self._outliers,
-            SILU_MUL=self._silu_mul,
+            **_of_layer(
+                self._fp8, self._native, self._threshold is not None, self._outliers, self._silu_mul
+            ),
             **_of_product(config, columns),
         )
 
@@ -210,6 +208,19 @@ def _of_rounding(width: int, fp8: bool, threshold: bool, outliers: int) -> dict[
     return constants | {"num_warps": min(16, max(1, block // 256)), "num_stages": 1}
 
 
+def _of_layer(
+    fp8: bool, native: bool, threshold: bool, outliers: int, silu_mul: bool
+) -> dict[str, Any]:
+    """Compile-time constants of a product that its layer gives."""
+    return {
+        "FP8": fp8,
+        "NATIVE": native,
+        "THRESHOLD": threshold,
+        "OUTLIERS": outliers,
+        "SILU_MUL": silu_mul,
+    }
+
+
 def _of_product(config: Config, columns: int) -> dict[str, Any]:
     """Those of a product that its Config gives."""
     return {
@@ -245,12 +256,9 @@ def entries(capability: int) -> list[Entry]:
         absent = _absent(threshold, outliers)
         rounding = f"{name} rounding"
         found[rounding] = _entry(rounding, round_inputs, dtype, options | absent)
+        native = _native(kind == "fp8", capability)
         constants = {
-            "FP8": kind == "fp8",
-            "NATIVE": _native(kind == "fp8", capability),
-            "THRESHOLD": threshold,
-            "OUTLIERS": outliers,
-            "SILU_MUL": "silu_mul" in extra,
+            **_of_layer(kind == "fp8", native, threshold, outliers, "silu_mul" in extra),
             **_of_product(choose(tokens), tile_columns(_WIDTH)),
             **_absent(threshold, outliers, bias=extra == "bias"),
         }
