@@ -49,6 +49,7 @@ class Scored:
                 for row in training.get("held_out_kl", training.get("evaluations", []))
             ]
             found["parameters"] = report["sizes"]["parameters"]
+            found["bytes"] = report["sizes"]["bytes"]
         self.put(name, found)
 
     def has(self, name: str) -> bool:

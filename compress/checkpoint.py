@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import compress
+from compress.core.shards import BESIDE
 from compress.core.source import ModelSource, read_config
 from compress.recipe import LOSSES
 from compress.report import mean_bits, spread
@@ -37,11 +38,18 @@ CARRIED = (
     "chat_template*",
     "generation_config.json",
 )
+# by format, and what inputs are rounded to
 FORMAT_NAMES = {
-    "compressed-tensors": "compressed-tensors `pack-quantized`",
-    "gptq": "GPTQ",
-    "awq": "AWQ (AutoAWQ `gemm`)",
+    ("compressed-tensors", None): "compressed-tensors `pack-quantized`",
+    ("compressed-tensors", "int8"): "compressed-tensors `int-quantized`",
+    ("compressed-tensors", "fp8"): "compressed-tensors `float-quantized`",
+    ("gptq", None): "GPTQ",
+    ("awq", None): "AWQ (AutoAWQ `gemm`)",
+    ("bitsandbytes", "int8"): "bitsandbytes int8",
 }
+
+# packages that transformers loads a format with
+NEEDS = {"gptq": "gptqmodel optimum", "awq": "gptqmodel", "bitsandbytes": "bitsandbytes"}
 
 
 def write_side_files(
@@ -124,16 +132,19 @@ def model_card(ref: str, report: dict[str, Any]) -> str:
         f"group size {layer['group_size']}" if layer["group_size"] else "one scale a row"
         for layer in quantized
     )
-    grid = "symmetric" if stage["symmetric"] else "asymmetric"
+    symmetric = stage.get("symmetric", True)  # methods that round inputs know nothing else
+    grid = "symmetric" if symmetric else "asymmetric"
+    inputs = quantized[0].get("inputs") if quantized else None
     lines = [
         *_front_matter(ref, [stage["format"], stage["method"], *widths]),
         f"# {Path(ref).name}, {stage['method']} {' and '.join(widths)}".rstrip(),
         "",
         f"Made from `{ref}` with compress {report['versions']['compress-llm']}: "
         f"`{stage['method']}`, {bits or 'no linear quantized'}; {grid}; {groups or 'no groups'}; "
-        f"in the {FORMAT_NAMES[stage['format']]} format.",
+        f"in the {FORMAT_NAMES.get((stage['format'], inputs), stage['format'])} format.",
         "",
-        *_loading_lines(recipe["out"], stage["format"], stage["symmetric"]),
+        *_inputs_lines(stage["format"], inputs),
+        *_loading_lines(recipe["out"], stage["format"], symmetric),
         *_size_table(sizes, len(quantized)),
         *(f"| {count} x | {note} |" for note, count in sorted(left.items())),
         "",
@@ -247,7 +258,7 @@ def chain_card(report: dict[str, Any]) -> str:
         ]
     last = stages[-1]
     if "format" in last:
-        lines += _loading_lines(recipe["out"], last["format"], last["symmetric"])
+        lines += _loading_lines(recipe["out"], last["format"], last.get("symmetric", True))
     else:
         lines += _plain_loading(recipe["out"])
     lines += ["`report.html` shows each stage, `compress.json` has the settings.", ""]
@@ -289,7 +300,7 @@ def export_card(ref: str, report: dict[str, Any]) -> str:
         f"# {Path(ref).name}, {name}",
         "",
         f"Re-packed from `{ref}` ({report['from']}) with compress "
-        f"{report['versions']['compress-llm']} in the {FORMAT_NAMES[name]} format: {same}.",
+        f"{report['versions']['compress-llm']} in the {FORMAT_NAMES[name, None]} format: {same}.",
         "",
         *_loading_lines(report["out"], name, all(layer["symmetric"] for layer in layers)),
         *_size_table(report["sizes"], len(layers)),
@@ -330,9 +341,22 @@ def _plain_loading(out: str) -> list[str]:
     return ["```python", "from transformers import AutoModelForCausalLM", load, "```", ""]
 
 
+def _inputs_lines(format_name: str, inputs: str | None) -> list[str]:
+    """What a card says of activations that are rounded."""
+    if inputs is None:
+        return []
+    said = f"Activations are rounded to {inputs} as well, with one scale a token, at run time."
+    if format_name == "bitsandbytes":
+        said += (
+            f" Outlier columns found in calibration are kept as they were in `{BESIDE}/`, which "
+            "compress reads; bitsandbytes finds its own at run time, with weights from the codes."
+        )
+    return [said, ""]
+
+
 def _loading_lines(out: str, format_name: str, symmetric: bool) -> list[str]:
     load = f'model = AutoModelForCausalLM.from_pretrained("{out}")'
-    needs = {"gptq": "gptqmodel optimum", "awq": "gptqmodel"}.get(format_name)
+    needs = NEEDS.get(format_name)
     if needs:
         code = [f"from transformers import AutoModelForCausalLM  # pip install {needs}", load]
     elif symmetric:

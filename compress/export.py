@@ -25,7 +25,7 @@ from compress.core.outfolder import OutputFolder
 from compress.core.progress import say, track
 from compress.core.shards import ShardWriter
 from compress.core.source import gguf_file, resolve_model
-from compress.quant.config import Grid
+from compress.quant.config import Grid, RoundedGrid
 from compress.quant.formats import FORMATS, Format
 from compress.quant.gguf import GgufModel
 from compress.quant.packed import PackedFolder
@@ -100,6 +100,12 @@ def _survey(
         raise InputError(
             f"'{source.source.ref}' has no linear of a type that can be re-packed (GPTQ, AWQ, "
             "compressed-tensors pack-quantized, GGUF Q4_0 or Q8_0); run: compress quantize"
+        )
+    rounded = [name for name in source.linears if isinstance(source.grid(name), RoundedGrid)]
+    if rounded:
+        raise InputError(
+            f"'{source.source.ref}' rounds inputs as well ({rounded[0]}), which no other format "
+            "holds in the same way; run compress quantize on the original"
         )
     linears: dict[str, nn.Linear] = linears_of(source.skeleton)
     symmetric: dict[str, bool] = {}

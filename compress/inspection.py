@@ -6,6 +6,7 @@ from typing import Any
 
 from compress.core.shards import ShardReader
 from compress.core.source import ModelSource, read_config
+from compress.quant.config import RoundedGrid
 from compress.quant.formats import FORMATS
 from compress.quant.packed import PackedFolder
 
@@ -20,6 +21,7 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     reader = ShardReader(folder)
     packed = _packed(folder, config)
     plain = set(reader.names if packed is None else packed.others)
+    beside = packed.beside if packed else None
     parts = {"embeddings": 0, "head": 0, "quantized linears": 0, "other": 0}
     for name in reader.names:
         size = reader.tensor_bytes(name)
@@ -32,6 +34,8 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
             parts["head"] += size
         else:
             parts["other"] += size
+    if beside is not None:
+        parts["quantized linears"] += sum(map(beside.tensor_bytes, beside.names))
     result: dict[str, Any] = {
         "folder": str(folder),
         "architecture": (config.get("architectures") or [config.get("model_type", "unknown")])[0],
@@ -46,6 +50,8 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     scheme = config.get("quantization_config")
     if scheme:
         layout = scheme.get("format") or scheme.get("checkpoint_format") or scheme.get("version")
+        if scheme.get("load_in_8bit"):
+            layout = "int8"
         groups = scheme.get("config_groups", {})
         result["quantization"] = {
             "quant_method": scheme.get("quant_method"),
@@ -80,6 +86,7 @@ def _packed_facts(packed: PackedFolder, size: int) -> dict[str, Any]:
                 "num_bits": grid.bits,
                 "group_size": grid.group_size,
                 "symmetric": grid.symmetric,
+                "inputs": grid.inputs if isinstance(grid, RoundedGrid) else None,
             }
             for number, grid in enumerate(grids)
         },

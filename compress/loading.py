@@ -28,8 +28,9 @@ def load_model(
     Weights of a compressed-tensors checkpoint are de-quantized here, once, in `dtype`; layers
     whose scheme quantizes activations too still do so in their forward pass.  Not used is the
     library's switch `dequantize=True`: transformers 5.23 then rounds weights to the scales' dtype,
-    drops activation quantization, and reads every layer by one scheme.  GPTQ and AWQ checkpoints
-    are unpacked here, so that neither gptqmodel nor a GPU is needed.
+    drops activation quantization, and reads every layer by one scheme.  GPTQ, AWQ and bitsandbytes'
+    int8 checkpoints are unpacked here, so that neither a library nor a GPU is needed, and outlier
+    columns are those that are stored beside the last.
 
     Raises InputError when the folder holds no loadable model, lacks weights that the model needs
     (transformers would fill them at random), or needs a library that is absent.
@@ -51,7 +52,7 @@ def load_model(
     }
     try:
         with without_bars():
-            if scheme.get("quant_method") in ("gptq", "awq"):
+            if scheme.get("quant_method") in ("gptq", "awq") or scheme.get("load_in_8bit"):
                 model, report = _load_unpacked(folder, settings)
             else:
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -77,25 +78,35 @@ def load_model(
 
 
 def _load_unpacked(folder: Path, settings: dict[str, Any]) -> Any:
-    """Hand transformers the plain model that a GPTQ or AWQ checkpoint stands for."""
+    """Hand transformers the plain model that such a checkpoint stands for.
+
+    Where the format rounds inputs, the linears do so before they multiply.
+    """
     from dataclasses import replace
 
     from transformers import GenerationConfig
 
     from compress.core.source import ModelSource
-    from compress.quant.packed import PackedFolder  # imports torch
+    from compress.quant.input_rounding import round_inputs_of  # imports torch
+    from compress.quant.packed import PackedFolder
 
     packed = PackedFolder(ModelSource(str(folder), folder))
     dtype = settings["dtype"]
     state = {name: packed.load(name) for name in packed.others}
+    roundings = {}
     for name in packed.linears:
         weight = packed.weight(name)
-        state[f"{name}.weight"] = replace(weight, scale=weight.scale.to(dtype)).dequantize()
+        if weight.inputs is not None:  # scales are float32
+            roundings[name] = weight.inputs
+            state[f"{name}.weight"] = weight.dequantize().to(dtype)
+        else:
+            state[f"{name}.weight"] = replace(weight, scale=weight.scale.to(dtype)).dequantize()
     cls: Any = type(packed.skeleton)
     config = packed.plain_config()
     model, report = cls.from_pretrained(None, config=config, state_dict=state, **settings)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    round_inputs_of(model, roundings)
     return model, report
 
 

@@ -13,7 +13,7 @@ The output folder gets its final name only when complete.  A run that is broken 
 the last block that was committed, and gives the same bytes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -30,7 +30,14 @@ from compress.core.commits import numbered
 from compress.core.errors import InputError, reason_of
 from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
-from compress.core.shards import DTYPES, ShardWriter, StreamedTensor, hashed, in_stored_dtype
+from compress.core.shards import (
+    BESIDE,
+    DTYPES,
+    ShardWriter,
+    StreamedTensor,
+    hashed,
+    in_stored_dtype,
+)
 from compress.core.stage import Block, LayerReport
 from compress.frontier_plot import write_plot
 from compress.inspection import inspect_folder
@@ -134,7 +141,8 @@ def _compress(walk: Walk[Job], folder: OutputFolder, only_allocate: bool) -> dic
     if walk.commits.get("outer") is None:
         first(lambda: writer.write("outer", outer_tensors(model, job.dtype)))
         first(lambda: walk.commits.put("outer", True))
-    visit = partial(_apply_and_write, job, plan, writer)
+    beside = ShardWriter(folder.output / BESIDE)
+    visit = partial(_apply_and_write, job, plan, writer, beside)
     with_originals = stage.needs_reference or stage.trains_blocks
     reports = walk.visit_all("apply", visit, job.recipe.propagate_error, with_originals)
     layers = [LayerReport(**layer) for layer in chain.from_iterable(reports)]
@@ -248,7 +256,7 @@ def _plan(walk: Walk[Job]) -> Any:
 
 
 def _apply_and_write(
-    job: Job, plan: Any, writer: ShardWriter, block: Block
+    job: Job, plan: Any, writer: ShardWriter, beside: ShardWriter, block: Block
 ) -> list[dict[str, Any]]:
     """Let the stage change a block, and write what is left of it and what stands for the rest."""
     outcome = job.stage.apply(block, plan)
@@ -257,8 +265,15 @@ def _apply_and_write(
         if name not in outcome.replaces:
             tensors[name] = in_stored_dtype(block.full_name(name), value, block.dtype)
     stored_name = job.model.stored_name
-    part = {stored_name(block.full_name(name)): value for name, value in tensors.items()}
-    writer.write(numbered("block", block.index), part)
+
+    def write(where: ShardWriter, found: Mapping[str, Tensor]) -> None:
+        part = {stored_name(block.full_name(name)): value for name, value in found.items()}
+        where.write(numbered("block", block.index), part)
+
+    write(writer, tensors)
+    if outcome.beside is not None:
+        beside.folder.mkdir(exist_ok=True)
+        write(beside, outcome.beside)
     return [asdict(layer) for layer in outcome.layers]
 
 
@@ -268,6 +283,9 @@ def _finish(
     """Name the shards and write what stands beside them; can be broken off and done again."""
     job, model = walk.job, walk.job.model
     total_bytes = writer.finish(_part_names(model))
+    beside = ShardWriter(folder.output / BESIDE)
+    if beside.folder.is_dir():
+        total_bytes += beside.finish(_part_names(model)[1:])
     report = _report(job, made, total_bytes)
     seconds, others = walk.clock.seconds, sum(made.seconds.values())
     times = made.seconds | {"quantization_seconds": seconds - others, "seconds": seconds}

@@ -20,8 +20,9 @@ from compress.core.source import resolve_model
 from compress.core.stage import Stage
 from compress.probe import probe_bytes
 from compress.quant.choices import Choices, choices_of
-from compress.quant.config import Grid, settle_grids
+from compress.quant.config import Grid, RoundedGrid, WeightOnlyConfig
 from compress.quant.formats import FORMATS, Format
+from compress.quant.input_rounding import rounding_of
 from compress.quant.qat import QatConfig
 from compress.quant.weight import QuantizedWeight
 from compress.recipe import CalibrationConfig, ConvertRecipe, PruneRecipe, Recipe
@@ -54,7 +55,8 @@ class Job:
 class Needs:
     """Bytes that a run takes.
 
-    output       tensors of the output, exactly
+    output       tensors of the output, exactly; LLM.int8's outlier columns, which only calibration
+                 tells, are not in it
     disk         at once, at most
     activations  hidden states between two blocks
     host         memory of this process, about
@@ -79,13 +81,13 @@ def preflight(recipe: Recipe) -> Job:
     }
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
     choices, remarks = None, []
-    if config.target_bits is not None:
+    if isinstance(config, WeightOnlyConfig) and config.target_bits is not None:
         packed = partial(_packed_bytes, FORMATS[config.format], dtype=dtype)
         choices = choices_of(config, shapes, packed)
         grids = choices.grids([group.bytes.index(min(group.bytes)) for group in choices.groups])
         grids = {name: grids[name] for name in shapes if name in grids}
     else:
-        grids, remarks = settle_grids(config, {n: m.in_features for n, m in linears.items()})
+        grids, remarks = config.grids({n: m.in_features for n, m in linears.items()})
     if reason := FORMATS[config.format].refusal(grids, shapes):
         raise InputError(f"format {config.format} cannot hold {reason}")
     stage: Stage = config.stage(grids)
@@ -104,7 +106,8 @@ def check_settings(recipe: Recipe, stage: Stage) -> None:
         )
     if stage.trains_blocks:
         _check_block_training(recipe)
-    has_target = recipe.stages[0].target_bits is not None
+    config = recipe.stages[0]
+    has_target = isinstance(config, WeightOnlyConfig) and config.target_bits is not None
     if stage.needs_statistics or stage.trains_model or has_target:
         calibration.check_source(recipe.calibration)
     if stage.needs_statistics:
@@ -317,5 +320,7 @@ def _packed_bytes(format: Format, grid: Grid, shape: tuple[int, ...], dtype: tor
     scale = torch.empty(groups, dtype=format.scale_dtype(dtype), device="meta")
     zero = None if grid.symmetric else torch.empty(groups, dtype=torch.int8, device="meta")
     codes = torch.empty(shape, dtype=torch.int8, device="meta")
-    packed = format.pack_weight(QuantizedWeight(codes, scale, zero, grid.bits, group))
+    inputs = rounding_of(grid) if isinstance(grid, RoundedGrid) else None
+    weight = QuantizedWeight(codes, scale, zero, grid.bits, group, inputs=inputs)
+    packed = format.pack_weight(weight)
     return sum(tensor.nbytes for tensor in packed.values())

@@ -28,7 +28,7 @@ from compress.distill.objective import AGAINST_TEACHER, LossConfig
 from compress.prune.config import PruneConfig
 from compress.prune.conversions import CONVERSIONS
 from compress.prune.gqa import GqaConfig
-from compress.quant.config import WeightOnlyConfig
+from compress.quant.config import QuantizationConfig, WeightOnlyConfig
 from compress.quant.methods import METHODS
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ class Recipe:
 
     model: Annotated[str, Field(min_length=1)]
     out: Annotated[Path, AfterValidator(usable_output)]
-    stages: tuple[WeightOnlyConfig, ...]
+    stages: tuple[QuantizationConfig, ...]
     calibration: CalibrationConfig = CalibrationConfig()
     dtype: DTypeName = "auto"
     compute_dtype: DTypeName = "auto"
@@ -177,7 +177,7 @@ AnyRecipe = Recipe | DistillRecipe | PruneRecipe | ConvertRecipe
 
 def build_stage(
     method: Any, settings: Mapping[str, Any], where: str | None = None
-) -> WeightOnlyConfig:
+) -> QuantizationConfig:
     """Return the configuration of a method of quantization by its name, or raise InputError."""
     if method in OTHERS:
         raise InputError(
@@ -212,7 +212,7 @@ def _check_method(method: Any) -> None:
         raise InputError(f"unknown method {shown(method)}; allowed: {', '.join(known)}{hint}")
 
 
-def method_of(stage: WeightOnlyConfig | DistillConfig | PruneConfig | GqaConfig) -> str:
+def method_of(stage: QuantizationConfig | DistillConfig | PruneConfig | GqaConfig) -> str:
     """The name under which a stage's configuration is registered."""
     if isinstance(stage, DistillConfig):
         return DISTILL

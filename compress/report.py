@@ -230,9 +230,9 @@ def _grid_rows(quantized: Sequence[Layer]) -> list[dict[str, Any]]:
     """How many linears, and weights in them, lie on each kind of grid."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for layer in quantized:
-        names = ("method", "bits", "group_size")
-        key = tuple(layer[name] for name in names)
-        row = rows.setdefault(key, {name: layer[name] for name in names} | {"n": 0, "weights": 0})
+        names = ("method", "bits", "group_size", "inputs")
+        key = tuple(layer.get(name) for name in names)
+        row = rows.setdefault(key, dict(zip(names, key, strict=True)) | {"n": 0, "weights": 0})
         row["n"] += 1
         row["weights"] += _weights(layer)
     return sorted(rows.values(), key=lambda row: -row["weights"])

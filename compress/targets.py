@@ -2,16 +2,16 @@
 
 Rules are read from the loaders' sources, named beside each, and hold for NVIDIA GPUs of compute
 capability 8.0 and later; what could not be verified is said to be not known.  vLLM and SGLang were
-not run.  transformers 5.23 was, on a CPU, with compressed-tensors 0.20, gptqmodel 7.7 and
-optimum 2.3.
+not run.  transformers 5.23 was, on a CPU, with compressed-tensors 0.20, bitsandbytes 0.50,
+gptqmodel 7.7 and optimum 2.3.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from compress.core.errors import InputError, nearest
-from compress.quant.config import Grid
+from compress.quant.config import Grid, RoundedGrid
 from compress.quant.formats.gptq import FUSED
 from compress.quant.packed import PackedFolder
 
@@ -68,6 +68,25 @@ def check_target(packed: PackedFolder, target: str) -> dict[str, Any]:
         o.reason if o.kind == "refused" else f"not known: {o.reason}" for o in dict.fromkeys(found)
     ]
     return {"target": target, "loads": loads, "reasons": reasons, "needs": needs}
+
+
+def weights_alone(rule: Rule) -> Rule:
+    """A rule for linears whose inputs are not rounded: the others have kernels of their own.
+
+    vLLM and SGLang: compressed_tensors.py, _is_dynamic_token_w8a8 and _is_fp8_w8a8 take 8 bits with
+    one scale a row and a token; fp8 before compute capability 8.9 leaves inputs unrounded.
+    """
+
+    def narrowed(contents: Contents) -> Iterator[Objection]:
+        kept = {n: grid for n, grid in contents.grids.items() if not isinstance(grid, RoundedGrid)}
+        return rule(replace(contents, grids=kept))
+
+    return narrowed
+
+
+def never_tried(contents: Contents) -> Iterator[Objection]:
+    """vLLM's and SGLang's bitsandbytes loaders are documented for 4 bits."""
+    yield Objection("not known", "int8 checkpoints of bitsandbytes; those of 4 bits are documented")
 
 
 def bits_in(kind: Literal["refused", "not known"], allowed: Sequence[int], who: str) -> Rule:
@@ -195,6 +214,8 @@ def sglang_gptq(contents: Contents) -> Iterator[Objection]:
 def not_packed(contents: Contents) -> Iterator[Objection]:
     """compressed-tensors' `int-quantized` with weights alone, which no tool writes by default."""
     groups = contents.scheme.get("config_groups", {}).values()
+    if not contents.grids:  # of weights alone
+        return
     if "int-quantized" in {contents.scheme.get("format"), *(g.get("format") for g in groups)}:
         yield Objection("not known", "int-quantized weights without quantized activations")
 
@@ -239,12 +260,13 @@ TARGETS: Mapping[str, Mapping[str, tuple[list[str], list[Rule]]]] = {
             [
                 bits_in("not known", (4, 8), "every version"),
                 one_scheme_in_fused,
-                vllm_kernel,
-                not_packed,
+                weights_alone(vllm_kernel),
+                weights_alone(not_packed),
             ],
         ),
         "gptq": ([], [vllm_gptq_grids, marlin_groups, one_scheme_in_fused, vllm_kernel]),
         "awq": ([], [one_scheme_in_fused, awq_groups]),
+        "bitsandbytes": (["bitsandbytes"], [never_tried]),
     },
     "sglang": {
         # compressed_tensors_wNa16.py, WNA16_SUPPORTED_TYPES_MAP
@@ -254,17 +276,22 @@ TARGETS: Mapping[str, Mapping[str, tuple[list[str], list[Rule]]]] = {
                 bits_in("refused", (4, 8), "SGLang"),
                 one_scheme_in_fused,
                 sglang_symmetric,
-                sglang_marlin,
-                not_packed,
+                weights_alone(sglang_marlin),
+                weights_alone(not_packed),
             ],
         ),
         "gptq": ([], [sglang_gptq, one_scheme_in_fused]),
         "awq": ([], [one_scheme_in_fused, awq_groups]),
+        "bitsandbytes": (["bitsandbytes"], [never_tried]),
     },
     "transformers": {
-        "compressed-tensors": (["compressed-tensors"], [transformers_zero_points, not_packed]),
+        "compressed-tensors": (
+            ["compressed-tensors"],
+            [transformers_zero_points, weights_alone(not_packed)],
+        ),
         # quantizers/quantizer_gptq.py and quantizer_awq.py
         "gptq": (["gptqmodel", "optimum"], [transformers_dynamic]),
         "awq": (["gptqmodel"], []),
+        "bitsandbytes": (["bitsandbytes"], []),  # run: bitsandbytes 0.50
     },
 }

@@ -46,6 +46,7 @@ class WalkedStage(Protocol):
     """What a walk needs to know of a stage (compress.core.stage.Stage)."""
 
     needs_reference: bool
+    counts_above: float | None
     trains_blocks: bool
 
     def state(self) -> Any: ...
@@ -212,7 +213,8 @@ class Walk(Generic[JobT]):
             streams.originals = self._store("originals", index + 1, outputs)
         if self.observe is None:
             watched: AbstractContextManager[Sequence[Observed]]
-            watched = collecting(runner, paired, outputs=not propagate)
+            bound = self.job.stage.counts_above
+            watched = collecting(runner, paired, outputs=not propagate, bound=bound)
         else:
             watched = self.observe(index, runner)
         with watched as seen:

@@ -73,6 +73,7 @@ class PruneStage:
     """
 
     needs_reference: bool = False
+    counts_above: float | None = None
     trains_blocks: bool = False
     workspace: ClassVar[int] = 4  # [K, K]: H, its kept part, the factor and a product
 

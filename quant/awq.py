@@ -25,7 +25,6 @@ the second step.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -35,8 +34,9 @@ from torch import Tensor, nn
 
 from compress.core.stage import Block
 from compress.core.statistics import InputStatistics, bfloat16_products
+from compress.quant.channel_scaling import ChannelScaling
 from compress.quant.config import Grid, WeightOnlyConfig
-from compress.quant.folds import Fold, find_fold
+from compress.quant.folds import Fold
 from compress.quant.scales import ScaleSearch
 from compress.quant.weight import (
     QuantizedWeight,
@@ -47,8 +47,8 @@ from compress.quant.weight import (
 )
 from compress.quant.weight_only import (
     UNREACHED,
+    QuantizationStage,
     QuantizedLinear,
-    WeightOnlyStage,
     output_error,
     relative_output_error,
 )
@@ -75,41 +75,12 @@ class AwqConfig(WeightOnlyConfig):
         return AwqStage(self, grids)
 
 
-class ChannelScaling:
+class AwqScaling(ChannelScaling):
     """AWQ's first step, for any rounding that follows: find scales and fold them into the block."""
 
     def __init__(self, points: int, grids: Mapping[str, Grid]) -> None:
+        super().__init__(grids)
         self.points = points
-        self.grids = grids
-        self._folds: dict[tuple, Fold | None] = {}
-
-    def apply(self, block: Block, linears: Mapping[str, nn.Linear]) -> list[str]:
-        """Scale every input of the block that something can absorb the scale of.
-
-        Changes the block's weights and its inputs' statistics in place, and returns a remark for
-        each input.  Linears outside `linears` that share an input are scaled with it, but have no
-        say in the scale.
-        """
-        notes = []
-        for stats in block.inputs:
-            chosen = [name for name in stats.linears if name in linears]
-            fold = self._fold_of(block, stats.linears) if chosen else None
-            if fold is None:
-                notes.append("not scaled: nothing absorbs the scale of its input")
-                continue
-            weights = [(linears[name].weight, self.grids[block.full_name(name)]) for name in chosen]
-            scale, exponent = self.search(weights, stats, fold)
-            stats.rescale(fold.apply(block.module, scale, block.dtype))
-            notes.append(f"scaled into {fold.producer}, a = {exponent:.2f}")
-        return notes
-
-    def state(self) -> list[tuple[tuple, dict[str, Any] | None]]:
-        """The folds found so far, for a run that is broken off (see Stage.state)."""
-        return [(key, asdict(fold) if fold else None) for key, fold in self._folds.items()]
-
-    def restore(self, state: Sequence[tuple[tuple, dict[str, Any] | None]]) -> None:
-        """Take over what `state` returned."""
-        self._folds = {key: Fold(**fold) if fold else None for key, fold in state}
 
     def search(
         self,
@@ -147,17 +118,8 @@ class ChannelScaling:
                 best_loss, best_scale, best_exponent = loss, scale, exponent
         return best_scale, best_exponent
 
-    def _fold_of(self, block: Block, consumers: Sequence[str]) -> Fold | None:
-        """The fold for an input, tried out once for each distinct structure of block."""
-        shapes = tuple((n, tuple(p.shape)) for n, p in block.module.named_parameters())
-        key = (type(block.module).__qualname__, shapes, tuple(consumers))
-        if key not in self._folds:
-            assert block.probe is not None
-            self._folds[key] = find_fold(block.module, tuple(consumers), block.probe)
-        return self._folds[key]
 
-
-class AwqStage(WeightOnlyStage):
+class AwqStage(QuantizationStage):
     """Scale, fold, clip and round the linears of a block."""
 
     method: ClassVar[str] = "awq"
@@ -166,7 +128,7 @@ class AwqStage(WeightOnlyStage):
     def __init__(self, config: AwqConfig, grids: Mapping[str, Grid]) -> None:
         super().__init__(config, grids)
         self.config: AwqConfig = config
-        self.scaling = ChannelScaling(config.scale_points, grids)
+        self.scaling = AwqScaling(config.scale_points, grids)
 
     def state(self) -> Any:
         """The folds found so far."""
@@ -179,7 +141,7 @@ class AwqStage(WeightOnlyStage):
     def quantize_linears(
         self, block: Block, linears: Mapping[str, nn.Linear]
     ) -> dict[str, QuantizedLinear]:
-        """Quantize the linears input by input (see WeightOnlyStage.quantize_linears)."""
+        """Quantize the linears input by input (see QuantizationStage.quantize_linears)."""
         results = {}
         dtype = self.format.scale_dtype(block.dtype)
         notes = self.scaling.apply(block, linears)

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from compress.core.stage import Block
-from compress.quant.awq import ChannelScaling
+from compress.quant.awq import AwqScaling
 from compress.quant.config import Grid
 from compress.quant.gptq import GptqConfig, GptqStage, LinearInput
 
@@ -39,7 +39,7 @@ class AwqGptqStage(GptqStage):
 
     def __init__(self, config: AwqGptqConfig, grids: Mapping[str, Grid]) -> None:
         super().__init__(config, grids)
-        self.scaling = ChannelScaling(config.scale_points, grids)
+        self.scaling = AwqScaling(config.scale_points, grids)
 
     def state(self) -> Any:
         """The folds found so far."""

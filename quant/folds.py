@@ -53,6 +53,10 @@ class Fold:
         """Average over the consumer channels that one producer channel feeds, [K] -> [P]."""
         return consumer_channels.view(self.heads, self.repeats, self.head_dim).mean(1).reshape(-1)
 
+    def largest_of(self, consumer_channels: Tensor) -> Tensor:
+        """The largest over the consumer channels that one producer channel feeds, [K] -> [P]."""
+        return consumer_channels.view(self.heads, self.repeats, self.head_dim).amax(1).reshape(-1)
+
     def apply(self, block: nn.Module, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Fold `scale` (> 0, [P]) into the block's float32 weights, in place.
 

@@ -45,8 +45,8 @@ from compress.quant.scales import ScaleSearch, usable
 from compress.quant.weight import QuantizedWeight, code_range, minmax_grid, never_zero
 from compress.quant.weight_only import (
     UNREACHED,
+    QuantizationStage,
     QuantizedLinear,
-    WeightOnlyStage,
     relative_output_error,
 )
 
@@ -90,7 +90,7 @@ class LinearInput:
     note: str = ""
 
 
-class GptqStage(WeightOnlyStage):
+class GptqStage(QuantizationStage):
     """Round the linears of a block, input by input."""
 
     method: ClassVar[str] = "gptq"
@@ -112,7 +112,7 @@ class GptqStage(WeightOnlyStage):
     def quantize_linears(
         self, block: Block, linears: Mapping[str, nn.Linear]
     ) -> dict[str, QuantizedLinear]:
-        """Quantize the linears input by input (see WeightOnlyStage.quantize_linears)."""
+        """Quantize the linears input by input (see QuantizationStage.quantize_linears)."""
         results = {}
         inputs = self.inputs_of(block, linears)
         reached = {name for given in inputs for name in given.linears}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compress.core.blocks import linears_of
 from compress.core.errors import InputError
-from compress.core.shards import ShardReader
+from compress.core.shards import BESIDE, ShardReader
 from compress.core.skeleton import build_skeleton, transformers_config
 from compress.core.source import ModelSource, read_config
 from compress.quant.config import Grid
@@ -47,6 +47,9 @@ class PackedFolder:
         self.linears = [n.removesuffix(marker) for n in self.reader.names if n.endswith(marker)]
         packed = {f"{name}.{suffix}" for name in self.linears for suffix in self.format.SUFFIXES}
         self.others = [name for name in self.reader.names if name not in packed]
+        self.beside: ShardReader | None = None
+        if self.format.BESIDE and (source.folder / BESIDE).is_dir():
+            self.beside = ShardReader(source.folder / BESIDE)
 
     @cached_property
     def skeleton(self) -> nn.Module:
@@ -80,9 +83,10 @@ class PackedFolder:
     def weight(self, name: str) -> QuantizedWeight:
         """Unpack a linear; InputError when its tensors do not fit together."""
         tensors = {
-            suffix: self.reader.load(f"{name}.{suffix}")
-            for suffix in self.format.SUFFIXES
-            if f"{name}.{suffix}" in self.reader
+            suffix: reader.load(f"{name}.{suffix}")
+            for reader in (self.reader, self.beside)
+            for suffix in (*self.format.SUFFIXES, *self.format.BESIDE)
+            if reader is not None and f"{name}.{suffix}" in reader
         }
         try:
             weight = self.format.unpack_weight(tensors, self.scheme, name)

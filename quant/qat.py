@@ -37,7 +37,7 @@ from compress.quant.fake_quant import place_in_cell
 from compress.quant.gptq import GptqConfig
 from compress.quant.rtn import RtnConfig
 from compress.quant.training import Rates, Trained
-from compress.quant.weight_only import QuantizedLinear, WeightOnlyStage, relative_output_error
+from compress.quant.weight_only import QuantizationStage, QuantizedLinear, relative_output_error
 
 INITS: Mapping[str, type[WeightOnlyConfig]] = {
     "gptq": GptqConfig,
@@ -85,7 +85,7 @@ class QatConfig(WeightOnlyConfig):
         return INITS[self.init](**{name: getattr(self, name) for name in shared})
 
 
-class QatStage(WeightOnlyStage):
+class QatStage(QuantizationStage):
     """Another method's stage, and the first phase after it.
 
     For the second phase it writes beside each linear PLACES, int8 [out, in]: where in the cell of
@@ -123,7 +123,7 @@ class QatStage(WeightOnlyStage):
     def quantize_linears(
         self, block: Block, linears: Mapping[str, nn.Linear]
     ) -> dict[str, QuantizedLinear]:
-        """Quantize by the other method, then train (see WeightOnlyStage.quantize_linears)."""
+        """Quantize by the other method, then train (see QuantizationStage.quantize_linears)."""
         results = self.initial.quantize_linears(block, linears)
         self._places = {
             name: place_in_cell(result.weight, linears[name].weight.data)

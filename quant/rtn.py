@@ -15,7 +15,7 @@ from torch import nn
 from compress.core.stage import Block
 from compress.quant.config import Grid, WeightOnlyConfig
 from compress.quant.weight import minmax_grid, round_to_grid
-from compress.quant.weight_only import QuantizedLinear, WeightOnlyStage
+from compress.quant.weight_only import QuantizationStage, QuantizedLinear
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -26,7 +26,7 @@ class RtnConfig(WeightOnlyConfig):
         return RtnStage(self, grids)
 
 
-class RtnStage(WeightOnlyStage):
+class RtnStage(QuantizationStage):
     """Round every linear to nearest, in the dtype that the checkpoint stores."""
 
     method: ClassVar[str] = "rtn"
@@ -35,7 +35,7 @@ class RtnStage(WeightOnlyStage):
     def quantize_linears(
         self, block: Block, linears: Mapping[str, nn.Linear]
     ) -> dict[str, QuantizedLinear]:
-        """Quantize each linear by itself (see WeightOnlyStage.quantize_linears)."""
+        """Quantize each linear by itself (see QuantizationStage.quantize_linears)."""
         results = {}
         for name, linear in linears.items():
             grid = self.grids[block.full_name(name)]

@@ -1,13 +1,15 @@
-"""Integer weights on a grid: the one representation that every method makes and every format packs.
+"""Weights on a grid: the one representation that every method makes and every format packs.
 
     W ≈ (codes - zero_point) * scale + offset      per row and group of `group_size` input columns
 
-Methods make grids without an offset; imported GGUF weights (Q4_1) have one.
+Methods make grids without an offset; imported GGUF weights (Q4_1) have one.  Where a linear's
+inputs are rounded to fp8, its codes are floats of that kind, and columns that LLM.int8 keeps in
+float stand beside the codes (`inputs`).
 
-Codes are signed, in [-2^(b-1), 2^(b-1) - 1].  Arithmetic follows compressed-tensors operation by
-operation (dtype of each step included), so that codes and de-quantized weights are equal to that
-library's bit for bit: in the dtype of the weight for rounding, in the dtype of the scale for
-de-quantization.
+Integer codes are signed, in [-2^(b-1), 2^(b-1) - 1].  Arithmetic follows compressed-tensors
+operation by operation (dtype of each step included), so that codes and de-quantized weights are
+equal to that library's bit for bit: in the dtype of the weight for rounding, in the dtype of the
+scale for de-quantization.
 """
 
 from dataclasses import dataclass
@@ -15,12 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.kernels.lowbit_matmul.weight import InputRounding
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A linear's weight as integer codes.
+    """A linear's weight as codes.
 
-    codes       int8 [out, in]
+    codes       int8 [out, in]; float8_e4m3fn where inputs are rounded to fp8
     scale       float [out, groups], the dtype in which it is de-quantized
     zero_point  int8 [out, groups], or None when symmetric
     group_size  input columns that share a scale; groups = ceil(in / group_size)
@@ -36,6 +40,7 @@ class QuantizedWeight:
     group_size: int
     offset: Tensor | None = None
     group_of: Tensor | None = None
+    inputs: InputRounding | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,6 +59,9 @@ class QuantizedWeight:
         weight *= self._by_column(self.scale)
         if self.offset is not None:
             weight += self._by_column(self.offset)
+        if self.inputs is not None and self.inputs.outlier_index is not None:
+            assert self.inputs.outlier_weight is not None
+            weight[:, self.inputs.outlier_index] = self.inputs.outlier_weight.to(weight.dtype)
         return weight
 
     def _by_column(self, per_group: Tensor) -> Tensor:

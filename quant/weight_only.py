@@ -1,4 +1,4 @@
-"""What the weight-only methods share: linears go in, packed tensors and a report come out."""
+"""What the methods of quantization share: linears go in, packed tensors and a report come out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from compress.core.blocks import linears_of
 from compress.core.stage import Block, BlockOutcome, LayerReport
-from compress.quant.config import Grid, WeightOnlyConfig
+from compress.quant.config import Grid, QuantizationConfig
 from compress.quant.formats import FORMATS
 from compress.quant.weight import QuantizedWeight
 
@@ -25,23 +25,24 @@ class QuantizedLinear:
     note: str = ""
 
 
-class WeightOnlyStage:
-    """Base of the methods that put each linear of a block on an integer grid.
+class QuantizationStage:
+    """Base of the methods that put each linear of a block on a grid.
 
     A method implements `quantize_linears`; this class decides which linears, replaces their
     weights by the de-quantized ones, packs, and reports.  `grids` holds the grid of every linear
-    that is to be quantized, by full name (`settle_grids`).
+    that is to be quantized, by full name (`QuantizationConfig.grids`).
     """
 
     method: ClassVar[str]
     needs_statistics: bool
     needs_reference: bool = False
+    counts_above: float | None = None
     trains_blocks: bool = False
     trains_model: bool = False
     decides_globally: ClassVar[bool] = False
     workspace: ClassVar[int] = 1
 
-    def __init__(self, config: WeightOnlyConfig, grids: Mapping[str, Grid]) -> None:
+    def __init__(self, config: QuantizationConfig, grids: Mapping[str, Grid]) -> None:
         self.config = config
         self.grids = grids
         self.format = FORMATS[config.format]
@@ -79,15 +80,19 @@ class WeightOnlyStage:
                 outcome.layers.append(LayerReport(block.full_name(name), None, shape, note=note))
             else:
                 chosen[name] = linear
+        if self.format.BESIDE:
+            outcome.beside = {}
         for name, result in self.quantize_linears(block, chosen).items():
             linear, dense = chosen[name], result.weight.dequantize().float()
+            inputs = result.weight.inputs
             outcome.layers.append(
                 LayerReport(
                     name=block.full_name(name),
                     method=self.method,
                     shape=result.weight.shape,
                     bits=result.weight.bits,
-                    group_size=result.weight.group_size,
+                    group_size=None if inputs else result.weight.group_size,
+                    inputs=None if inputs is None else inputs.kind,
                     weight_error=_share((dense - linear.weight).square(), linear.weight.square()),
                     output_error=result.output_error,
                     note=result.note,
@@ -96,7 +101,9 @@ class WeightOnlyStage:
             linear.weight.data.copy_(dense)
             outcome.replaces.add(f"{name}.weight")
             for suffix, tensor in self.format.pack_weight(result.weight).items():
-                outcome.tensors[f"{name}.{suffix}"] = tensor
+                tensors = outcome.beside if suffix in self.format.BESIDE else outcome.tensors
+                assert tensors is not None
+                tensors[f"{name}.{suffix}"] = tensor
         return outcome
 
     def checkpoint_config(self, unquantized: Sequence[str]) -> dict[str, Any]:

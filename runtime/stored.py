@@ -154,6 +154,9 @@ def linear_of(weight: QuantizedWeight, bias: Tensor | None = None) -> LinearWeig
     the last bit of the largest term.
     """
     scale = weight.scale.float()
+    if weight.inputs is not None:
+        width = weight.shape[1]
+        return LinearWeight(None, weight.codes, scale, None, width, 8, bias, weight.inputs)
     if weight.group_of is not None:
         return LinearWeight.of_dense(replace(weight, scale=scale).dequantize(), bias)
     shift = None

@@ -155,7 +155,7 @@ def one_block(model_folder: Callable[..., Path]) -> Callable[..., Any]:
         model = BlockModel(source, torch.device("cpu"), torch.float32)
         ((hidden, kwargs),) = model.capture_inputs([tokens])
         module = model.load_block(0)
-        with collecting(module) as groups:
+        with collecting(module, bound=6.0) as groups:
             model.run_block(module, hidden, kwargs[0])
         probe = probe_of(hidden, kwargs[0], torch.device("cpu"))
         block = Block(0, model.block_name(0), module, groups, probe, torch.float32)
@@ -168,12 +168,11 @@ def one_block(model_folder: Callable[..., Path]) -> Callable[..., Any]:
 def apply() -> Callable[..., Any]:
     """A function that applies a method's configuration to a block, as the pipeline does."""
     from compress.core.blocks import linears_of
-    from compress.quant.config import settle_grids
 
     def run(config: Any, block: Any) -> Any:
         linears = linears_of(block.module).items()
         widths = {block.full_name(name): linear.in_features for name, linear in linears}
-        return config.stage(settle_grids(config, widths)[0]).apply(block, None)
+        return config.stage(config.grids(widths)[0]).apply(block, None)
 
     return run
 

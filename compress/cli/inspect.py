@@ -61,7 +61,10 @@ def inspect_command(ctx: click.Context, model: str, target: str | None, as_json:
         for name, weights in scheme["groups"].items():
             size = weights.get("group_size") or "one scale a row"
             kind = "symmetric" if weights.get("symmetric") else "asymmetric"
-            rows[f"  {name}"] = f"{weights.get('num_bits')} bits, {kind}, group size {size}"
+            told = f"{weights.get('num_bits')} bits, {kind}, group size {size}"
+            if weights.get("inputs"):
+                told += f"; inputs rounded to {weights['inputs']}, one scale a token"
+            rows[f"  {name}"] = told
         rows["  linears"] = (
             f"{scheme['quantized_linears']}, {scheme['quantized_weights']:,} weights, "
             f"{scheme['bits_per_weight']} bits each with scales"

@@ -15,9 +15,15 @@ COMMA = re.compile(r",(?![^\[]*\])")  # not inside a list, [4,8]
 
 @click.command("quantize")
 @click.argument("model")
-@click.option("--method", required=True, help="rtn, awq, gptq, awq+gptq or qat.")
+@click.option(
+    "--method",
+    required=True,
+    help="rtn, awq, gptq, awq+gptq, qat; and with 8-bit activations llm-int8, smoothquant, fp8.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Output folder.")
-@click.option("--bits", type=int, help="Bits a weight: 2, 3, 4 or 8.  [default: 4]")
+@click.option(
+    "--bits", type=int, help="Bits a weight: 2, 3, 4 or 8.  [default: 4; 8 with 8-bit activations]"
+)
 @click.option("--group-size", help="Columns that share a scale, or 'channel'.  [default: 128]")
 @click.option(
     "--target-bits",
@@ -36,7 +42,15 @@ COMMA = re.compile(r",(?![^\[]*\])")  # not inside a list, [4,8]
     default=None,
     help="Without or with zero points.  [default: symmetric]",
 )
-@click.option("--format", help="compressed-tensors, gptq or awq.  [default: compressed-tensors]")
+@click.option(
+    "--format",
+    help="compressed-tensors, gptq or awq.  [default: compressed-tensors; llm-int8: bitsandbytes]",
+)
+@click.option(
+    "--outlier-threshold",
+    type=float,
+    help="llm-int8: inputs of this size and above stay in 16 bits; 0 for none.  [default: 6]",
+)
 @click.option(
     "--ignore",
     multiple=True,
@@ -62,6 +76,7 @@ def quantize_command(
     only_allocate: bool,
     symmetric: bool | None,
     format: str | None,
+    outlier_threshold: float | None,
     ignore: tuple[str, ...],
     changes: tuple[str, ...],
     calibration: str | None,
@@ -72,7 +87,7 @@ def quantize_command(
     compute_dtype: str | None,
     **how: Any,
 ) -> None:
-    """Quantize MODEL's weights and write a checkpoint.
+    """Quantize MODEL and write a checkpoint.
 
     MODEL is a Hugging Face id, a folder, a .gguf file, or the alias smollm2.
 
@@ -86,6 +101,7 @@ def quantize_command(
       compress quantize ./model --method awq --target-bits 5 --out model-w5 \\
           --set "choose_bits=[4,8]"
       compress quantize smollm2 --method qat --bits 3 --set tokens=200k --out smollm2-qat-w3
+      compress quantize smollm2 --method llm-int8 --out smollm2-int8
       compress quantize ./model --method rtn --bits 8 --group-size channel --out model-w8
       compress quantize ./model --method gptq --calibration text.txt --out model-w4 --dry-run
 
@@ -99,6 +115,7 @@ def quantize_command(
         target_bits=target_bits,
         symmetric=symmetric,
         format=format,
+        outlier_threshold=outlier_threshold,
     )
     if ignore:
         stage["ignore"] = ignore

@@ -30,6 +30,9 @@ from compress.core.files import replacing, write_text
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# A checkpoint of its own inside the folder, of tensors that only this toolkit reads (LLM.int8's
+# outlier columns): among the others they would be unknown names to transformers and vLLM.
+BESIDE = "outliers"
 # bits of an element, by safetensors' dtype names
 BITS_OF = {"BOOL": 8, "U8": 8, "I8": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 BITS_OF |= {f"F8_{kind}": 8 for kind in ("E4M3", "E5M2", "E8M0", "E4M3FNUZ", "E5M2FNUZ")}

@@ -81,7 +81,8 @@ class LayerReport:
     """What happened to one linear.
 
     weight_error  ‖dW‖² / ‖W‖²
-    output_error  tr(dW H dWᵀ) / tr(W H Wᵀ), None without statistics
+    output_error  tr(dW H dWᵀ) / tr(W H Wᵀ), None without statistics; of the weight alone
+    inputs        what the layer's inputs are rounded to (int8, fp8), None where they are not
     method        None when the layer was left as it was, for the reason in `note`
     """
 
@@ -93,6 +94,7 @@ class LayerReport:
     weight_error: float | None = None
     output_error: float | None = None
     note: str = ""
+    inputs: str | None = None
 
 
 @dataclass
@@ -101,9 +103,12 @@ class BlockOutcome:
 
     tensors   tensors to write, by name within the block
     replaces  parameters of the module that are not written, since `tensors` stands for them
+    beside    tensors that other readers of the checkpoint do not know, by name within the block;
+              they are written beside it (compress.core.shards.BESIDE).  None: the format has none
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    beside: dict[str, Tensor] | None = None
     replaces: set[str] = field(default_factory=set)
     layers: list[LayerReport] = field(default_factory=list)
 
@@ -113,6 +118,7 @@ class Stage(Protocol):
 
     needs_statistics: bool
     needs_reference: bool  # cross moments with the inputs of the original model
+    counts_above: float | None  # wants `share_above` of this bound in its statistics
     trains_blocks: bool  # wants `block.samples`
     trains_model: bool  # its blocks are a start, from which the whole model is trained
     decides_globally: ClassVar[bool]

@@ -6,6 +6,7 @@ For an input x of width K seen over N tokens:
     cross_moment  C = 1/N sum x₀ xᵀ    [K, K], where x₀ is the original model's input for the same
                                        token, if both were run
     mean_abs        = 1/N sum |x|      [K]
+    share_above     = 1/N count of |x| >= a bound    [K], if a method asks for it
     max_abs         = max |x|          [K]
 
 q, k and v share one input, gate and up another, so a Llama block has 7 linears and 4 sets.  For a
@@ -35,24 +36,27 @@ TILE = 256  # columns of H computed at once; only tiles on and above the diagona
 class InputStatistics:
     """Statistics of one input tensor: sums while it is collected, means once one is asked for.
 
-    `linears` names the linears of the block that read it, `width` is K.  Tensors are float32, and
-    the statistics' own: whoever asks for one does not change it.
+    `linears` names the linears of the block that read it, `width` is K, `bound` is for share_above.
+    Tensors are float32, and the statistics' own: whoever asks for one does not change it.
     """
 
     linears: tuple[str, ...]
     width: int
     device: torch.device
+    bound: float | None = None
     tokens: int = 0
     max_abs: Tensor = field(init=False)
     _outer: Tensor = field(init=False)
     _cross: Tensor | None = field(init=False, default=None)
     _sum_abs: Tensor = field(init=False)
+    _above: Tensor = field(init=False)
     _finished: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self._outer = torch.zeros(self.width, self.width, device=self.device)
         self._sum_abs = torch.zeros(self.width, device=self.device)
         self.max_abs = torch.zeros(self.width, device=self.device)
+        self._above = torch.zeros(self.width, dtype=torch.int64, device=self.device)
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
         """Take in a batch of inputs, and the original model's for the same tokens, [..., K]."""
@@ -66,6 +70,8 @@ class InputStatistics:
         magnitude = flat.abs()
         self._sum_abs += magnitude.sum(dim=0, dtype=torch.float32)
         torch.maximum(self.max_abs, magnitude.amax(dim=0).float(), out=self.max_abs)
+        if self.bound is not None:
+            self._above += (magnitude >= self.bound).sum(dim=0)
         self.tokens += flat.shape[0]
         _add_outer_product(self._outer, flat)
 
@@ -82,7 +88,7 @@ class InputStatistics:
         """Take in what the other processes saw; all of them call this, and end up equal."""
         count = torch.tensor(self.tokens, device=self.device)
         crosses = [] if self._cross is None else [self._cross]
-        processes.add(count, self._outer, self._sum_abs, *crosses)
+        processes.add(count, self._outer, self._sum_abs, self._above, *crosses)
         processes.largest(self.max_abs)
         self.tokens = int(count)
 
@@ -95,6 +101,12 @@ class InputStatistics:
             moment /= spread.unsqueeze(1)
         self._sum_abs /= spread
         self.max_abs /= spread
+
+    @property
+    def share_above(self) -> Tensor:
+        """The share of tokens in which a channel's |x| is `bound` or more, float32 [K]."""
+        assert self.bound is not None, "not counted"
+        return self._above / max(self.tokens, 1)
 
     @property
     def cross_moment(self) -> Tensor | None:
@@ -158,13 +170,17 @@ def bfloat16_products() -> Iterator[None]:
 
 @contextmanager
 def collecting(
-    block: nn.Module, with_originals: bool = False, outputs: bool = True
+    block: nn.Module,
+    with_originals: bool = False,
+    outputs: bool = True,
+    bound: float | None = None,
 ) -> Iterator[list[InputStatistics]]:
     """Collect statistics of every linear's input while the block runs inside this context.
 
     `with_originals`: calls come in pairs, the first of each on the original model's hidden states,
     the second on those that statistics are of.  `outputs=False`: what the block returns is not
-    used, so the linears that come last are not multiplied by (from the second call on).
+    used, so the linears that come last are not multiplied by (from the second call on).  `bound`:
+    for `share_above`.
 
     Yields a list that fills during the first run: one InputStatistics per distinct input tensor,
     in the order of the forward pass.  Linears count as sharing an input when they are handed the
@@ -188,7 +204,7 @@ def collecting(
                     seen[key].append(name)
                     return
                 seen[key] = [name]
-                leader_of[name] = InputStatistics((name,), x.shape[-1], x.device)
+                leader_of[name] = InputStatistics((name,), x.shape[-1], x.device, bound)
                 groups.append(leader_of[name])
             if name not in leader_of:
                 return

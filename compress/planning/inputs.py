@@ -125,6 +125,8 @@ def stored_weights(config: Mapping[str, Any]) -> str | None:
         raise InputError(f"quantization_config in config.json is {shown(scheme)}, not an object")
     if scheme.get("quant_method") == "fp8":
         return "fp8"
+    if scheme.get("load_in_8bit"):
+        return "w8a8"
     bits, group = scheme.get("bits"), scheme.get("group_size")
     groups = scheme.get("config_groups")
     if isinstance(groups, Mapping) and groups:
@@ -142,6 +144,10 @@ def stored_weights(config: Mapping[str, Any]) -> str | None:
             bits, group, kind = found.pop()
             if kind == "float" and bits == 8:
                 return "fp8"
+            if bits == 8 and all(
+                isinstance(one, Mapping) and one.get("input_activations") for one in groups.values()
+            ):
+                return "w8a8"
     if bits not in (2, 3, 4, 8):
         raise InputError(
             f"the checkpoint is quantized with {shown(scheme.get('quant_method'))}, in which no "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.quant.config import Grid
-from compress.quant.formats import awq, compressed_tensors, gptq
+from compress.quant.formats import awq, bitsandbytes, compressed_tensors, gptq
 from compress.quant.weight import QuantizedWeight
 
 
@@ -20,6 +20,7 @@ class Format(Protocol):
     """What a format module provides.  Linears go by full name.
 
     SUFFIXES             names of a linear's tensors; every packed linear has the first
+    BESIDE               names of those that stand in the folder BESIDE of compress.core.shards
     refusal              why linears of these shapes, (out, in), cannot be packed on these grids:
                          one line, beginning with a linear's name; None if they can.  `reordered`
                          names linears with a `group_of`
@@ -33,6 +34,9 @@ class Format(Protocol):
 
     @property
     def SUFFIXES(self) -> tuple[str, ...]: ...  # noqa: N802
+
+    @property
+    def BESIDE(self) -> tuple[str, ...]: ...  # noqa: N802
 
     def refusal(
         self,
@@ -65,4 +69,5 @@ FORMATS: Mapping[str, Format] = {
     "compressed-tensors": compressed_tensors,
     "gptq": gptq,
     "awq": awq,
+    "bitsandbytes": bitsandbytes,
 }

@@ -28,6 +28,7 @@ from compress.quant.formats.packing import pack_int32, unpack_int32
 from compress.quant.weight import QuantizedWeight
 
 SUFFIXES = ("qweight", "qzeros", "scales")
+BESIDE = ()
 ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
 
 

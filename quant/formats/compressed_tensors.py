@@ -1,4 +1,4 @@
-"""The compressed-tensors checkpoint formats `pack-quantized` and, read only, `int-quantized`.
+"""The compressed-tensors formats `pack-quantized`, `int-quantized` and `float-quantized`.
 
 In `pack-quantized` each quantized linear is stored as
 
@@ -11,13 +11,15 @@ In `pack-quantized` each quantized linear is stored as
     weight_g_idx       read, not written: int32 [in], the group of each column (`actorder: group`,
                        which compressed-tensors 0.20 has removed)
 
-and in `int-quantized`, whose codes are not packed, as
+and in `int-quantized` and `float-quantized`, whose codes are not packed, as
 
-    weight             int8 [out, in], codes
+    weight             int8 or float8_e4m3fn [out, in], codes
     weight_scale       [out, in / group_size], the model's dtype
-    weight_zero_point  only if asymmetric: int8, as weight_scale
+    weight_zero_point  read, not written; only if asymmetric: int8, as weight_scale
 
-and config.json describes them under `quantization_config`.  Definition: the compressed-tensors
+These two are written for linears whose inputs are rounded too (8 bits, one scale a row; inputs one
+scale a token, computed at run time), and `int-quantized` is read for weights alone as well.
+config.json describes them under `quantization_config`.  Definition: the compressed-tensors
 library, https://github.com/vllm-project/compressed-tensors.  vLLM, SGLang and transformers load it.
 """
 
@@ -30,12 +32,13 @@ from torch import Tensor
 
 from compress.core.config import build
 from compress.core.errors import InputError
-from compress.quant.config import Grid
+from compress.quant.config import Grid, RoundedGrid
 from compress.quant.formats.packing import pack_int32, unpack_int32
+from compress.quant.input_rounding import rounding_of
 from compress.quant.weight import QuantizedWeight
 
-FORMAT = "pack-quantized"
-UNPACKED = "int-quantized"
+PACKED, INTEGERS, FLOATS = "pack-quantized", "int-quantized", "float-quantized"
+BESIDE = ()
 SUFFIXES = (
     "weight_scale",
     "weight_packed",
@@ -72,6 +75,8 @@ def pack_weight(weight: QuantizedWeight) -> dict[str, Tensor]:
     """Return the tensors that stand for a linear's `weight`, by suffix."""
     assert weight.offset is None
     assert weight.group_of is None
+    if weight.inputs is not None:
+        return {"weight": weight.codes, "weight_scale": weight.scale}
     packed = {
         "weight_packed": pack_int32(weight.codes, weight.bits),
         "weight_scale": weight.scale,
@@ -90,9 +95,10 @@ def unpack_weight(
 
     Raises InputError for 3 bits as they were packed before 2026, 32 // 3 = 10 codes a word.
     """
-    bits = grid_of(config, name).bits
+    grid = grid_of(config, name)
+    bits = grid.bits
     if "weight_packed" not in tensors:
-        return _of_plain_codes(tensors, bits)
+        return _of_plain_codes(tensors, grid)
     rows, columns = tensors["weight_shape"].tolist()
     words, found = -(-columns * bits // 32), tensors["weight_packed"].shape[1]
     if words != found:
@@ -115,14 +121,16 @@ def unpack_weight(
     )
 
 
-def _of_plain_codes(tensors: Mapping[str, Tensor], bits: int) -> QuantizedWeight:
-    """A linear of `int-quantized`."""
+def _of_plain_codes(tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedWeight:
+    """A linear of `int-quantized` or `float-quantized`."""
     codes, scale = tensors["weight"], tensors["weight_scale"]
-    if codes.dtype != torch.int8:
-        raise RuntimeError(f"codes are {codes.dtype}, not torch.int8")
+    inputs = rounding_of(grid) if isinstance(grid, RoundedGrid) else None
+    dtype = torch.float8_e4m3fn if inputs and inputs.kind == "fp8" else torch.int8
+    if codes.dtype != dtype:
+        raise RuntimeError(f"codes are {codes.dtype}, not {dtype}")
     group_size = codes.shape[1] // scale.shape[1]
     zero_point = tensors.get("weight_zero_point")
-    return QuantizedWeight(codes, scale, zero_point, bits, group_size)
+    return QuantizedWeight(codes, scale, zero_point, grid.bits, group_size, inputs=inputs)
 
 
 def grid_of(config: Mapping[str, Any], name: str) -> Grid:
@@ -132,7 +140,7 @@ def grid_of(config: Mapping[str, Any], name: str) -> Grid:
     regex and a regex before a class, as in compressed-tensors.  Raises InputError for a linear that
     no group names, or on a grid that is not of this module's kind.
     """
-    found: tuple[int, Mapping[str, Any]] = (0, {})
+    rank_of_found, found = 0, {}
     for group in config.get("config_groups", {}).values():
         for target in group["targets"]:
             if target == name:
@@ -141,11 +149,13 @@ def grid_of(config: Mapping[str, Any], name: str) -> Grid:
                 rank = 2 if re.match(target[3:], name) else 0
             else:
                 rank = int(target == "Linear")
-            if rank > found[0]:
-                found = (rank, group["weights"] or {})
-    if not found[0]:
+            if rank > rank_of_found:
+                rank_of_found, found = rank, group
+    if not rank_of_found:
         raise InputError(f"config_groups in config.json names no scheme for {name}")
-    weights = found[1]
+    weights = found["weights"] or {}
+    if found.get("input_activations"):
+        return RoundedGrid(inputs="fp8" if weights.get("type") == "float" else "int8")
     return build(
         Grid,
         {
@@ -174,7 +184,7 @@ def quantization_config(
     }
     return {
         "quant_method": "compressed-tensors",
-        "format": FORMAT,
+        "format": layout_of(next(iter(members), Grid())),
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(unquantized),
@@ -182,32 +192,61 @@ def quantization_config(
     }
 
 
+def layout_of(grid: Grid) -> str:
+    """The format in which linears on this grid are written."""
+    if not isinstance(grid, RoundedGrid):
+        return PACKED
+    return FLOATS if grid.inputs == "fp8" else INTEGERS
+
+
 def _config_group(grid: Grid, targets: Sequence[str]) -> dict[str, Any]:
+    kind = "float" if isinstance(grid, RoundedGrid) and grid.inputs == "fp8" else "int"
     weights = {
         "num_bits": grid.bits,
-        "type": "int",
+        "type": kind,
         "symmetric": grid.symmetric,
         "strategy": "group" if grid.group_size else "channel",
         "group_size": grid.group_size,
         "dynamic": False,
     }
+    inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
     return {
         "targets": list(targets),
         "weights": weights,
-        "input_activations": None,
+        "input_activations": inputs if isinstance(grid, RoundedGrid) else None,
         "output_activations": None,
-        "format": FORMAT,
+        "format": layout_of(grid),
     }
 
 
 def foreign(config: Mapping[str, Any]) -> str | None:
-    """What makes a checkpoint of this quant_method another layout than the one above, or None."""
+    """What makes a checkpoint of this quant_method another layout than the ones above, or None."""
     groups = config.get("config_groups", {}).values()
     named = {config.get("format"), *(group.get("format") for group in groups)}
-    if others := named - {FORMAT, UNPACKED, None}:
+    if others := named - {PACKED, INTEGERS, FLOATS, None}:
         return f"format {others.pop()}"
-    if any(group.get("input_activations") for group in groups):
-        return "quantized activations"
+    if any(not _is_read(group) for group in groups):
+        return (
+            "quantized activations other than 8 bits, symmetric, one scale a token at run time, "
+            "with weights of the same kind and one scale a row"
+        )
+    if FLOATS in named and not all(group.get("input_activations") for group in groups):
+        return "fp8 weights without quantized activations"
     if (config.get("transform_config") or {}).get("config_groups"):
         return "rotated weights (transform_config)"
     return None
+
+
+def _is_read(group: Mapping[str, Any]) -> bool:
+    """Whether what a group says of activations is none, or as `_config_group` writes it."""
+    if group.get("output_activations"):
+        return False
+    inputs, weights = group.get("input_activations"), group.get("weights") or {}
+    if not inputs:
+        return True
+    wanted = {"num_bits": 8, "symmetric": True, "type": weights.get("type")}
+    both = ({**wanted, "strategy": "token", "dynamic": True}, {**wanted, "strategy": "channel"})
+    return all(
+        all(found.get(key) == value for key, value in asked.items())
+        for found, asked in zip((inputs, weights), both, strict=True)
+    )

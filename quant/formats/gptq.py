@@ -43,6 +43,7 @@ from compress.quant.formats.packing import pack_int32, unpack_int32
 from compress.quant.weight import QuantizedWeight, code_range
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+BESIDE = ()
 # What vLLM and SGLang make one linear of (packed_modules_mapping of their model classes).
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
