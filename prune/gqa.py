@@ -100,6 +100,7 @@ class GqaStage:
     """
 
     needs_reference: bool = False
+    counts_above: float | None = None
     trains_blocks: bool = False
     workspace: ClassVar[int] = 6  # [N H, N H]: three moments, a factor and products
 

@@ -22,7 +22,9 @@ COMMA = re.compile(r",(?![^\[]*\])")  # not inside a list, [4,8]
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Output folder.")
 @click.option(
-    "--bits", type=int, help="Bits a weight: 2, 3, 4 or 8.  [default: 4; 8 with 8-bit activations]"
+    "--bits",
+    type=int,
+    help="Bits a weight: 2, 3, 4 or 8, and always 8 with 8-bit activations.  [default: 4]",
 )
 @click.option("--group-size", help="Columns that share a scale, or 'channel'.  [default: 128]")
 @click.option(
