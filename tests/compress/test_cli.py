@@ -119,7 +119,7 @@ def test_help_states_the_dataclasses_defaults():
 
     of = (LlmInt8Config, Recipe, CalibrationConfig, AwqConfig)  # the later ones count
     defaults = {f.name: f.default for cls in of for f in fields(cls)}
-    defaults["outlier_threshold"] = f"{defaults['outlier_threshold']:g}"
+    defaults["outlier_threshold"] = f"{LlmInt8Config().outlier_threshold:g}"
     defaults |= {"calibration": CalibrationConfig().source}
     defaults |= {"activation_memory": "a quarter of what is free"}  # kept_in_memory
     for name in ("samples", "seq_len", "seed"):
