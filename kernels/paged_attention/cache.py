@@ -5,10 +5,10 @@ A row is what one token leaves for one head, x of H numbers.  In 8 bits it is
     s = max(max_i |x[i]| / largest, 2^-126)
     code[i] = x[i] / s, rounded to even, between -largest and largest        x[i] ~ s * code[i]
 
-with `largest` 127 for int8 and 448 for fp8 (e4m3, whose codes are rounded to its 3 bits of mantissa
-behind the first).  s is float32, so that a row takes H + 4 bytes.  It needs no calibration, and what
-is written of a token depends on nothing but the token.  Where a checkpoint brings scales that were
-calibrated (`fixed`), all rows of a layer have that one, and what lies beyond it is cut off.
+with `largest` 127 for int8 and 448 for fp8 (e4m3).  s is float32, so that a row takes H + 4 bytes.
+It needs no calibration, and what is written of a token depends on nothing but the token.  Where a
+checkpoint brings scales that were calibrated (`fixed`), all rows of a layer have that one, and what
+lies beyond it is cut off.
 
 A row that holds NaN or an infinity has the scale NaN, and so has all that is computed of it.
 
@@ -64,6 +64,13 @@ Blocks = Tensor | QuantizedBlocks
 def tensors_of(blocks: Blocks) -> tuple[Tensor, ...]:
     """All tensors of keys or of values; a block is the first dimension of each."""
     return (blocks,) if isinstance(blocks, Tensor) else (blocks.codes, blocks.scales)
+
+
+def parts_of(blocks: Blocks) -> tuple[Tensor, Tensor | None]:
+    """What a Triton kernel gets of keys or values: numbers, or codes' bits as int8, and scales."""
+    if isinstance(blocks, Tensor):
+        return blocks, None
+    return blocks.codes.view(torch.int8), blocks.scales
 
 
 def new_blocks(

@@ -127,7 +127,9 @@ def _run(
     reach = context if window is None else window + len(q) - 1
     *parts, length = _spanned(cache, block_table, context, reach)
     keys, values = (
-        part[0].to(q.dtype) if len(part) == 1 else (part[0].float() * part[1][..., None]).to(q.dtype)
+        part[0].to(q.dtype)
+        if len(part) == 1
+        else (part[0].float() * part[1][..., None]).to(q.dtype)
         for part in parts
     )
     queries = by_kv_head(q, len(keys))  # [K, N / K, t, H]

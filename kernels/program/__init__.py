@@ -79,8 +79,9 @@ class Recorder:
     """The operations of a decoder, recorded; `run` carries them out.
 
     Activations are `dtype` (bfloat16 or float32) where they enter a matrix product, float32 in
-    between; so are keys and values, unless they are to be `codes`.  A batch holds at most `most_tokens` tokens, of which `most_rows` give logits.  `run`
-    takes as many threads as PyTorch had when the recorder was made, whichever thread calls it.
+    between; so are keys and values, unless they are to be `codes`.  A batch holds at most
+    `most_tokens` tokens, of which `most_rows` give logits.  `run` takes as many threads as PyTorch
+    had when the recorder was made, whichever thread calls it.
     """
 
     description = "AVX-512 program"

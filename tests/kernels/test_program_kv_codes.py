@@ -67,7 +67,7 @@ def test_attention(codes, dtype, sizes, window) -> None:
 
     Values of the program's own rotation differ from ours by float32's last bits, so a code may be
     one step away where it falls on the other side of a rounding: of a few ten thousand, some.
-    Attention is as without codes: float32 1e-5 of values of order 1, bfloat16 2^-6 (queries, weights
+    Attention is as without codes: float32 2e-5 of the largest value, bfloat16 2^-6 (queries, weights
     and the result have 8 bits).
     """
     heads, kv_heads, head_dim = sizes
@@ -136,7 +136,9 @@ def test_codes_of_all_sizes(codes) -> None:
 def test_fixed_scales(codes) -> None:
     """All rows have the layer's scale, and what lies beyond it is cut off."""
     sizes = (1, 1, 64)
-    program, qkv, _, _, cache = attention_program(torch.bfloat16, sizes, None, 16, codes, fixed=0.01)
+    program, qkv, _, _, cache = attention_program(
+        torch.bfloat16, sizes, None, 16, codes, fixed=0.01
+    )
     inputs = torch.randn(100, qkv.shape[1]) * 3
     attention_of(inputs, program, qkv, qkv, 0, 100)
     stored, scales = rows_of(cache[1], False, torch.arange(16), 100, sizes, torch.bfloat16)
