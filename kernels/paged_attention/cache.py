@@ -23,7 +23,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-AUTO = "auto"
 SMALLEST = 2.0**-126  # of float32's normal numbers
 
 
@@ -39,8 +38,6 @@ class Codes:
 INT8 = Codes("int8", torch.int8, 127.0)
 FP8 = Codes("fp8", torch.float8_e4m3fn, 448.0)
 CODES = {codes.name: codes for codes in (INT8, FP8)}
-KV_CACHE_DTYPES = (AUTO, *CODES)
-"""What a user may ask for; auto is as the checkpoint says, else the activations' dtype."""
 
 
 @dataclass(frozen=True)
