@@ -127,7 +127,7 @@ def evaluate_windows(
     """Score a model on token ids, int64 [W, N]; with `against`, compare it to that original.
 
     Returns plain numbers, ready for JSON: `perplexity`, `nll` (nats a token), `tokens` (scored),
-    `windows`, `seq_len`, `dtype`, `engine`, and `kv_cache_dtype` unless it is auto; with `against` also `perplexity_original`,
+    `windows`, `seq_len`, `dtype`, `engine`, `kv_cache_dtype` unless it is auto; with `against` also `perplexity_original`,
     `perplexity_ratio`, `kl_mean`, `kl_p99` (nats) and `top1_agreement` (0 to 1).  Each
     `x_interval` is [low, high].
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from compress.kernels.eager import BLOCK_SIZE, Eager
 from compress.kernels.lowbit_matmul import LinearWeight
-from compress.kernels.paged_attention.cache import Blocks, Codes, tensors_of
+from compress.kernels.paged_attention.cache import Blocks, Codes, tensors_of, with_scales
 from compress.kernels.program import Recorder
 from compress.runtime.batch import Batch
 from compress.runtime.weights import DecoderWeights
@@ -42,6 +42,7 @@ class _Layer:
     gate_up: Any
     down: Any
     window: int | None
+    kv_scales: tuple[float, float] | None  # calibrated ones
 
 
 class Decoder(ABC):
@@ -84,6 +85,7 @@ class Decoder(ABC):
                     pack(layer.gate_up, silu_mul=True),
                     pack(layer.down),
                     layer.window,
+                    layer.kv_scales,
                 )
             )
         self._cache: list[tuple[Blocks, Blocks]] = []
@@ -146,7 +148,9 @@ class Decoder(ABC):
             model, kept = self._whole
             self._cache = [model._cache[index] for index in kept]
         else:
-            self._cache = [self._new_cache(num_blocks) for _ in self._layers]
+            self._cache = [
+                with_scales(self._new_cache(num_blocks), layer.kv_scales) for layer in self._layers
+            ]
 
     def _new_cache(self, num_blocks: int) -> tuple[Blocks, Blocks]:
         return self._operations.new_cache(

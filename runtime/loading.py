@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -47,9 +48,17 @@ def make_decoder(
     most_tokens: int | None = None,
     kv_cache_dtype: str = "auto",
 ) -> Decoder:
-    """The fastest decoder for a device and a dtype; says so where that is PyTorch's operations."""
+    """The fastest decoder for a device and a dtype; says so where that is PyTorch's operations.
+
+    Keys and values are in 8 bits where `kv_cache_dtype` says so, with a scale for each token and
+    head; and with auto where the checkpoint has calibrated scales, by these.
+    """
     check_kv_cache_dtype(kv_cache_dtype)
     most_tokens = most_tokens or MOST_TOKENS[device.type]
+    if kv_cache_dtype == "auto":
+        kv_cache_dtype = weights.kv_cache_dtype or "auto"
+    else:
+        weights.layers[:] = [replace(layer, kv_scales=None) for layer in weights.layers]
     codes = CODES.get(kv_cache_dtype)
     against = reason_against_triton(device)
     if against is None:

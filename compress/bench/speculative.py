@@ -219,7 +219,7 @@ def make_arms(
                 subject.dtype,
                 most,
                 subject.kv_cache_dtype,
-            )  # fmt: skip
+            )
         )
         arms.append(Arm(length, engine(watched), watched))
     for arm, choice in zip(arms[1:], proposers, strict=True):

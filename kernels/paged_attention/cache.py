@@ -18,7 +18,7 @@ Micikevicius et al., FP8 Formats for Deep Learning, 2022, arXiv:2209.05433.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -89,6 +89,16 @@ def new_blocks(
         )
 
     return new(), new()
+
+
+def with_scales(
+    cache: tuple[Blocks, Blocks], fixed: tuple[float, float] | None
+) -> tuple[Blocks, Blocks]:
+    """The keys and values of a layer, from now on written with calibrated scales if any."""
+    keys, values = cache
+    if fixed and isinstance(keys, QuantizedBlocks) and isinstance(values, QuantizedBlocks):
+        return replace(keys, fixed=fixed[0]), replace(values, fixed=fixed[1])
+    return cache
 
 
 def quantize(x: Tensor, kind: Codes, fixed: float | None = None) -> tuple[Tensor, Tensor]:

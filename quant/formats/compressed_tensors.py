@@ -200,6 +200,28 @@ def _config_group(grid: Grid, targets: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def kv_cache_dtype(config: Mapping[str, Any]) -> str | None:
+    """What `kv_cache_scheme` stores keys and values as, int8 or fp8; None where there is none.
+
+    Its scales are `self_attn.k_scale` and `self_attn.v_scale`, a number each, with which codes are
+    multiplied (strategy `tensor`).  Raises InputError for any other scheme.
+    """
+    scheme = config.get("kv_cache_scheme")
+    if not scheme:
+        return None
+    kinds = {(8, "int"): "int8", (8, "float"): "fp8"}
+    kind = kinds.get((scheme.get("num_bits"), scheme.get("type")))
+    strategy, dynamic = scheme.get("strategy"), scheme.get("dynamic")
+    if kind is None or strategy != "tensor" or dynamic or not scheme.get("symmetric", True):
+        raise InputError(
+            f"kv_cache_scheme in config.json has {scheme.get('num_bits')} bits of type "
+            f"{scheme.get('type')}, strategy {strategy}; read are 8 bits of type int or float, "
+            "symmetric, strategy tensor, not dynamic; remove it and its scales to store keys and "
+            "values by --kv-cache-dtype"
+        )
+    return kind
+
+
 def foreign(config: Mapping[str, Any]) -> str | None:
     """What makes a checkpoint of this quant_method another layout than the one above, or None."""
     groups = config.get("config_groups", {}).values()

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from compress.kernels.paged_attention.cache import FP8, INT8, quantize
+from compress.kernels.paged_attention.cache import FP8, INT8, quantize, with_scales
 from compress.kernels.program.build import reason_against
 from compress.kernels.rope import apply_rope, rope_table
 from compress.runtime.batch import Batch
@@ -33,7 +33,7 @@ def attention_program(dtype, sizes, window, blocks, codes, fixed=None):
     for part in cache:
         part.codes.view(torch.uint8).random_(0, 256)
         part.scales.fill_(math.nan)
-        object.__setattr__(part, "fixed", fixed)
+    cache = with_scales(cache, fixed and (fixed, fixed))
     inv_freq = 1.0 / 10000 ** (torch.arange(0, head_dim, 2) / head_dim)
     out = program.attention(
         qkv, program.angles(inv_freq, 1.1), *cache, heads=heads, kv_heads=kv_heads,
@@ -67,8 +67,8 @@ def test_attention(codes, dtype, sizes, window) -> None:
 
     Values of the program's own rotation differ from ours by float32's last bits, so a code may be
     one step away where it falls on the other side of a rounding: of a few ten thousand, some.
-    Attention is as without codes: float32 2e-5 of the largest value, bfloat16 2^-6 (queries, weights
-    and the result have 8 bits).
+    Attention is as without codes: float32 2e-5 of the largest value, bfloat16 2^-6 (queries,
+    weights and the result have 8 bits).
     """
     heads, kv_heads, head_dim = sizes
     final = batch_of(MIXED)
