@@ -127,9 +127,9 @@ def evaluate_windows(
     """Score a model on token ids, int64 [W, N]; with `against`, compare it to that original.
 
     Returns plain numbers, ready for JSON: `perplexity`, `nll` (nats a token), `tokens` (scored),
-    `windows`, `seq_len`, `dtype`, `engine`, `kv_cache_dtype` unless it is auto; with `against` also `perplexity_original`,
-    `perplexity_ratio`, `kl_mean`, `kl_p99` (nats) and `top1_agreement` (0 to 1).  Each
-    `x_interval` is [low, high].
+    `windows`, `seq_len`, `dtype`, `engine`, `kv_cache_dtype` unless it is auto; with `against`
+    also `perplexity_original`, `perplexity_ratio`, `kl_mean`, `kl_p99` (nats) and
+    `top1_agreement` (0 to 1).  Each `x_interval` is [low, high].
 
     Raises InputError when a model cannot be loaded or gives NaN, and when the two models do not
     share vocabulary and tokenization.
