@@ -36,6 +36,7 @@ from compress.quant.weight import QuantizedWeight
 
 FORMAT = "pack-quantized"
 UNPACKED = "int-quantized"
+KV_TYPES = {"int8": "int", "fp8": "float"}
 SUFFIXES = (
     "weight_scale",
     "weight_packed",
@@ -200,6 +201,18 @@ def _config_group(grid: Grid, targets: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def kv_cache_scheme(kind: str) -> dict[str, Any]:
+    """What `kv_cache_dtype` reads as int8 or fp8."""
+    return {
+        "num_bits": 8,
+        "type": KV_TYPES[kind],
+        "symmetric": True,
+        "strategy": "tensor",
+        "group_size": None,
+        "dynamic": False,
+    }
+
+
 def kv_cache_dtype(config: Mapping[str, Any]) -> str | None:
     """What `kv_cache_scheme` stores keys and values as, int8 or fp8; None where there is none.
 
@@ -209,7 +222,7 @@ def kv_cache_dtype(config: Mapping[str, Any]) -> str | None:
     scheme = config.get("kv_cache_scheme")
     if not scheme:
         return None
-    kinds = {(8, "int"): "int8", (8, "float"): "fp8"}
+    kinds = {(8, name): kind for kind, name in KV_TYPES.items()}
     kind = kinds.get((scheme.get("num_bits"), scheme.get("type")))
     strategy, dynamic = scheme.get("strategy"), scheme.get("dynamic")
     if kind is None or strategy != "tensor" or dynamic or not scheme.get("symmetric", True):
