@@ -33,10 +33,11 @@ from compress.inspection import inspect_folder
 QUALITY = "quality.json"
 Layer = dict[str, Any]  # a LayerReport, as compress.json holds it
 
-# A measurement replaces an earlier one that agrees with it in these.
+# A measurement replaces an earlier one that agrees with it in these, and in `kv_cache_dtype`, which
+# is absent for auto.
 KEYS = {
-    "texts": ("text", "against", "windows", "seq_len", "dtype", "kv_cache_dtype"),
-    "tasks": ("task", "limit", "dtype", "kv_cache_dtype"),
+    "texts": ("text", "against", "windows", "seq_len", "dtype"),
+    "tasks": ("task", "limit", "dtype"),
 }
 # metric -> label and format; top1_agreement is shown in percent
 TEXT_METRICS = {
@@ -84,7 +85,10 @@ def record_quality(folder: Path, result: dict[str, Any]) -> None:
         found["tasks"].append({"task": task, **shared, "metrics": metrics})
     with _as_written_here(folder):
         for kind, new in found.items():
-            by_key = {tuple(m.get(key) for key in KEYS[kind]): m for m in [*quality[kind], *new]}
+            by_key = {
+                (*(m[key] for key in KEYS[kind]), m.get("kv_cache_dtype")): m
+                for m in [*quality[kind], *new]
+            }
             quality[kind] = list(by_key.values())
     write_text(folder / QUALITY, json.dumps(quality, indent=2) + "\n")
     write_report(folder)
