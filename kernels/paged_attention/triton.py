@@ -347,7 +347,8 @@ def paged_attention(
     kv_heads = keys.shape[1]
     group = heads // kv_heads
     if shape is None:
-        shape = choose(most_new * group, group, head_dim, q.dtype, capability_of(q.device))
+        device = capability_of(q.device)
+        shape = choose(most_new * group, group, head_dim, q.dtype, device, codes is not None)
     if tiles is not None:
         most_new = min(most_new, tile_tokens(heads, kv_heads))  # of a tile
     parts = -(-most_new // (shape.block_m // group))
@@ -391,7 +392,10 @@ def entries(capability: int) -> list[Entry]:
     found = []
     for kind, codes in (("fp16", None), ("bf16", None), ("bf16", INT8), ("bf16", FP8)):
         for head_dim in (64, 128):
-            shapes = [choose(rows, 1, head_dim, torch.bfloat16, capability) for rows in EVERY_ROWS]
+            coded = codes is not None
+            shapes = [
+                choose(rows, 1, head_dim, torch.bfloat16, capability, coded) for rows in EVERY_ROWS
+            ]
             words = f"h{head_dim} {kind}{f' {codes.name}' if codes else ''}"
             absent = {} if codes else {"k_scales": None, "v_scales": None}
             found += [

@@ -215,8 +215,9 @@ def test_what_is_compiled_ahead_is_what_is_chosen():
         for head_dim in (64, 128):
             for group in range(1, 17):
                 for new in range(1, plan.tile_tokens(group, 1) + 2):
-                    shape = choose(new * group, group, head_dim, torch.bfloat16, capability)
+                    sizes = (new * group, group, head_dim, torch.bfloat16, capability)
                     for codes in (None, INT8, FP8):
+                        shape = choose(*sizes, coded=codes is not None)
                         expected = kernels.constants(shape, head_dim, codes)
                         absent = {} if codes else {"k_scales": None, "v_scales": None}
                         assert expected | absent in compiled
