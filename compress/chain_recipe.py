@@ -9,9 +9,9 @@
       - {method: distill, train: {tokens: 200k}}
       - {method: gptq, bits: 4, calibration: {samples: 128}}
 
-`calibration`, `dtype`, `compute_dtype` and `propagate_error` hold for every stage that has them; a
-stage's own `calibration` is laid over the recipe's.  A distillation without a teacher learns from
-`model`; `teacher: stage 1` is what stage 1 gave.
+`calibration`, `dtype`, `compute_dtype`, `propagate_error` and `kv_cache` hold for every stage that
+has them; a stage's own `calibration` is laid over the recipe's.  A distillation without a teacher
+learns from `model`; `teacher: stage 1` is what stage 1 gave.
 """
 
 import re
@@ -55,7 +55,7 @@ KINDS = {
     DISTILL: (DistillRecipe, build_distillation),
     PRUNE: (PruneRecipe, build_pruning),
 }
-SHARED = ("calibration", "dtype", "compute_dtype", "propagate_error")
+SHARED = ("calibration", "dtype", "compute_dtype", "propagate_error", "kv_cache")
 STAGES = "stages"  # .NAME.stages beside the output NAME: the stages' folders
 RESULT = "model"  # in the folder of a stage: what it gave
 

@@ -156,6 +156,12 @@ def model_card(ref: str, report: dict[str, Any]) -> str:
             f"`{Path(data['source']).name}` (seed {data['seed']}).",
             "",
         ]
+    if recipe["kv_cache"]:
+        lines += [
+            f"With calibrated scales of keys and values in {recipe['kv_cache']}, one of each a "
+            "layer.",
+            "",
+        ]
     lines += ["`report.html` shows the error of each layer, `compress.json` holds it.", ""]
     return "\n".join(lines)
 

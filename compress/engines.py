@@ -34,12 +34,20 @@ def check_engine(engine: str) -> None:
         )
 
 
-def settle_engine(engine: str, sources: Sequence[ModelSource]) -> str:
+def settle_engine(engine: str, sources: Sequence[ModelSource], kv_cache_dtype: str = "auto") -> str:
     """Say and return which engine it will be: with `auto` the runtime, where it serves all models.
 
-    Reads no weights.  Raises InputError for the runtime if it does not serve one of the models.
+    Reads no weights.  Raises InputError for the runtime if it does not serve one of the models, and
+    for transformers if keys and values are to be stored in 8 bits, which it does not do here.
     """
     check_engine(engine)
+    if kv_cache_dtype != "auto":
+        if engine == "transformers":
+            raise InputError(
+                f"kv_cache_dtype '{kv_cache_dtype}' is for the runtime, and engine 'transformers' "
+                "keeps no cache in evaluation; leave out one of the two"
+            )
+        engine = "runtime"
     if engine != "transformers":
         try:
             _check_runtime(engine, sources)
@@ -62,14 +70,21 @@ def _check_runtime(engine: str, sources: Sequence[ModelSource]) -> None:
         check_served(source)
 
 
-def load_predictor(engine: str, source: ModelSource, dtype: str) -> Predictor:
-    """Load a model on a settled engine; what it returns gives the logits of spans, in order."""
+def load_predictor(
+    engine: str, source: ModelSource, dtype: str, kv_cache_dtype: str = "auto"
+) -> Predictor:
+    """Load a model on a settled engine; what it returns gives the logits of spans, in order.
+
+    transformers keeps no cache in evaluation, so `kv_cache_dtype` is the runtime's alone.
+    """
     if engine == "transformers":
         return partial(_transformers_logits, load_model(source.folder, dtype))
     from compress.runtime.loading import load_decoder
     from compress.runtime.scoring import logits
 
-    return partial(logits, load_decoder(source, default_device(), dtype))
+    return partial(
+        logits, load_decoder(source, default_device(), dtype, kv_cache_dtype=kv_cache_dtype)
+    )
 
 
 def _transformers_logits(model: Any, spans: Sequence[Span]) -> Iterator[Piece]:

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compress.core.device import check_dtype
+from compress.core.device import check_dtype, check_kv_cache_dtype
 from compress.core.errors import InputError
 from compress.core.progress import track
 from compress.core.source import ModelSource, read_config
@@ -57,10 +57,14 @@ POSITIONS_AT_ONCE = 128  # bounds the fp32 copies of the logits to 128 x V
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringConfig:
-    """How windows are scored: with weights in `dtype`, by one of compress.engines.ENGINES."""
+    """How windows are scored: with weights in `dtype`, by one of compress.engines.ENGINES.
+
+    `kv_cache_dtype` is for the model; the original that it is compared with keeps its own.
+    """
 
     dtype: str = "float32"
     engine: str = "auto"
+    kv_cache_dtype: str = "auto"
     bootstrap: int = 10_000
     seed: int = 0
 
@@ -68,6 +72,7 @@ class ScoringConfig:
         self._check_least(bootstrap=100, seed=0)
         check_dtype(self.dtype)
         check_engine(self.engine)
+        check_kv_cache_dtype(self.kv_cache_dtype)
 
     def _check_least(self, **least: int) -> None:
         for name, minimum in least.items():
@@ -122,9 +127,9 @@ def evaluate_windows(
     """Score a model on token ids, int64 [W, N]; with `against`, compare it to that original.
 
     Returns plain numbers, ready for JSON: `perplexity`, `nll` (nats a token), `tokens` (scored),
-    `windows`, `seq_len`, `dtype`, `engine`; with `against` also `perplexity_original`,
-    `perplexity_ratio`, `kl_mean`, `kl_p99` (nats) and `top1_agreement` (0 to 1).  Each
-    `x_interval` is [low, high].
+    `windows`, `seq_len`, `dtype`, `engine`, `kv_cache_dtype` unless it is auto; with `against`
+    also `perplexity_original`, `perplexity_ratio`, `kl_mean`, `kl_p99` (nats) and
+    `top1_agreement` (0 to 1).  Each `x_interval` is [low, high].
 
     Raises InputError when a model cannot be loaded or gives NaN, and when the two models do not
     share vocabulary and tokenization.
@@ -138,8 +143,12 @@ def evaluate_windows(
             f"the tokenizer of '{folders[0]}' gives token {windows.max()}, but the model has "
             f"{vocabulary}; the tokenizer belongs to another model, copy the right one there"
         )
-    engine = settle_engine(config.engine, sources)
-    predictors = [load_predictor(engine, source, config.dtype) for source in sources]
+    engine = settle_engine(config.engine, sources, config.kv_cache_dtype)
+    caches = (config.kv_cache_dtype, "auto")
+    predictors = [
+        load_predictor(engine, source, config.dtype, cache)
+        for source, cache in zip(sources, caches, strict=False)
+    ]
     rows = []
     for row in track(score_windows(predictors, windows), "Evaluating", total=count):
         rows.append(row)
@@ -151,6 +160,8 @@ def evaluate_windows(
             )
     scores = np.stack(rows, axis=1)  # [1 or 4, W, T]
     settings = {"windows": count, "seq_len": seq_len, "dtype": config.dtype, "engine": engine}
+    if config.kv_cache_dtype != "auto":
+        settings["kv_cache_dtype"] = config.kv_cache_dtype
     return summarize(scores, config) | {"tokens": int(scores[0].size)} | settings
 
 

@@ -70,6 +70,13 @@ def export_model(
                 f"{survey.rounded:,} scales change in float16, "
                 f"by {survey.largest_change:.1e} of their value at most"
             )
+        scheme = source.scheme if isinstance(source, PackedFolder) else {}
+        cache = scheme.get("kv_cache_scheme")
+        if cache and format_name != "compressed-tensors":
+            raise InputError(
+                f"format {format_name} cannot hold the scales of keys and values that "
+                f"'{source.source.ref}' has (kv_cache_scheme); use compressed-tensors"
+            )
         in_float = source.float_linears()
         inside = [name for name in in_float if re.search(r"\.\d+\.", name)]
         if inside:
@@ -77,6 +84,7 @@ def export_model(
         writer = ShardWriter(work.output)
         total_bytes = writer.finish(_write(source, target, survey, stored, writer))
         config = target.quantization_config(survey.grids, in_float, survey.reordered)
+        config |= {"kv_cache_scheme": cache} if cache else {}
         report = _report(source, format_name, out, survey, inside, total_bytes)
         times = {"seconds": round(time.monotonic() - started, 1)}
         checkpoint.write_side_files(

@@ -52,10 +52,16 @@ TOP_K = 50  # transformers draws from so many tokens where nothing says otherwis
 class RuntimeLM(TemplateLM):
     """A model on the runtime, for `lm_eval.evaluator.simple_evaluate`."""
 
-    def __init__(self, source: ModelSource, dtype: str = "float32", seed: int = 0) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        dtype: str = "float32",
+        seed: int = 0,
+        kv_cache_dtype: str = "auto",
+    ) -> None:
         super().__init__()
         self.tokenizer: Any = load_tokenizer(source.folder)
-        self._decoder = load_decoder(source, default_device(), dtype)
+        self._decoder = load_decoder(source, default_device(), dtype, kv_cache_dtype=kv_cache_dtype)
         self._stop_tokens = stop_tokens(source.folder, self.tokenizer)
         self._defaults = _generation_defaults(source)
         self._seed = seed

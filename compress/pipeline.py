@@ -28,6 +28,7 @@ from compress import calibration, checkpoint
 from compress.core.blocks import BlockModel, linears_of
 from compress.core.commits import numbered
 from compress.core.errors import InputError, reason_of
+from compress.core.kv_sizes import attention_of
 from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
 from compress.core.shards import (
@@ -41,6 +42,7 @@ from compress.core.shards import (
 from compress.core.stage import Block, LayerReport
 from compress.frontier_plot import write_plot
 from compress.inspection import inspect_folder
+from compress.kernels.paged_attention.cache import CODES, SMALLEST
 from compress.mixed import settle_mixed
 from compress.preflight import (
     Job,
@@ -51,9 +53,12 @@ from compress.preflight import (
     preflight,
 )
 from compress.qat import train_whole_model
+from compress.quant.formats import compressed_tensors
 from compress.recipe import CalibrationConfig, Recipe, described
 from compress.report import write_report
 from compress.walk import Clock, Walk
+
+KV_CACHE = "kv-cache"  # the part with scales of keys and values
 
 
 def run_recipe(
@@ -89,6 +94,7 @@ def run_recipe(
         first(lambda: folder.begin(_identity(job), restart))
         with broken_off(folder):
             walk = Walk(job, folder.commits, folder.activations, memory, clock)
+            walk.measures_cache = job.recipe.kv_cache is not None
             return _compress(walk, folder, only_allocate)
 
 
@@ -145,6 +151,9 @@ def _compress(walk: Walk[Job], folder: OutputFolder, only_allocate: bool) -> dic
     visit = partial(_apply_and_write, job, plan, writer, beside)
     with_originals = stage.needs_reference or stage.trains_blocks
     reports = walk.visit_all("apply", visit, job.recipe.propagate_error, with_originals)
+    if job.recipe.kv_cache and walk.commits.get(KV_CACHE) is None:
+        first(lambda: writer.write(KV_CACHE, _cache_scales(walk)))
+        first(lambda: walk.commits.put(KV_CACHE, True))
     layers = [LayerReport(**layer) for layer in chain.from_iterable(reports)]
     layers += _left_in_float(model)
     made = Made(layers, tokens, seconds, allocation=allocation)
@@ -198,15 +207,33 @@ def _train(
     return replace(made, layers=trained.layers, seconds=seconds, training=trained.report)
 
 
-def _part_names(model: BlockModel) -> list[str]:
-    return ["outer", *(numbered("block", index) for index in range(model.num_blocks))]
+def _part_names(model: BlockModel, with_cache: bool = False) -> list[str]:
+    blocks = [numbered("block", index) for index in range(model.num_blocks)]
+    return ["outer", *blocks, *([KV_CACHE] if with_cache else [])]
+
+
+def _cache_scales(walk: Walk[Job]) -> dict[str, Tensor]:
+    """The scales of keys and values by name, float32 [1] each: the largest has the largest code."""
+    model, kind = walk.job.model, walk.job.recipe.kv_cache
+    assert kind is not None
+    scales = {}
+    for index, commit in enumerate(walk.commits.series("apply")):
+        attention = attention_of(model.meta_block(index), model.block_name(index))
+        owner = model.stored_name(f"{model.block_name(index)}.{attention}")
+        for name, size in zip(("k_scale", "v_scale"), commit["cache_sizes"], strict=True):
+            scales[f"{owner}.{name}"] = torch.tensor([max(size / CODES[kind].largest, SMALLEST)])
+    return scales
 
 
 def _config_entries(job: Job, layers: Sequence[LayerReport]) -> dict[str, Any]:
     """What the stage adds to config.json."""
     quantized = {layer.name for layer in layers if layer.method}
     in_float = [name for name in linears_of(job.model.skeleton) if name not in quantized]
-    return job.stage.checkpoint_config(in_float)
+    entries = job.stage.checkpoint_config(in_float)
+    if job.recipe.kv_cache:
+        scheme = compressed_tensors.kv_cache_scheme(job.recipe.kv_cache)
+        entries["quantization_config"]["kv_cache_scheme"] = scheme
+    return entries
 
 
 def _rows(walk: Walk[Job]) -> Tensor:
@@ -282,7 +309,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Name the shards and write what stands beside them; can be broken off and done again."""
     job, model = walk.job, walk.job.model
-    total_bytes = writer.finish(_part_names(model))
+    total_bytes = writer.finish(_part_names(model, job.recipe.kv_cache is not None))
     beside = ShardWriter(folder.output / BESIDE)
     if beside.folder.is_dir():
         total_bytes += beside.finish(_part_names(model)[1:])

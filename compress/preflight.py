@@ -11,6 +11,7 @@ from compress import calibration
 from compress.core.blocks import BlockModel, linears_of
 from compress.core.device import default_device, native_bfloat16
 from compress.core.errors import InputError
+from compress.core.kv_sizes import attention_of
 from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
 from compress.core.progress import say
@@ -91,6 +92,9 @@ def preflight(recipe: Recipe) -> Job:
     if reason := FORMATS[config.format].refusal(grids, shapes):
         raise InputError(f"format {config.format} cannot hold {reason}")
     stage: Stage = config.stage(grids)
+    if recipe.kv_cache:
+        _check_kv_cache(recipe, stage, model)
+        stage.needs_statistics = True  # so that the blocks are run
     check_settings(recipe, stage)
     for remark in remarks:
         say(remark)
@@ -112,6 +116,27 @@ def check_settings(recipe: Recipe, stage: Stage) -> None:
         calibration.check_source(recipe.calibration)
     if stage.needs_statistics:
         check_shares(recipe.calibration)
+
+
+def _check_kv_cache(recipe: Recipe, stage: Stage, model: BlockModel) -> None:
+    """Refuse scales of keys and values where nothing can measure or hold them."""
+    if (held := recipe.stages[0].format) != "compressed-tensors":
+        raise InputError(
+            f"format {held} cannot hold scales of keys and values (kv_cache: {recipe.kv_cache}); "
+            "use compressed-tensors, or leave out kv_cache"
+        )
+    if not recipe.propagate_error:
+        raise InputError(
+            "kv_cache measures keys and values of the compressed blocks, which propagate_error: "
+            "false does not compute; switch one of the two off"
+        )
+    if stage.trains_model:
+        raise InputError(
+            "kv_cache measures keys and values before the whole model is trained; set tokens=0, "
+            "or leave out kv_cache"
+        )
+    for index in range(model.num_blocks):
+        attention_of(model.meta_block(index), model.block_name(index))
 
 
 def open_model(
@@ -302,7 +327,7 @@ def _output_bytes(job: Job) -> int:
     )
     for (grid, shape), count in kinds.items():
         total += count * _packed_bytes(format, grid, shape, job.dtype)
-    return total
+    return total + (8 * model.num_blocks if job.recipe.kv_cache else 0)
 
 
 def _float_bytes(model: BlockModel, name: str, dtype: torch.dtype) -> int:

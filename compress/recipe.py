@@ -86,6 +86,8 @@ class Recipe:
     compute_dtype    dtype of calibration forwards; `auto` takes bfloat16 where the processor
                      multiplies it natively, else float32
     propagate_error  calibrate each block on the outputs of the already compressed ones before it
+    kv_cache         measure keys and values, and store scales with which a runtime keeps them in
+                     int8 or fp8, one of keys and one of values in each block
     """
 
     model: Annotated[str, Field(min_length=1)]
@@ -95,6 +97,7 @@ class Recipe:
     dtype: DTypeName = "auto"
     compute_dtype: DTypeName = "auto"
     propagate_error: bool = True
+    kv_cache: Literal["int8", "fp8"] | None = None
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

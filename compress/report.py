@@ -34,7 +34,8 @@ from compress.inspection import inspect_folder
 QUALITY = "quality.json"
 Layer = dict[str, Any]  # a LayerReport, as compress.json holds it
 
-# A measurement replaces an earlier one that agrees with it in these.
+# A measurement replaces an earlier one that agrees with it in these, and in `kv_cache_dtype`, which
+# is absent for auto.
 KEYS = {
     "texts": ("text", "against", "windows", "seq_len", "dtype"),
     "tasks": ("task", "limit", "dtype"),
@@ -80,11 +81,15 @@ def record_quality(folder: Path, result: dict[str, Any]) -> None:
         names = {"text": Path(result["text"]).name, "against": against}
         found["texts"].append(told | names)
     shared = {name: result.get(name) for name in ("limit", "dtype", "seed", "engine")}
+    shared |= {"kv_cache_dtype": result["kv_cache_dtype"]} if "kv_cache_dtype" in result else {}
     for task, metrics in result.get("tasks", {}).items():
         found["tasks"].append({"task": task, **shared, "metrics": metrics})
     with _as_written_here(folder):
         for kind, new in found.items():
-            by_key = {tuple(m[key] for key in KEYS[kind]): m for m in [*quality[kind], *new]}
+            by_key = {
+                (*(m[key] for key in KEYS[kind]), m.get("kv_cache_dtype")): m
+                for m in [*quality[kind], *new]
+            }
             quality[kind] = list(by_key.values())
     write_text(folder / QUALITY, json.dumps(quality, indent=2) + "\n")
     write_report(folder)

@@ -220,6 +220,19 @@ def not_packed(contents: Contents) -> Iterator[Objection]:
         yield Objection("not known", "int-quantized weights without quantized activations")
 
 
+def vllm_cache(contents: Contents) -> Iterator[Objection]:
+    """vLLM: compressed_tensors.py (validate_kv_cache_scheme) is for fp8, and lets int8 through."""
+    cache = contents.scheme.get("kv_cache_scheme")
+    if cache and cache.get("type") != "float":
+        yield Objection("not known", "scales of an int8 cache; vLLM's own is fp8 (--kv-cache fp8)")
+
+
+def sglang_cache(contents: Contents) -> Iterator[Objection]:
+    """How SGLang takes `kv_cache_scheme` was not looked up."""
+    if contents.scheme.get("kv_cache_scheme"):
+        yield Objection("not known", "scales of keys and values (kv_cache_scheme)")
+
+
 def transformers_zero_points(contents: Contents) -> Iterator[Objection]:
     """Run: compressed-tensors 0.18 to 0.20 makes room for zero points that are not packed."""
     if not all(grid.symmetric for grid in contents.grids.values()):
@@ -261,6 +274,7 @@ TARGETS: Mapping[str, Mapping[str, tuple[list[str], list[Rule]]]] = {
                 bits_in("not known", (4, 8), "every version"),
                 one_scheme_in_fused,
                 weights_alone(vllm_kernel),
+                vllm_cache,
                 weights_alone(not_packed),
             ],
         ),
@@ -277,6 +291,7 @@ TARGETS: Mapping[str, Mapping[str, tuple[list[str], list[Rule]]]] = {
                 one_scheme_in_fused,
                 sglang_symmetric,
                 weights_alone(sglang_marlin),
+                sglang_cache,
                 weights_alone(not_packed),
             ],
         ),

@@ -42,12 +42,14 @@ def evaluate_tasks(
     seed: int = 0,
     dtype: str = "float32",
     engine: str = "auto",
+    kv_cache_dtype: str = "auto",
 ) -> dict[str, Any]:
     """Run harness tasks, and return their metrics with standard errors, ready for JSON.
 
     `include_path` is a folder with task files of your own, `limit` the number of questions to ask
     of each task (None: all), `engine` one of compress.engines.ENGINES.  `batch_size` is for the
-    engine transformers; the runtime packs its batches itself.  Returns {"tasks": {task: {"samples":
+    engine transformers; the runtime packs its batches itself, and keeps keys and values as
+    `kv_cache_dtype` says.  Returns {"tasks": {task: {"samples":
     n, metric: value, metric_stderr: value or None}}, "limit": limit, "engine": engine}.  A group of
     tasks also gets an entry, when the harness aggregates it.
 
@@ -58,12 +60,12 @@ def evaluate_tasks(
     read_config(model.folder)
     with contextlib.redirect_stdout(sys.stderr):  # the harness and its data sets print
         manager = _find_tasks(tasks, include_path)
-        engine = settle_engine(engine, [model])
+        engine = settle_engine(engine, [model], kv_cache_dtype)
         specs = _load_tasks(manager, tasks)
         from lm_eval.evaluator import simple_evaluate
 
         found: Any = simple_evaluate(
-            _harness_model(engine, model, dtype, batch_size, seed),
+            _harness_model(engine, model, dtype, batch_size, seed, kv_cache_dtype),
             tasks=specs,
             task_manager=manager,
             limit=limit,
@@ -83,14 +85,16 @@ def evaluate_tasks(
         },
         "limit": limit,
         "engine": engine,
-    }
+    } | ({} if kv_cache_dtype == "auto" else {"kv_cache_dtype": kv_cache_dtype})
 
 
-def _harness_model(engine: str, model: ModelSource, dtype: str, batch_size: int, seed: int) -> Any:
+def _harness_model(
+    engine: str, model: ModelSource, dtype: str, batch_size: int, seed: int, kv_cache_dtype: str
+) -> Any:
     if engine == "runtime":
         from compress.harness import RuntimeLM
 
-        return RuntimeLM(model, dtype, seed)
+        return RuntimeLM(model, dtype, seed, kv_cache_dtype)
     from lm_eval.models.huggingface import HFLM
 
     harness_model: Any = HFLM  # its constructor's signature is hidden by a decorator

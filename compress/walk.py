@@ -6,7 +6,7 @@ change it, run it again with the new weights, which gives the next block's input
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from compress.core.activations import Activations
 from compress.core.blocks import BlockModel, call_block
 from compress.core.commits import Commits, numbered
 from compress.core.errors import InputError
+from compress.core.kv_sizes import attention_of, measuring
 from compress.core.processes import Processes, processes
 from compress.core.progress import say, track
 from compress.core.stage import Block, BlockSamples
@@ -113,6 +114,8 @@ class Walk(Generic[JobT]):
     title              of the progress bar
     observe            watches the blocks, by number, for `Block.observed`; None for statistics of
                        the linears' inputs, `Block.inputs`
+    measures_cache     where blocks are run again, measure their keys and values: each commit has
+                       `cache_sizes`, the largest |key| and |value|
     """
 
     job: JobT
@@ -123,6 +126,7 @@ class Walk(Generic[JobT]):
     tokens: Tensor | None = None
     title: str = "Compressing blocks"
     observe: Observe | None = None
+    measures_cache: bool = False
 
     @torch.no_grad()
     def visit_all(
@@ -150,9 +154,10 @@ class Walk(Generic[JobT]):
             return [commit["result"] for commit in done]
         streams = self._streams_before(len(done), with_originals)
         for index in track(range(len(done), stop), self.title, stop, done=len(done)):
-            result = self._visit_one(index, streams, visit, propagate)
+            result, sizes = self._visit_one(index, streams, visit, propagate)
             processes().wait()  # until all have stored what enters the next block
             commit = {"result": result, "state": stage.state(), "seconds": self.clock.seconds}
+            commit["cache_sizes"] = sizes
             processes().first(partial(self.commits.put, numbered(name, index), commit))
             self._remove_all_but(streams)
         self._remove_all_but(None)
@@ -164,10 +169,11 @@ class Walk(Generic[JobT]):
         streams: Streams | None,
         visit: Callable[[Block], Any],
         propagate: bool,
-    ) -> Any:
-        """Visit a block, and move the streams on to the next one; returns what the visit returned.
+    ) -> tuple[Any, list[float] | None]:
+        """Visit a block, and move the streams on to the next one.
 
-        The first process visits, and hands the block's new weights to the others.
+        Returns what the visit returned, and what was measured of keys and values.  The first
+        process visits, and hands the block's new weights to the others.
         """
         model = self.job.model
         module = model.load_block(index)
@@ -183,13 +189,41 @@ class Walk(Generic[JobT]):
         block = Block(index, name, module, inputs, probe, dtype, samples, observed)
         result = processes().first(partial(visit, block))
         processes().spread(module)
-        if streams and propagate and index + 1 < model.num_blocks:
+        sizes = None
+        if streams and propagate and (self.measures_cache or index + 1 < model.num_blocks):
             del block, seen, inputs, observed, samples  # their memory, before the block is copied
-            runner = model.compute_copy(module)
-            pairs = zip(streams.hidden.drain(), kwargs, strict=True)
-            outputs = (model.run_block(runner, *pair) for pair in pairs)
-            streams.hidden = self._store("hidden", index + 1, outputs)
-        return result
+            sizes = self._run_again(index, module, streams, kwargs)
+        return result, sizes
+
+    def _run_again(
+        self, index: int, module: nn.Module, streams: Streams, kwargs: list[dict[str, Any]]
+    ) -> list[float] | None:
+        """Run a block as it has become; returns the largest |key| and |value|, where asked for.
+
+        Raises InputError where these are NaN or infinite.
+        """
+        model, name = self.job.model, self.job.model.block_name(index)
+        runner = model.compute_copy(module)
+        pairs = zip(streams.hidden.drain(), kwargs, strict=True)
+        outputs = (model.run_block(runner, *pair) for pair in pairs)
+        measures: AbstractContextManager[Tensor | None] = nullcontext()
+        if self.measures_cache:
+            measures = measuring(runner, attention_of(runner, name))
+        with measures as sizes:
+            if index + 1 < model.num_blocks:
+                streams.hidden = self._store("hidden", index + 1, outputs)
+            for _ in outputs:  # those of the last block, which nothing stores
+                continue
+        if sizes is None:
+            return None
+        sizes = sizes.nan_to_num(nan=torch.inf, posinf=torch.inf)
+        processes().largest(sizes)
+        if not sizes.isfinite().all():
+            raise InputError(
+                f"keys or values of {name} are NaN or infinite in "
+                f"{str(model.compute_dtype).removeprefix('torch.')}; try --compute-dtype float32"
+            )
+        return sizes.tolist()
 
     def _observe(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compress.kernels.lowbit_matmul import LinearWeight, PackedLinear, pack
 from compress.kernels.paged_attention import paged_attention, write_kv
+from compress.kernels.paged_attention.cache import Blocks, Codes, new_blocks
 from compress.kernels.rms_norm import rms_norm
 from compress.kernels.rope import apply_rope, rope_table
 from compress.kernels.silu_mul import silu_mul
@@ -37,8 +38,11 @@ class Eager:
     description = "PyTorch operations"
     batch: Any
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, codes: Codes | None = None
+    ) -> None:
+        """`codes` are those of keys and values; None keeps them in `dtype`."""
+        self.dtype, self.device, self.codes = dtype, device, codes
         self._surplus = torch.zeros(1, dtype=torch.int64, device=device)
 
     @property
@@ -53,11 +57,10 @@ class Eager:
         packed = pack_rounding(weight, self.dtype, self.device, self._surplus)
         return _Linear(packed, silu_mul)
 
-    def new_cache(self, num_blocks: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    def new_cache(self, num_blocks: int, kv_heads: int, head_dim: int) -> tuple[Blocks, Blocks]:
         """Keys and values of a layer, not filled: [blocks, kv_heads, block_size, head_dim] each."""
-        shape = (num_blocks, kv_heads, BLOCK_SIZE, head_dim)
-        kind = {"dtype": self.dtype, "device": self.device}
-        return torch.empty(shape, **kind), torch.empty(shape, **kind)
+        rows = (num_blocks, kv_heads, BLOCK_SIZE)
+        return new_blocks((*rows, head_dim), rows, self.dtype, self.device, self.codes)
 
     def embed(self, table: Tensor) -> Tensor:
         """Look up the tokens' embeddings: the residual stream [tokens, D]."""
@@ -80,7 +83,7 @@ class Eager:
         return silu_mul(y) if weight.silu_mul else y
 
     def attention(
-        self, qkv: Tensor, angles: Any, keys: Tensor, values: Tensor, *, heads: int, kv_heads: int,
+        self, qkv: Tensor, angles: Any, keys: Blocks, values: Blocks, *, heads: int, kv_heads: int,
         head_dim: int, q_gain: Tensor | None, k_gain: Tensor | None, eps: float,
         window: int | None,
     ) -> Tensor:  # fmt: skip

@@ -7,7 +7,6 @@ what tensors hold, so a step can be captured in a CUDA graph: shapes alone decid
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from compress.kernels.embed.triton import embed
 from compress.kernels.lowbit_matmul import LinearWeight, pack_for_triton
 from compress.kernels.lowbit_matmul.dense import DenseLinear
 from compress.kernels.lowbit_matmul.triton import TritonLinear
+from compress.kernels.paged_attention.cache import Blocks, Codes, new_blocks
 from compress.kernels.paged_attention.triton import paged_attention
 from compress.kernels.rms_norm.triton import rms_norm
 from compress.kernels.rope.triton import angles, rope_and_write
@@ -64,8 +64,11 @@ class Launched:
     description = "Triton kernels"
     batch: DeviceBatch
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, codes: Codes | None = None
+    ) -> None:
+        """`codes` are those of keys and values; None keeps them in `dtype`."""
+        self.dtype, self.device, self.codes = dtype, device, codes
         self._workspace = Workspace(device)
         self._surplus = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -87,11 +90,10 @@ class Launched:
         packed = pack_for_triton(weight, *place, silu_mul)
         return _Linear(packed, silu_mul and isinstance(packed, DenseLinear))
 
-    def new_cache(self, num_blocks: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    def new_cache(self, num_blocks: int, kv_heads: int, head_dim: int) -> tuple[Blocks, Blocks]:
         """Keys and values of a layer, not filled: [blocks, kv_heads, block_size, head_dim] each."""
-        shape = (num_blocks, kv_heads, BLOCK_SIZE, head_dim)
-        kind: Any = {"dtype": self.dtype, "device": self.device}
-        return torch.empty(shape, **kind), torch.empty(shape, **kind)
+        rows = (num_blocks, kv_heads, BLOCK_SIZE)
+        return new_blocks((*rows, head_dim), rows, self.dtype, self.device, self.codes)
 
     def embed(self, table: Tensor) -> Tensor:
         """Look up the tokens' embeddings: the residual stream [tokens, D]."""
@@ -113,7 +115,7 @@ class Launched:
         return silu_mul(y) if weight.silu_mul else y
 
     def attention(
-        self, qkv: Tensor, angles: Tensor, keys: Tensor, values: Tensor, *, heads: int,
+        self, qkv: Tensor, angles: Tensor, keys: Blocks, values: Blocks, *, heads: int,
         kv_heads: int, head_dim: int, q_gain: Tensor | None, k_gain: Tensor | None, eps: float,
         window: int | None,
     ) -> Tensor:  # fmt: skip

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from compress.kernels.eager import BLOCK_SIZE, Eager
 from compress.kernels.lowbit_matmul import LinearWeight
+from compress.kernels.paged_attention.cache import Blocks, Codes, tensors_of, with_scales
 from compress.kernels.program import Recorder
 from compress.runtime.batch import Batch
 from compress.runtime.weights import DecoderWeights
@@ -41,6 +42,7 @@ class _Layer:
     gate_up: Any
     down: Any
     window: int | None
+    kv_scales: tuple[float, float] | None  # calibrated ones
 
 
 class Decoder(ABC):
@@ -83,9 +85,10 @@ class Decoder(ABC):
                     pack(layer.gate_up, silu_mul=True),
                     pack(layer.down),
                     layer.window,
+                    layer.kv_scales,
                 )
             )
-        self._cache: list[tuple[Tensor, Tensor]] = []
+        self._cache: list[tuple[Blocks, Blocks]] = []
         self._whole: tuple[Decoder, list[int]] | None = None  # whose layers these are, and which
 
     def without(self, layers: Collection[int], head: LinearWeight | None = None) -> Self:
@@ -114,12 +117,18 @@ class Decoder(ABC):
         return [layer.window for layer in self._layers]
 
     @property
+    def kv_cache_dtype(self) -> str:
+        """What keys and values are stored as, by name: bfloat16, float32, int8, fp8 ..."""
+        codes = self._operations.codes
+        return codes.name if codes else str(self._operations.dtype).removeprefix("torch.")
+
+    @property
     def bytes_per_block(self) -> int:
         """Keys and values of one block, all layers; 0 for a part of another model."""
         if self._whole:
             return 0
-        keys, values = self._new_cache(1)
-        return len(self._layers) * (keys.nbytes + values.nbytes)
+        tensors = (tensor for blocks in self._new_cache(1) for tensor in tensors_of(blocks))
+        return len(self._layers) * sum(tensor.nbytes for tensor in tensors)
 
     @property
     def weight_bytes(self) -> int:
@@ -144,9 +153,11 @@ class Decoder(ABC):
             model, kept = self._whole
             self._cache = [model._cache[index] for index in kept]
         else:
-            self._cache = [self._new_cache(num_blocks) for _ in self._layers]
+            self._cache = [
+                with_scales(self._new_cache(num_blocks), layer.kv_scales) for layer in self._layers
+            ]
 
-    def _new_cache(self, num_blocks: int) -> tuple[Tensor, Tensor]:
+    def _new_cache(self, num_blocks: int) -> tuple[Blocks, Blocks]:
         return self._operations.new_cache(
             num_blocks, self._shape["kv_heads"], self._shape["head_dim"]
         )
@@ -154,9 +165,9 @@ class Decoder(ABC):
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy each (source, target) in turn, in all layers."""
         for source, target in pairs:
-            for keys, values in self._cache:
-                keys[target] = keys[source]
-                values[target] = values[source]
+            for blocks in (blocks for layer in self._cache for blocks in layer):
+                for tensor in tensors_of(blocks):
+                    tensor[target] = tensor[source]
 
     @abstractmethod
     def forward(self, batch: Batch) -> Tensor:
@@ -183,8 +194,14 @@ class Decoder(ABC):
 class EagerDecoder(Decoder):
     """Computes operation by operation, on any device and in any dtype that PyTorch knows."""
 
-    def __init__(self, weights: DecoderWeights, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(weights, Eager(dtype, device), device)
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        device: torch.device,
+        dtype: torch.dtype,
+        codes: Codes | None = None,
+    ) -> None:
+        super().__init__(weights, Eager(dtype, device, codes), device)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
@@ -202,8 +219,14 @@ class RecordedDecoder(Decoder):
     `most_tokens` is the size of the largest batch that it will be given.
     """
 
-    def __init__(self, weights: DecoderWeights, dtype: torch.dtype, most_tokens: int) -> None:
-        self._new = lambda: Recorder(dtype, most_tokens, most_tokens)
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        dtype: torch.dtype,
+        most_tokens: int,
+        codes: Codes | None = None,
+    ) -> None:
+        self._new = lambda: Recorder(dtype, most_tokens, most_tokens, codes)
         super().__init__(weights, self._new(), torch.device("cpu"))
 
     def allocate(self, num_blocks: int) -> None:

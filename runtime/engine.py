@@ -94,6 +94,8 @@ class Engine:
         self._ahead = model if isinstance(model, AsynchronousModel) else None
         self._speculator = speculator
         self._finished = 0.0  # when the last step was
+        drafting = speculator.proposer.bytes_per_block if speculator else 0
+        self._bytes_per_token = (model.bytes_per_block + drafting) // model.block_size
         model.allocate(num_blocks)
         if speculator:
             speculator.proposer.allocate(num_blocks)
@@ -205,6 +207,7 @@ class Engine:
             blocks_in_use=self.pool.in_use,
             blocks_cached=self.pool.cached,
             blocks_free=self.pool.free,
+            cache_bytes_per_token=self._bytes_per_token,
             drafts=speculator.drafts if speculator else 0,
             drafted_tokens=speculator.drafted if speculator else 0,
             accepted_tokens=speculator.accepted if speculator else 0,

@@ -22,6 +22,7 @@ from torch import Tensor
 from compress.core.progress import track
 from compress.kernels.launched import DeviceBatch, Launched
 from compress.kernels.lowbit_matmul import LinearWeight
+from compress.kernels.paged_attention.cache import Codes
 from compress.kernels.paged_attention.plan import splits_of, tiles_of
 from compress.kernels.sampling.triton import draw
 from compress.runtime.batch import Batch, Draws
@@ -49,9 +50,14 @@ class GpuDecoder(Decoder):
     """
 
     def __init__(
-        self, weights: DecoderWeights, device: torch.device, dtype: torch.dtype, most_tokens: int
+        self,
+        weights: DecoderWeights,
+        device: torch.device,
+        dtype: torch.dtype,
+        most_tokens: int,
+        codes: Codes | None = None,
     ) -> None:
-        super().__init__(weights, Launched(dtype, device), device)
+        super().__init__(weights, Launched(dtype, device, codes), device)
         self._uploads = Uploads(device)
         self._drawn = torch.zeros(max(most_tokens, MOST_TOKENS), dtype=torch.int64, device=device)
         self._captured: dict[tuple[Size, bool], CapturedStep] = {}  # by size, and whether filtered

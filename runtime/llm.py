@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 
-from compress.core.device import check_dtype, default_device, fastest_dtype
+from compress.core.device import (
+    check_dtype,
+    check_kv_cache_dtype,
+    default_device,
+    fastest_dtype,
+)
 from compress.core.errors import InputError, reason_of, shown
 from compress.core.progress import track
 from compress.core.resources import free_memory, parse_size
@@ -40,7 +45,9 @@ class LLM:
     """A model ready to answer any number of requests at once, from any number of threads.
 
     `kv_cache_memory` is in bytes, or text such as "2GiB"; left out, it is a share of the free
-    memory, at most what `max_sequences` of full context fill.  `max_tokens_per_step` is by default
+    memory, at most what `max_sequences` of full context fill.  `kv_cache_dtype` "int8" or "fp8"
+    stores keys and values in 8 bits, with a scale for each token and head, about half the memory;
+    "auto" is as the checkpoint says, else `dtype`.  `max_tokens_per_step` is by default
     512 on a CPU and 2,048 on a GPU.  With `max_queued_requests`, only so many requests are taken
     beyond the `max_sequences` that may run at once; the next gets a QueueFullError.
 
@@ -60,6 +67,7 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         kv_cache_memory: int | str | None = None,
+        kv_cache_dtype: str = "auto",
         max_tokens_per_step: int | None = None,
         max_sequences: int = 64,
         seed: int = 0,
@@ -78,15 +86,20 @@ class LLM:
         if dtype == "auto":
             dtype = fastest_dtype(place)
         check_dtype(dtype)
+        check_kv_cache_dtype(kv_cache_dtype)
         tokenizer = load_tokenizer(source.folder)
         max_tokens_per_step = max_tokens_per_step or MOST_TOKENS[place.type]
         choice = making.choose(draft, num_speculative_tokens, source, tokenizer)
         weights = load_weights(source, lm_head_bits)
-        decoder = make_decoder(weights, place, getattr(torch, dtype), max_tokens_per_step)
+        decoder = make_decoder(
+            weights, place, getattr(torch, dtype), max_tokens_per_step, kv_cache_dtype
+        )
         bytes_per_block, speculator = decoder.bytes_per_block, None
         if choice is not None:
             most = (max_tokens_per_step, max_sequences)
-            speculator = making.make_speculator(choice, decoder, weights.head, place, dtype, most)
+            speculator = making.make_speculator(
+                choice, decoder, weights.head, place, dtype, most, kv_cache_dtype
+            )
             bytes_per_block += speculator.proposer.bytes_per_block
         num_blocks = _num_blocks(decoder, bytes_per_block, place, kv_cache_memory, max_sequences)
         engine = Engine(
@@ -225,6 +238,15 @@ class LLM:
     def statistics(self) -> Statistics:
         """Return the engine's counts; while it runs they may be of different steps."""
         return self.engine.statistics()
+
+    @property
+    def cache_description(self) -> str:
+        """How large the cache is, for people."""
+        pool, found = self.engine.pool, self.statistics()
+        return (
+            f"Keys and values take {found.cache_bytes_per_token:,} bytes a token; room for "
+            f"{pool.num_blocks * pool.block_size:,} tokens"
+        )
 
     @property
     def fault(self) -> str | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
 
-from compress.core.device import check_dtype
+from compress.core.device import check_dtype, check_kv_cache_dtype
 from compress.core.progress import say
 from compress.core.source import ModelSource
+from compress.kernels.paged_attention.cache import CODES
 from compress.runtime.decoder import Decoder, EagerDecoder, RecordedDecoder
 from compress.runtime.weights import DecoderWeights, load_weights
 
@@ -26,14 +28,17 @@ def load_decoder(
     dtype: str,
     lm_head_bits: int | None = None,
     most_tokens: int | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> Decoder:
     """Read a model; InputError when the runtime does not serve it (see `load_weights`).
 
     `most_tokens` is the size of the largest batch that it will be given; by default MOST_TOKENS.
+    `kv_cache_dtype` is one of KV_CACHE_DTYPES.
     """
     check_dtype(dtype)
+    check_kv_cache_dtype(kv_cache_dtype)
     weights = load_weights(source, lm_head_bits)
-    return make_decoder(weights, device, getattr(torch, dtype), most_tokens)
+    return make_decoder(weights, device, getattr(torch, dtype), most_tokens, kv_cache_dtype)
 
 
 def make_decoder(
@@ -41,24 +46,35 @@ def make_decoder(
     device: torch.device,
     dtype: torch.dtype,
     most_tokens: int | None = None,
+    kv_cache_dtype: str = "auto",
 ) -> Decoder:
-    """The fastest decoder for a device and a dtype; says so where that is PyTorch's operations."""
+    """The fastest decoder for a device and a dtype; says so where that is PyTorch's operations.
+
+    Keys and values are in 8 bits where `kv_cache_dtype` says so, with a scale for each token and
+    head; and with auto where the checkpoint has calibrated scales, by these.
+    """
+    check_kv_cache_dtype(kv_cache_dtype)
     most_tokens = most_tokens or MOST_TOKENS[device.type]
+    if kv_cache_dtype == "auto":
+        kv_cache_dtype = weights.kv_cache_dtype or "auto"
+    else:
+        weights.layers[:] = [replace(layer, kv_scales=None) for layer in weights.layers]
+    codes = CODES.get(kv_cache_dtype)
     against = reason_against_triton(device)
     if against is None:
         from compress.runtime.gpu_decoder import GpuDecoder
 
-        return GpuDecoder(weights, device, dtype, most_tokens)
+        return GpuDecoder(weights, device, dtype, most_tokens, codes)
     if device.type == "cpu" and dtype in (torch.bfloat16, torch.float32):
         from compress.kernels.program.build import reason_against
 
         against = reason_against()
         if against is None:
-            return RecordedDecoder(weights, dtype, most_tokens)
+            return RecordedDecoder(weights, dtype, most_tokens, codes)
         say(f"CPU kernels: PyTorch's ({against})")
     elif device.type != "cpu":
         say(f"GPU kernels: PyTorch's, and weights are de-quantized ({against})")
-    return EagerDecoder(weights, device, dtype)
+    return EagerDecoder(weights, device, dtype, codes)
 
 
 def reason_against_triton(device: torch.device) -> str | None:

@@ -83,4 +83,5 @@ class Statistics:
     drafts: int = 0  # verified proposals of some tokens each
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    cache_bytes_per_token: int = 0  # keys and values, a draft model's own included
     accepted_at: tuple[int, ...] = ()  # how many drafts had their first, second ... token accepted

@@ -13,6 +13,7 @@ from compress.core.shards import ShardReader
 from compress.core.skeleton import build_skeleton, original_config
 from compress.core.source import ModelSource, gguf_file, read_config
 from compress.kernels.lowbit_matmul import LinearWeight
+from compress.quant.formats import compressed_tensors
 from compress.quant.gguf import GgufModel
 from compress.quant.packed import PackedFolder
 from compress.quant.weight import QuantizedWeight
@@ -101,6 +102,32 @@ class StoredModel:
             self._left.discard(f"{name}.weight")
             return self._on_grid(name, self._gguf.weight(name), None)
         return self.linear(name) if own else LinearWeight.of_dense(embedding)
+
+    @property
+    def kv_cache_dtype(self) -> str | None:
+        """What the checkpoint's calibrated scales of keys and values are for: int8, fp8 or None."""
+        if not isinstance(self._packed, PackedFolder):
+            return None
+        return compressed_tensors.kv_cache_dtype(self._packed.scheme)
+
+    def kv_scales(self, name: str) -> tuple[float, float] | None:
+        """The scales of keys and values of the attention of this name, if there are any.
+
+        Raises InputError when one is absent, is no number above 0, or is one of several.
+        """
+        if self.kv_cache_dtype is None:
+            return None
+        return self._number(f"{name}.k_scale"), self._number(f"{name}.v_scale")
+
+    def _number(self, name: str) -> float:
+        tensor = self.reader.load(name)
+        if tensor.numel() != 1 or not 0 < tensor.item() < math.inf:
+            raise InputError(
+                f"{name} in '{self.ref}' is not one number above 0; the checkpoint is broken, "
+                "write it again"
+            )
+        self._left.discard(name)
+        return tensor.item()
 
     def finish(self) -> None:
         """Refuse a checkpoint with tensors that nobody took; say once what was changed."""

@@ -35,6 +35,7 @@ class LayerWeights:
     gate_up                [2F, D], rows of gate, then of up
     down                   [D, F]
     window                 tokens that a query sees, itself included; None for all
+    kv_scales              calibrated scales of keys and values in 8 bits, or None
     """
 
     input_norm: Tensor
@@ -46,6 +47,7 @@ class LayerWeights:
     gate_up: LinearWeight
     down: LinearWeight
     window: int | None
+    kv_scales: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class DecoderWeights:
     head          [V, D]
     inv_freq      float32 [rotary_dim / 2], radians a position
     rope_scaling  factor on cosines and sines
+    kv_cache_dtype  what `kv_scales` of the layers are for, int8 or fp8; None where there are none
     """
 
     embedding: Tensor
@@ -71,6 +74,7 @@ class DecoderWeights:
     vocab_size: int
     inv_freq: Tensor
     rope_scaling: float
+    kv_cache_dtype: str | None = None
 
 
 def check_served(source: ModelSource) -> None:
@@ -98,7 +102,7 @@ def load_weights(source: ModelSource, lm_head_bits: int | None = None) -> Decode
     stored.finish()
     if lm_head_bits and head.bits > lm_head_bits:
         head = rounded_by_row(head)
-    return _decoder(facts, embedding, layers, final_norm, head)
+    return _decoder(facts, embedding, layers, final_norm, head, stored.kv_cache_dtype)
 
 
 def _decoder(
@@ -107,6 +111,7 @@ def _decoder(
     layers: list[LayerWeights],
     final_norm: Tensor,
     head: LinearWeight,
+    kv_cache_dtype: str | None,
 ) -> DecoderWeights:
     return DecoderWeights(
         embedding=embedding,
@@ -121,6 +126,7 @@ def _decoder(
         vocab_size=facts.vocab_size,
         inv_freq=facts.inv_freq,
         rope_scaling=facts.rope_scaling,
+        kv_cache_dtype=kv_cache_dtype,
     )
 
 
@@ -141,6 +147,7 @@ def _layer(stored: StoredModel, index: int, window: int | None) -> LayerWeights:
         gate_up=joined(GATE_UP),
         down=stored.linear(f"{name}.mlp.down_proj"),
         window=window,
+        kv_scales=stored.kv_scales(f"{name}.self_attn"),
     )
 
 

@@ -64,7 +64,13 @@ def decoder_weights(shape: Shape, bits: int, group: int, place: Place) -> Decode
     linears = {name: quantized(*size, bits, group, place) for name, size in shape.linears.items()}
     gain = torch.ones(shape.D, device=device)
     layer = LayerWeights(
-        input_norm=gain, post_norm=gain, q_norm=None, k_norm=None, window=None, **linears
+        input_norm=gain,
+        post_norm=gain,
+        q_norm=None,
+        k_norm=None,
+        window=None,
+        kv_scales=None,
+        **linears,
     )
     generator = torch.Generator(device).manual_seed(0)
     kind = {"device": device, "dtype": place.dtype, "generator": generator}

@@ -211,7 +211,15 @@ def make_arms(
     for length, choice in zip(plan.lengths, proposers, strict=True):
         assert subject.head is not None
         watched = Watched(
-            make_speculator(choice, model, subject.head, subject.device, subject.dtype, most)
+            make_speculator(
+                choice,
+                model,
+                subject.head,
+                subject.device,
+                subject.dtype,
+                most,
+                subject.kv_cache_dtype,
+            )
         )
         arms.append(Arm(length, engine(watched), watched))
     for arm, choice in zip(arms[1:], proposers, strict=True):

@@ -34,6 +34,7 @@ class Subject:
         head_bits: int | None,
         threads: int | None,
         keep_head: bool = False,
+        kv_cache_dtype: str = "auto",
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -44,9 +45,12 @@ class Subject:
         self.head_bits = head_bits
         started = time.perf_counter()
         check_dtype(self.dtype)
+        self.kv_cache_dtype = kv_cache_dtype
         weights = load_weights(self.source, head_bits)
         self.head = weights.head if keep_head else None
-        self.decoder = make_decoder(weights, device, getattr(torch, self.dtype))
+        self.decoder = make_decoder(
+            weights, device, getattr(torch, self.dtype), kv_cache_dtype=kv_cache_dtype
+        )
         self.load_seconds = time.perf_counter() - started
         self.device = device
 
@@ -63,6 +67,7 @@ class Subject:
             "prompts": f"random token ids, seed {PROMPT_SEED}",
             "load_seconds": round(self.load_seconds, 3),
             "weight_bytes": self.decoder.weight_bytes,
+            "kv_cache_dtype": self.decoder.kv_cache_dtype,
             "kv_bytes_per_token": self.kv_bytes_per_token,
         }
 

@@ -14,7 +14,14 @@ from rich.table import Table
 from compress.cli.bench_serve import serve_command
 from compress.cli.bench_speculative import speculative_command
 from compress.cli.output import print_json, print_pairs
-from compress.cli.runtime_options import DTYPE, HEAD_BITS, JSON, ModelChoice, add_options
+from compress.cli.runtime_options import (
+    DTYPE,
+    HEAD_BITS,
+    JSON,
+    KV_CACHE_DTYPE,
+    ModelChoice,
+    add_options,
+)
 from compress.core.resources import in_words
 
 COUNT = click.IntRange(min=1)
@@ -40,6 +47,7 @@ def shared(repeat: int) -> list[Any]:
         click.option("--new-tokens", default=128, show_default=True, type=click.IntRange(min=2)),
         DTYPE,
         HEAD_BITS,
+        KV_CACHE_DTYPE,
         click.option("--threads", type=COUNT, help="CPU threads.  [default: PyTorch's]"),
         click.option("--repeat", default=repeat, show_default=True, type=COUNT),
     ]
@@ -89,6 +97,7 @@ def latency_command(
     new_tokens: int,
     dtype: str,
     head_bits: str | None,
+    kv_cache_dtype: str,
     threads: int | None,
     repeat: int,
     batch: int,
@@ -106,6 +115,7 @@ def latency_command(
     Examples:
       compress bench latency smollm2 --threads 2 --repeat 5
       compress bench latency smollm2 --compare hf --dtype float32
+      compress bench latency smollm2 --prompt-tokens 8000 --kv-cache-dtype int8
       compress bench latency smollm2-w4 --head-bits 8 --compare llama-cpp --gguf q4_0.gguf
     """
     if compare != "llama-cpp" and (gguf or peer_python):
@@ -118,7 +128,7 @@ def latency_command(
         from compress.bench.subject import Subject
 
         choice = ModelChoice(model, dtype, head_bits)
-        subject = Subject(model, dtype, choice.lm_head_bits, threads)
+        subject = Subject(model, dtype, choice.lm_head_bits, threads, kv_cache_dtype=kv_cache_dtype)
         shape = Shape(prompt_tokens, new_tokens, batch)
         check(subject, shape)
         peer = None
@@ -162,6 +172,7 @@ def throughput_command(
     new_tokens: int,
     dtype: str,
     head_bits: str | None,
+    kv_cache_dtype: str,
     threads: int | None,
     repeat: int,
     batches: list[int],
@@ -194,7 +205,7 @@ def throughput_command(
             make = workload.fixed if lengths == "fixed" else workload.uniform
             work = make(requests or 2 * max(batches), prompt_tokens, new_tokens)
         choice = ModelChoice(model, dtype, head_bits)
-        subject = Subject(model, dtype, choice.lm_head_bits, threads)
+        subject = Subject(model, dtype, choice.lm_head_bits, threads, kv_cache_dtype=kv_cache_dtype)
         shape = Shape(prompt_tokens, new_tokens)
         report = measure_throughput(subject, shape, batches, work, repeat)
     print_json(report) if as_json else print_throughput(report)
@@ -224,6 +235,8 @@ def print_latency(report: dict[str, Any]) -> None:
         speeds.add_row(f"between tokens, {name}, ms", *cells)
     Console(highlight=False).print(speeds)
     rows = {
+        "keys and values": f"{report['kv_cache_dtype']}, "
+        f"{report['kv_bytes_per_token']:,} bytes a token",
         "a decode step reads": f"{in_words(report['bytes_per_step'])}, of which keys and values "
         f"{in_words(report['kv_bytes_per_step'])}: {_rate(report['bytes_per_s'])}",
         "this machine's memory": f"reads {_rate(report['read_bytes_per_s'])} in pieces of that "

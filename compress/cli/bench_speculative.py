@@ -15,7 +15,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from compress.cli.output import print_json
-from compress.cli.runtime_options import DTYPE, HEAD_BITS, JSON, ModelChoice, add_options
+from compress.cli.runtime_options import (
+    DTYPE,
+    HEAD_BITS,
+    JSON,
+    KV_CACHE_DTYPE,
+    ModelChoice,
+    add_options,
+)
 from compress.core.errors import InputError, reason_of
 
 COUNT = click.IntRange(min=1)
@@ -108,6 +115,7 @@ OPTIONS = [
     ),
     DTYPE,
     HEAD_BITS,
+    KV_CACHE_DTYPE,
     click.option("--threads", type=COUNT, help="CPU threads.  [default: PyTorch's]"),
     click.option("--out", type=FILE, help="Write a .json file with every run."),
     JSON,
@@ -130,6 +138,7 @@ def speculative_command(
     seed: int | None,
     dtype: str,
     head_bits: str | None,
+    kv_cache_dtype: str,
     threads: int | None,
     out: Path | None,
     as_json: bool,
@@ -161,7 +170,10 @@ def speculative_command(
         plan = Plan(draft, lengths, temperatures, max_tokens, batch, seed, repeats)
         proposers = choices(model, plan)
         choice = ModelChoice(model, dtype, head_bits)
-        subject = Subject(model, dtype, choice.lm_head_bits, threads, keep_head=True)
+        subject = Subject(
+            model, dtype, choice.lm_head_bits, threads, keep_head=True,
+            kv_cache_dtype=kv_cache_dtype,
+        )  # fmt: skip
         report = measure_speculation(subject, questions, plan, proposers)
         report = {"dataset": dataset.name} | report
     _write(report, out)

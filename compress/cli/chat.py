@@ -27,6 +27,7 @@ def chat_command(
     dtype: str,
     head_bits: str | None,
     kv_cache_memory: int | None,
+    kv_cache_dtype: str,
     draft: str | None,
     num_speculative_tokens: int | str | None,
     **options: Any,
@@ -46,7 +47,9 @@ def chat_command(
 
     params = sampling_params(**options)
     interactive = sys.stdin.isatty()
-    choice = ModelChoice(model, dtype, head_bits, kv_cache_memory, draft, num_speculative_tokens)
+    choice = ModelChoice(
+        model, dtype, head_bits, kv_cache_memory, draft, num_speculative_tokens, kv_cache_dtype
+    )
     with choice.load(max_sequences=1) as llm:
         conversation = Conversation(llm, params, system)
         if interactive:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compress.cli.output import print_json
+from compress.cli.runtime_options import KV_CACHE_DTYPE, add_options
 from compress.core.device import DTYPES
 from compress.core.errors import InputError, reason_of
 from compress.core.progress import say
@@ -62,6 +63,7 @@ from compress.tasks import DEFAULT_BATCH_SIZE, evaluate_tasks
     show_default=True,
     help="Precision of weights and activations.",
 )
+@add_options([KV_CACHE_DTYPE])
 @click.option(
     "--seed",
     default=TextEvalConfig.seed,
@@ -81,6 +83,7 @@ def eval_command(
     batch_size: int,
     engine: str,
     dtype: str,
+    kv_cache_dtype: str,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -88,6 +91,7 @@ def eval_command(
 
     MODEL and ORIGINAL are each a folder, a .gguf file, a Hugging Face id or an alias (smollm2).
     Give --text, --tasks or both.  Intervals are 95 % bootstrap intervals over windows.
+    --kv-cache-dtype is for MODEL, so that against itself it shows what 8 bits cost.
 
     In an output folder of compress, what was measured is kept in quality.json and report.html.
 
@@ -97,6 +101,7 @@ def eval_command(
       compress eval out/smollm2-awq --against smollm2 --text wiki.txt --json
       compress eval out/smollm2-awq --tasks arc_easy,piqa --limit 200
       compress eval smollm2 --tasks piqa_local --include-path benchmarks/tasks
+      compress eval smollm2 --against smollm2 --text wiki.txt --seq-len 2048 --kv-cache-dtype int8
     """
     if text is None and not tasks:
         raise click.UsageError("nothing to measure; give --text FILE, --tasks NAMES or both")
@@ -105,8 +110,9 @@ def eval_command(
     config = None
     if text is not None:
         config = TextEvalConfig(
-            text, seq_len=seq_len, windows=windows, dtype=dtype, engine=engine, seed=seed
-        )
+            text, seq_len=seq_len, windows=windows, dtype=dtype, engine=engine, seed=seed,
+            kv_cache_dtype=kv_cache_dtype,
+        )  # fmt: skip
     from compress.core.source import resolve_model
 
     result: dict[str, Any] = {"model": model, "dtype": dtype, "seed": seed}
@@ -120,8 +126,9 @@ def eval_command(
         if tasks:
             names = [name.strip() for name in tasks.split(",") if name.strip()]
             result |= evaluate_tasks(
-                source, names, include_path, limit, batch_size, seed, dtype, engine
-            )
+                source, names, include_path, limit, batch_size, seed, dtype, engine,
+                kv_cache_dtype,
+            )  # fmt: skip
     if as_json:
         print_json(result)
     else:
@@ -160,6 +167,8 @@ def print_eval_table(result: dict[str, Any]) -> None:
         "top1_agreement": "same most likely token",
     }
     sizes = f"{result['windows']} windows of {result['seq_len']} tokens, {result['dtype']}"
+    if "kv_cache_dtype" in result:
+        sizes += f", keys and values {result['kv_cache_dtype']}"
     table = Table("", title=sizes, title_justify="left")
     for column in ("value", "95 % interval"):
         table.add_column(column, justify="right")

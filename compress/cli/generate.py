@@ -59,6 +59,7 @@ def generate_command(
     dtype: str,
     head_bits: str | None,
     kv_cache_memory: int | None,
+    kv_cache_dtype: str,
     draft: str | None,
     num_speculative_tokens: int | str | None,
     as_json: bool,
@@ -77,7 +78,9 @@ def generate_command(
       compress generate smollm2-w4 --chat --prompt "$(cat letter.txt)" --draft ngram
     """
     bulk_options = {name: options.pop(name) for name in ONLY_WITH_INPUT}
-    choice = ModelChoice(model, dtype, head_bits, kv_cache_memory, draft, num_speculative_tokens)
+    choice = ModelChoice(
+        model, dtype, head_bits, kv_cache_memory, draft, num_speculative_tokens, kv_cache_dtype
+    )
     if (prompt is None) == (input_file is None):
         raise click.UsageError("give --prompt TEXT or --input FILE, one of the two")
     if input_file is not None:

@@ -46,7 +46,8 @@ COMMA = re.compile(r",(?![^\[]*\])")  # not inside a list, [4,8]
 )
 @click.option(
     "--format",
-    help="compressed-tensors, gptq or awq.  [default: compressed-tensors; llm-int8: bitsandbytes]",
+    help="compressed-tensors, gptq or awq; llm-int8 has bitsandbytes.  "
+    "[default: compressed-tensors]",
 )
 @click.option(
     "--outlier-threshold",
@@ -66,6 +67,10 @@ COMMA = re.compile(r",(?![^\[]*\])")  # not inside a list, [4,8]
     help="A setting of the method (clip=false), or of some linears by name, its end or re:REGEX "
     "(down_proj:bits=8). Several as KEY=VALUE,KEY=VALUE. Repeatable.",
 )
+@click.option(
+    "--kv-cache",
+    help="Calibrate scales with which a runtime keeps keys and values in int8 or fp8.",
+)
 @calibration_options(samples=64)
 @run_options
 def quantize_command(
@@ -81,6 +86,7 @@ def quantize_command(
     outlier_threshold: float | None,
     ignore: tuple[str, ...],
     changes: tuple[str, ...],
+    kv_cache: str | None,
     calibration: str | None,
     samples: int | None,
     seq_len: int | None,
@@ -105,6 +111,7 @@ def quantize_command(
       compress quantize smollm2 --method qat --bits 3 --set tokens=200k --out smollm2-qat-w3
       compress quantize smollm2 --method llm-int8 --out smollm2-int8
       compress quantize ./model --method rtn --bits 8 --group-size channel --out model-w8
+      compress quantize smollm2 --method awq --kv-cache int8 --out smollm2-w4-kv8
       compress quantize ./model --method gptq --calibration text.txt --out model-w4 --dry-run
 
     A run that was interrupted or killed goes on when the same command is given again.
@@ -128,7 +135,7 @@ def quantize_command(
             "out": out,
             "stages": [{"method": method, **stage}],
             "calibration": given(source=calibration, samples=samples, seq_len=seq_len, seed=seed),
-            **given(dtype=dtype, compute_dtype=compute_dtype),
+            **given(dtype=dtype, compute_dtype=compute_dtype, kv_cache=kv_cache),
         },
         "quantize",
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compress.cli.options import Size
-from compress.core.device import DTYPES
+from compress.core.device import DTYPES, KV_CACHE_DTYPES
 
 if TYPE_CHECKING:
     from compress.runtime.llm import LLM
@@ -32,6 +32,14 @@ HEAD_BITS = click.option(
     "--head-bits",
     type=click.Choice(["8"]),
     help="Round the output layer to 8 bits, one scale a row.  [default: as stored]",
+)
+KV_CACHE_DTYPE = click.option(
+    "--kv-cache-dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(KV_CACHE_DTYPES),
+    help="Keys and values in 8 bits, with a scale for each token and head; auto is as the "
+    "checkpoint says, else the precision of activations.",
 )
 
 
@@ -56,6 +64,7 @@ MODEL: Options = [
         type=Size(),
         help="Memory for keys and values: 500MB, 2GiB.  [default: a share of what is free]",
     ),
+    KV_CACHE_DTYPE,
     click.option(
         "--draft",
         metavar="ngram|self[:LAYERS]|DRAFT",
@@ -135,6 +144,7 @@ class ModelChoice:
     kv_cache_memory: int | None = None
     draft: str | None = None
     num_speculative_tokens: int | str | None = None
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if self.num_speculative_tokens is not None and self.draft is None:
@@ -154,7 +164,8 @@ class ModelChoice:
             "draft": self.draft,
             "num_speculative_tokens": self.num_speculative_tokens,
         }
-        return {"dtype": self.dtype} | {k: v for k, v in given.items() if v is not None}
+        settings = {"dtype": self.dtype, "kv_cache_dtype": self.kv_cache_dtype}
+        return settings | {k: v for k, v in given.items() if v is not None}
 
     @contextmanager
     def load(self, **more: Any) -> Iterator[LLM]:

@@ -95,6 +95,7 @@ def serve_command(
     dtype: str,
     head_bits: str | None,
     kv_cache_memory: int | None,
+    kv_cache_dtype: str,
     draft: str | None,
     num_speculative_tokens: int | str | None,
     replicas: int,
@@ -115,13 +116,16 @@ def serve_command(
       compress serve smollm2-w4 --port 0 --max-queued-requests 64 --json
       compress serve smollm2-w4 --replicas 2
       compress serve smollm2-w4 --draft ngram
+      compress serve smollm2-w4 --kv-cache-dtype int8
       COMPRESS_API_KEY=secret compress serve smollm2-w4 --host 0.0.0.0
     """
     from compress.runtime.server.listener import LOCAL_HOSTS, bind, is_local, url_of
 
     if "" in (*api_keys, *names):
         raise click.UsageError("--api-key and --served-model-name take no empty text")
-    choice = ModelChoice(model, dtype, head_bits, kv_cache_memory, draft, num_speculative_tokens)
+    choice = ModelChoice(
+        model, dtype, head_bits, kv_cache_memory, draft, num_speculative_tokens, kv_cache_dtype
+    )
     listener = bind(host, port)
     url = url_of(listener)
     from compress.runtime.server.process import run
@@ -148,13 +152,15 @@ def serve_command(
     def make_llm() -> LLM:
         from compress.runtime.llm import LLM
 
-        return LLM(
+        llm = LLM(
             choice.model,
             **choice.settings,
             max_sequences=max_sequences,
             max_tokens_per_step=max_tokens_per_step,
             max_queued_requests=max_queued_requests,
         )
+        say(llm.cache_description)
+        return llm
 
     def announce() -> None:
         drafts = f", drafts by {draft}" if draft else ""

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = ("auto", "int8", "fp8")
+"""What keys and values may be stored as; auto is as the checkpoint says, else the dtype of
+activations."""
 
 
 def default_device() -> torch.device:
@@ -40,4 +43,13 @@ def check_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
         raise InputError(
             f"dtype '{dtype}' is unknown; allowed are {', '.join(DTYPES)}{nearest(dtype, DTYPES)}"
+        )
+
+
+def check_kv_cache_dtype(name: str) -> None:
+    """Raise InputError for what keys and values cannot be stored as."""
+    if name not in KV_CACHE_DTYPES:
+        raise InputError(
+            f"kv_cache_dtype '{name}' is unknown; allowed are {', '.join(KV_CACHE_DTYPES)}"
+            f"{nearest(name, KV_CACHE_DTYPES)}"
         )

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from compress.kernels.paged_attention import cpu, reference
+from compress.kernels.paged_attention.cache import Blocks
 from compress.kernels.paged_attention.reference import write_kv
 
 __all__ = ["paged_attention", "write_kv"]
@@ -10,8 +11,8 @@ __all__ = ["paged_attention", "write_kv"]
 
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Blocks,
+    v_cache: Blocks,
     starts: Tensor,
     contexts: Tensor,
     block_tables: Tensor,

@@ -9,6 +9,10 @@
 // to the values' dtype, and it is the rounded ones that the sum below the line adds up. A token's sums
 // and their order are the same whatever else is in the batch. Layouts: rope/avx512.h.
 //
+// Keys and values in 8 bits become bfloat16 (or float32) in registers, once for all heads that go
+// through them, by exact conversions (rope/codes.h). Key scales multiply scores. Value scales multiply
+// probabilities before they are rounded; the sum below the line takes the rounded ones over the scale.
+//
 // Heads of a key head, and those of neighbouring tokens with them, go through the keys together: what
 // bounds one alone is how long each step waits for the one before it.
 #pragma once
@@ -22,21 +26,25 @@ namespace compress {
 constexpr int PART = 256;           // tokens of a part, always the same ones
 constexpr int MOST_PARTS = 1 << 11;  // parts of a step that threads may share out
 
-template <class T>
+// Activations are of type T; C is T too where keys and values are not codes.
+template <class T, class C>
 struct PagedAttentionArguments {
   HeadShape shape;
   int32_t window;  // 0: none
-  const T *queries, *keys, *values;
+  const T* queries;
+  const C *keys, *values;
+  const float *key_scales, *value_scales;  // null without codes
   float* parts;  // [MOST_PARTS, N / K, P + 2]: what threads found in a part
   T* out;        // [M, N * H]
 };
 
-template <class T>
-struct PagedAttention : Operation, PagedAttentionArguments<T> {
-  using Arguments = PagedAttentionArguments<T>;
+template <class T, class C>
+struct PagedAttention : Operation, PagedAttentionArguments<T, C> {
+  using Arguments = PagedAttentionArguments<T, C>;
   explicit PagedAttention(const Arguments& a) : Arguments(a) {}
   using Arguments::shape, Arguments::window, Arguments::queries, Arguments::keys;
-  using Arguments::values, Arguments::parts, Arguments::out;
+  using Arguments::values, Arguments::key_scales, Arguments::value_scales;
+  using Arguments::parts, Arguments::out;
 
   // With few tokens threads share out parts of the context, and put them together afterwards;
   // with many a thread does all parts of some heads. The sums and their order are the same.
@@ -65,6 +73,9 @@ struct PagedAttention : Operation, PagedAttentionArguments<T> {
   }
 
  private:
+  static constexpr bool CODED = !std::is_same_v<T, C>;
+  static constexpr int WHOLE = 64 / int(sizeof(T));  // numbers of a vector
+
   struct Query {
     const int32_t* table;
     int row, tokens, position;  // the first of some neighbours, and its position
@@ -232,10 +243,19 @@ struct PagedAttention : Operation, PagedAttentionArguments<T> {
     int end = std::min(latest.position + 1, (p + 1) * PART);
     for (; block * BLOCK < end; block++) {
       int begin = block * BLOCK;
-      int64_t at = (int64_t(query.table[block]) * shape.kv_heads + query.kv_head) * stride;
+      int64_t place = int64_t(query.table[block]) * shape.kv_heads + query.kv_head;
+      int64_t at = place * stride;
       if (begin + BLOCK <= latest.position) prefetch(query, block + 1, stride);
       __m512 score[HEADS];
       scores<HEADS>(heads, keys + at, vectors, score);
+      [[maybe_unused]] __m512 value_scale, inverse;  // a token a lane
+      if constexpr (CODED) {
+        __m512 factor = _mm512_set1_ps(CodeRange<C>::factor);
+        __m512 key_scale = _mm512_mul_ps(load(key_scales + place * BLOCK), factor);
+        for (int h = 0; h < HEADS; h++) score[h] = _mm512_mul_ps(score[h], key_scale);
+        value_scale = _mm512_mul_ps(load(value_scales + place * BLOCK), factor);
+        inverse = _mm512_div_ps(_mm512_set1_ps(1.f), value_scale);
+      }
       bool whole = begin >= latest.first && begin + BLOCK <= earliest.position + 1;
       __mmask16 seen[HEADS];
       alignas(64) T weight[HEADS][LANES];
@@ -255,10 +275,18 @@ struct PagedAttention : Operation, PagedAttentionArguments<T> {
           maximum[h] = highest;
         }
         __m512 weights = exponential(_mm512_sub_ps(score[h], _mm512_set1_ps(maximum[h])));
-        store(0xffff, weight[h], _mm512_maskz_mov_ps(seen[h], weights));
-        below[h] = _mm512_add_ps(below[h], load(weight[h]));
+        if constexpr (CODED) {
+          store(0xffff, weight[h], _mm512_maskz_mul_ps(seen[h], weights, value_scale));
+          below[h] = _mm512_add_ps(below[h],
+                                   _mm512_maskz_mul_ps(seen[h], load(weight[h]), inverse));
+        } else {
+          store(0xffff, weight[h], _mm512_maskz_mov_ps(seen[h], weights));
+          below[h] = _mm512_add_ps(below[h], load(weight[h]));
+        }
       }
-      if (whole)
+      if constexpr (CODED)  // no code is NaN, whoever left it, so a weight of 0 takes it away
+        add_values<HEADS, MOST>(values + at, weight, vectors, sum);
+      else if (whole)
         add_values<HEADS, MOST>(values + at, weight, vectors, sum);
       else
         for (int h = 0; h < HEADS; h++) add_seen(values + at, weight[h], seen[h], vectors, &sum[h]);
@@ -296,23 +324,26 @@ struct PagedAttention : Operation, PagedAttentionArguments<T> {
   // Blocks lie anywhere, which the hardware cannot foresee.
   void prefetch(const Query& query, int block, int64_t stride) const {
     int64_t at = (int64_t(query.table[block]) * shape.kv_heads + query.kv_head) * stride;
-    for (int64_t i = 0; i < stride; i += 64 / int64_t(sizeof(T))) {
+    for (int64_t i = 0; i < stride; i += 64 / int64_t(sizeof(C))) {
       _mm_prefetch(keys + at + i, _MM_HINT_T0);
       _mm_prefetch(values + at + i, _MM_HINT_T0);
+    }
+    if constexpr (CODED) {
+      _mm_prefetch(key_scales + at / stride * BLOCK, _MM_HINT_T0);
+      _mm_prefetch(value_scales + at / stride * BLOCK, _MM_HINT_T0);
     }
   }
 
   template <int HEADS>
-  static inline __attribute__((always_inline)) void scores(const Head* heads, const T* block,
+  static inline __attribute__((always_inline)) void scores(const Head* heads, const C* block,
                                                            int vectors, __m512* score) {
     const int elements = vectors * LANES * int(sizeof(T)) / 4;
     __m512 odd[HEADS];  // two sums a head, since a multiplication waits for the one before it
     for (int h = 0; h < HEADS; h++) score[h] = odd[h] = _mm512_setzero_ps();
     const int32_t* words[HEADS];
     for (int h = 0; h < HEADS; h++) words[h] = reinterpret_cast<const int32_t*>(heads[h].query);
-    const auto* bytes = reinterpret_cast<const uint8_t*>(block);
     for (int e = 0; e < elements; e += 2) {
-      __m512i key[2] = {_mm512_loadu_si512(bytes + e * 64), _mm512_loadu_si512(bytes + e * 64 + 64)};
+      __m512i key[2] = {numbers<T>(block + e * WHOLE), numbers<T>(block + e * WHOLE + WHOLE)};
 #pragma GCC unroll 6
       for (int h = 0; h < HEADS; h++) {
         score[h] = product(score[h], _mm512_set1_epi32(words[h][e]), key[0]);
@@ -323,18 +354,17 @@ struct PagedAttention : Operation, PagedAttentionArguments<T> {
   }
 
   template <int HEADS, int MOST>
-  static inline __attribute__((always_inline)) void add_values(const T* block,
+  static inline __attribute__((always_inline)) void add_values(const C* block,
                                                                const T (*weight)[LANES],
                                                                int vectors, __m512 (*sum)[MOST]) {
     constexpr int STEPS = BLOCK * int(sizeof(T)) / 4;
-    const auto* bytes = reinterpret_cast<const uint8_t*>(block);
     for (int s = 0; s < STEPS; s++) {
       __m512i factor[HEADS];
       for (int h = 0; h < HEADS; h++)
         factor[h] = _mm512_set1_epi32(reinterpret_cast<const int32_t*>(weight[h])[s]);
 #pragma GCC unroll 16
       for (int v = 0; v < vectors; v++) {
-        __m512i value = _mm512_loadu_si512(bytes + (int64_t(s) * vectors + v) * 64);
+        __m512i value = numbers<T>(block + (int64_t(s) * vectors + v) * WHOLE);
 #pragma GCC unroll 6
         for (int h = 0; h < HEADS; h++) sum[h][v] = product(sum[h][v], factor[h], value);
       }

@@ -4,20 +4,25 @@ One query reads each key once, so it is bound by memory and by the calls' overhe
 `scaled_dot_product_attention` takes some 60 microseconds for one query in bfloat16; two products in
 float32 around a softmax take less and round less.  Sequences that fill about as many blocks are
 padded to one size; the number of sizes grows with the logarithm of the context alone.  For runs of
-tokens (prefill) `scaled_dot_product_attention` is the fast way, in the dtype of the queries.
+tokens (prefill) `scaled_dot_product_attention` is the fast way, in the dtype of the queries; for it
+the codes of a cache in 8 bits are multiplied with their scales, a sequence at a time.  Everywhere
+else scales go into scores and weights.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compress.kernels.paged_attention.cache import Blocks, tensors_of
 from compress.kernels.paged_attention.reference import by_kv_head, visible
+
+Cache = tuple[Blocks, Blocks]
 
 
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Blocks,
+    v_cache: Blocks,
     starts: Tensor,
     contexts: Tensor,
     block_tables: Tensor,
@@ -28,7 +33,7 @@ def paged_attention(
     out = torch.empty_like(q)
     single: dict[int, list[int]] = {}  # number of blocks, as a power of two -> sequences
     cache = (k_cache, v_cache)
-    block_size = k_cache.shape[2]
+    block_size = tensors_of(k_cache)[0].shape[2]
     firsts = starts.tolist()
     for row, context in enumerate(contexts.tolist()):
         first, last = firsts[row], firsts[row + 1]
@@ -54,52 +59,65 @@ def paged_attention(
 
 def _singles(
     q: Tensor,
-    cache: tuple[Tensor, Tensor],
+    cache: Cache,
     block_tables: Tensor,
     contexts: Tensor,
     scale: float,
     window: int | None,
 ) -> Tensor:
     """One query [H] of N heads for each of S sequences: q [S, N, H] -> [S, N, H]."""
-    _, kv_heads, block_size, head_dim = cache[0].shape
+    _, kv_heads, block_size, _ = tensors_of(cache[0])[0].shape
     begins = torch.zeros_like(contexts) if window is None else (contexts - window).clamp(min=0)
     first_blocks = begins // block_size
     width = int(((contexts - 1) // block_size - first_blocks).max()) + 1
     columns = first_blocks[:, None] + torch.arange(width)  # [S, width], blocks of a sequence
     tables = block_tables.gather(1, columns.clamp(max=block_tables.shape[1] - 1).long())
 
-    def gathered(part: Tensor) -> Tensor:  # [S, K, width * block_size, H]
-        return part[tables].float().transpose(1, 2).reshape(len(q), kv_heads, -1, head_dim)
+    def gathered(part: Tensor) -> Tensor:  # [S, K, width * block_size, H], scales without H
+        return part[tables].float().transpose(1, 2).flatten(2, 3)
 
+    keys, *key_scales = map(gathered, tensors_of(cache[0]))
+    values, *value_scales = map(gathered, tensors_of(cache[1]))
     places = first_blocks[:, None] * block_size + torch.arange(width * block_size)
     hidden = (places >= contexts[:, None]) | (places < begins[:, None])  # [S, positions]
     queries = q.float().unflatten(1, (kv_heads, -1))  # [S, K, N / K, H]
-    scores = (queries * scale) @ gathered(cache[0]).transpose(-1, -2)
+    scores = (queries * scale) @ keys.transpose(-1, -2)
+    for scales in key_scales:
+        scores *= scales[:, :, None]
     weights = scores.masked_fill(hidden[:, None, None], float("-inf")).softmax(dim=-1)
     # What lies beyond a context was never written: a NaN there would survive a weight of zero.
-    values = gathered(cache[1]).masked_fill(hidden[:, None, :, None], 0)
+    for scales in value_scales:
+        weights *= scales.masked_fill(hidden[:, None], 0)[:, :, None]
+    values = values.masked_fill(hidden[:, None, :, None], 0)
     return (weights @ values).flatten(1, 2).to(q.dtype)
 
 
 def _lone(
     q: Tensor,
-    cache: tuple[Tensor, Tensor],
+    cache: Cache,
     block_table: Tensor,
     context: int,
     scale: float,
     window: int | None,
 ) -> Tensor:
     """One query of one sequence, which needs no mask: q [N, H] -> [N, H]."""
-    keys, values, length = _spanned(cache, block_table, context, window or context)
+    (keys, *key_scales), (values, *value_scales), length = _spanned(
+        cache, block_table, context, window or context
+    )
     begin = 0 if window is None else max(0, length - window)
     queries = (q.float() * scale).unflatten(0, (len(keys), -1))  # [K, N / K, H]
-    weights = (queries @ keys[:, begin:].float().transpose(1, 2)).softmax(dim=-1)
+    scores = queries @ keys[:, begin:].float().transpose(1, 2)  # [K, N / K, positions]
+    for scales in key_scales:
+        scores *= scales[:, None, begin:]
+    weights = scores.softmax(dim=-1)
+    for scales in value_scales:
+        weights *= scales[:, None, begin:]
     return (weights @ values[:, begin:].float()).flatten(0, 1).to(q.dtype)
 
 
 def _run(
     q: Tensor,
-    cache: tuple[Tensor, Tensor],
+    cache: Cache,
     block_table: Tensor,
     context: int,
     scale: float,
@@ -107,8 +125,13 @@ def _run(
 ) -> Tensor:
     """Attention of the last t tokens of one sequence: q [t, N, H] -> [t, N, H]."""
     reach = context if window is None else window + len(q) - 1
-    keys, values, length = _spanned(cache, block_table, context, reach)
-    keys, values = keys.to(q.dtype), values.to(q.dtype)
+    *parts, length = _spanned(cache, block_table, context, reach)
+    keys, values = (
+        part[0].to(q.dtype)
+        if len(part) == 1
+        else (part[0].float() * part[1][..., None]).to(q.dtype)
+        for part in parts
+    )
     queries = by_kv_head(q, len(keys))  # [K, N / K, t, H]
     shape = (len(keys), queries.shape[1], -1, -1)
     attended = F.scaled_dot_product_attention(
@@ -122,14 +145,18 @@ def _run(
 
 
 def _spanned(
-    cache: tuple[Tensor, Tensor], block_table: Tensor, context: int, reach: int
-) -> tuple[Tensor, Tensor, int]:
+    cache: Cache, block_table: Tensor, context: int, reach: int
+) -> tuple[list[Tensor], list[Tensor], int]:
     """Keys and values [K, length, H] of a sequence's last blocks, which hold its last `reach`
-    positions, and the length: up to one block more than that.
+    positions, each with its scales [K, length] if it is codes; and the length, up to one block
+    more than `reach`.
     """
-    block_size = cache[0].shape[2]
+    block_size = tensors_of(cache[0])[0].shape[2]
     first = max(0, context - reach) // block_size
     blocks = block_table[first : -(-context // block_size)]
     length = context - first * block_size
-    keys, values = (part[blocks].transpose(0, 1).flatten(1, 2)[:, :length] for part in cache)
+    keys, values = (
+        [part[blocks].transpose(0, 1).flatten(1, 2)[:, :length] for part in tensors_of(blocks_of)]
+        for blocks_of in cache
+    )
     return keys, values, length

@@ -7,7 +7,10 @@ j <= p, and with a window only j > p - window:
 
     out[n] = sum_j softmax_j(scale * q[n] · k[j, n // (N / K)]) v[j, n // (N / K)]
 
-Scores, softmax and sums are in float32; the result is rounded once.
+Scores, softmax and sums are in float32; the result is rounded once.  A cache in 8 bits (cache.py)
+is never widened as a whole: with codes c and scales s of keys and values,
+
+    out[n] = sum_j softmax_j(scale * sk[j] * q[n] · ck[j]) sv[j] cv[j]
 
 Source: Kwon et al., Efficient Memory Management for LLM Serving with PagedAttention, 2023,
 arXiv:2309.06180; grouped queries, Ainslie et al., 2023, arXiv:2305.13245.
@@ -16,22 +19,29 @@ arXiv:2309.06180; grouped queries, Ainslie et al., 2023, arXiv:2305.13245.
 import torch
 from torch import Tensor
 
+from compress.kernels.paged_attention.cache import Blocks, quantize, tensors_of
 
-def write_kv(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+
+def write_kv(k_cache: Blocks, v_cache: Blocks, k: Tensor, v: Tensor, slots: Tensor) -> None:
     """Put keys and values [T, K, H] of new tokens in their places, in the cache's dtype.
 
     slots  int64 [T], block * block_size + offset
     """
-    block_size = k_cache.shape[2]
-    blocks, offsets = slots // block_size, slots % block_size
-    k_cache[blocks, :, offsets] = k.to(k_cache.dtype)
-    v_cache[blocks, :, offsets] = v.to(v_cache.dtype)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        block_size = tensors_of(cache)[0].shape[2]
+        blocks, offsets = slots // block_size, slots % block_size
+        if isinstance(cache, Tensor):
+            cache[blocks, :, offsets] = new.to(cache.dtype)
+        else:
+            codes, scales = quantize(new, cache.kind, cache.fixed)
+            cache.codes[blocks, :, offsets] = codes
+            cache.scales[blocks, :, offsets] = scales
 
 
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Blocks,
+    v_cache: Blocks,
     starts: Tensor,
     contexts: Tensor,
     block_tables: Tensor,
@@ -51,21 +61,33 @@ def paged_attention(
     out = torch.empty_like(q)
     for row, context in enumerate(contexts.tolist()):
         first, last = int(starts[row]), int(starts[row + 1])
-        keys = gather(k_cache, block_tables[row], context)  # [K, context, H]
-        values = gather(v_cache, block_tables[row], context)
+        keys, key_scales = gather(k_cache, block_tables[row], context)  # [K, context, H]
+        values, value_scales = gather(v_cache, block_tables[row], context)
         queries = by_kv_head(q[first:last].float(), keys.shape[0])  # [K, N / K, t, H]
         scores = queries @ keys[:, None].transpose(-1, -2) * scale  # [K, N / K, t, context]
+        if key_scales is not None:
+            scores *= key_scales[:, None, None]
         seen = visible(last - first, context, window, q.device)
         weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+        if value_scales is not None:
+            weights = weights * value_scales[:, None, None]
         heads = (weights @ values[:, None]).flatten(0, 1)  # [N, t, H]
         out[first:last] = heads.transpose(0, 1).to(q.dtype)
     return out
 
 
-def gather(cache: Tensor, block_table: Tensor, context: int) -> Tensor:
-    """Keys or values of one sequence, float32 [K, context, H]."""
-    blocks = -(-context // cache.shape[2])
-    return cache[block_table[:blocks]].transpose(0, 1).flatten(1, 2)[:, :context].float()
+def gather(cache: Blocks, block_table: Tensor, context: int) -> tuple[Tensor, Tensor | None]:
+    """Keys or values of one sequence, float32 [K, context, H], and the scales [K, context] that
+    codes are to be multiplied with.
+    """
+
+    def rows(part: Tensor) -> Tensor:
+        blocks = -(-context // part.shape[2])
+        return part[block_table[:blocks]].transpose(0, 1).flatten(1, 2)[:, :context].float()
+
+    if isinstance(cache, Tensor):
+        return rows(cache), None
+    return rows(cache.codes), rows(cache.scales)
 
 
 def by_kv_head(q: Tensor, kv_heads: int) -> Tensor:

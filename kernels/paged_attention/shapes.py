@@ -35,6 +35,9 @@ from compress.kernels.paged_attention.plan import MIN_SPLIT, TILE_ROWS
 PAGE = 16
 """Positions that a block of the cache holds."""
 
+CODES_SPILL = {64: (80, 100), TILE_ROWS: (80,)}
+"""Rows of a program, and where the registers for codes in 8 bits are had by half the positions."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -50,10 +53,14 @@ class Shape:
     merge_splits: int
 
 
-def choose(rows: int, group: int, head_dim: int, dtype: torch.dtype, capability: int) -> Shape:
+def choose(
+    rows: int, group: int, head_dim: int, dtype: torch.dtype, capability: int, coded: bool = False
+) -> Shape:
     """Shape for sequences with up to `rows` rows in the step, `group` of them for a token.
 
+    dtype       of queries
     capability  80, 90 or 100, see `capability_of`
+    coded       whether keys and values are in 8 bits
     """
     wide = padded(head_dim)
     least = padded(group)
@@ -70,9 +77,11 @@ def choose(rows: int, group: int, head_dim: int, dtype: torch.dtype, capability:
         return _shape(rows, block_n, num_warps, 3, wide)
     if rows <= TILE_ROWS and wide <= 128 and group <= 64:
         # a loop of its own for the last block, the only one with masks, would start up anew
+        block_n //= 2 if coded and capability in CODES_SPILL[64] else 1
         return replace(_shape(64, block_n, 4, 3, wide), mask_apart=False)
     if wide <= 128:
-        return _shape(TILE_ROWS, 64, 8, 3, wide)
+        block_n = 32 if coded and capability in CODES_SPILL[TILE_ROWS] else 64
+        return _shape(TILE_ROWS, block_n, 8, 3, wide)
     if capability == 80:
         return _shape(max(64, least), 32, 8, 2, wide)
     return _shape(TILE_ROWS, 32, 8, 3, wide)

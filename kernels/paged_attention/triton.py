@@ -9,7 +9,16 @@ positions:
     total' = total * 2^(m - m') + sum_j p[r, j]
     acc' = acc * 2^(m - m') + sum_j p[r, j] v[j]          out[r] = acc / total
 
-All is float32 but p, which is rounded to the cache's dtype for the product with v.
+All is float32 but p, which is rounded to the dtype of q for the product with v.
+
+A cache in 8 bits (cache.py) has codes ck, cv and scales sk, sv.  Codes become numbers in registers,
+exactly, in the dtype of q, fp8's by moving their bits under float16's exponent.  Scales stay apart:
+
+    s[r, j] = sk[j] * q[r] · ck[j]
+    acc' = acc * 2^(m - m') * u / u' + sum_j p[r, j] (sv[j] / u') cv[j]
+
+with u' = max(u, max_j sv[j]), the largest scale so far, by which acc is multiplied at last: what is
+rounded to 16 bits is at most 1 then, which float16 needs.
 
 Splits.  The positions that a tile sees are cut in `splits` equal shares, none below MIN_SPLIT, so
 that one grid serves all contexts: programs without a share return at once.  A program whose share
@@ -30,6 +39,7 @@ Kwon et al., 2023, arXiv:2309.06180; Milakov and Gimelshein, 2018, arXiv:1805.02
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -37,6 +47,14 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.kernels.entry import Entry
+from compress.kernels.paged_attention.cache import (
+    FP8,
+    INT8,
+    Blocks,
+    Codes,
+    QuantizedBlocks,
+    parts_of,
+)
 from compress.kernels.paged_attention.plan import TILE_ROWS, tile_tokens
 from compress.kernels.paged_attention.shapes import PAGE, Shape, capability_of, choose, padded
 from compress.kernels.workspace import Workspace
@@ -47,7 +65,11 @@ EVERYTHING = 2**30
 EVERY_ROWS = (16, 32, TILE_ROWS, TILE_ROWS + 1)
 """One number of rows in a step for each of the programs that `choose` knows."""
 
+FACTORS = {INT8: 1, FP8: 256}
+"""What `_numbers` leaves to the scales."""
+
 RUNTIME = ("tiled", "heads", "kv_heads", "most_new", "window", "table_row", "table_column")
+CACHE = ("k_cache", "v_cache", "k_scales", "v_scales")
 INDICES = ("starts", "contexts", "block_tables", "tiles", "counters")
 
 
@@ -59,30 +81,58 @@ def _pages(table, table_column, start, high, BLOCK_N: tl.constexpr, PAGE: tl.con
 
 
 @triton.jit
-def _attend_block(
-    q, m, total, acc, k_cache, v_cache, pages, page_stride, base, start, high, window, factor,
-    places, dims, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    MASKED: tl.constexpr, WHOLE_HEAD: tl.constexpr,
+def _rows(
+    cache, offsets, inside, in_head, MASKED: tl.constexpr, WHOLE_HEAD: tl.constexpr
 ):  # fmt: skip
-    """(m, total, acc) with the block of positions from `start`."""
+    """Keys or values of a block of positions, as they are stored."""
+    if MASKED and WHOLE_HEAD:
+        rows = tl.load(cache + offsets, mask=inside[:, None], other=0.0)
+    elif MASKED:
+        rows = tl.load(cache + offsets, mask=inside[:, None] & in_head[None, :], other=0.0)
+    elif WHOLE_HEAD:
+        rows = tl.load(cache + offsets)
+    else:
+        rows = tl.load(cache + offsets, mask=in_head[None, :], other=0.0)
+    return rows
+
+
+@triton.jit
+def _numbers(codes, like, FACTOR: tl.constexpr):
+    """What codes (int8) stand for over FACTOR, in the dtype of `like`, exactly.
+
+    The bits of e4m3 stand under those of float16, whose exponent is as wide and one more: 2^-8 of
+    the number.
+    """
+    if FACTOR == 1:
+        numbers = codes.to(like.dtype)
+    else:
+        bits = (codes.to(tl.int16) << 7) & -16385  # all but bit 14
+        numbers = bits.to(tl.float16, bitcast=True).to(like.dtype)
+    return numbers
+
+
+@triton.jit
+def _attend_block(
+    q, m, total, acc, unit, k_cache, v_cache, k_scales, v_scales, pages, page_stride, base, start,
+    high, window, factor, places, dims, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, FACTOR: tl.constexpr, MASKED: tl.constexpr, WHOLE_HEAD: tl.constexpr,
+):  # fmt: skip
+    """(m, total, acc, unit) with the block of positions from `start`; no FACTOR, no codes."""
     columns = start + tl.arange(0, BLOCK_N)
     inside = columns < high
     in_head = dims < HEAD_DIM
     rows = pages.to(tl.int64) * page_stride + (base + columns % PAGE * HEAD_DIM)
     offsets = rows[:, None] + dims[None, :]
-    if MASKED and WHOLE_HEAD:
-        k = tl.load(k_cache + offsets, mask=inside[:, None], other=0.0)
-        v = tl.load(v_cache + offsets, mask=inside[:, None], other=0.0)
-    elif MASKED:
-        k = tl.load(k_cache + offsets, mask=inside[:, None] & in_head[None, :], other=0.0)
-        v = tl.load(v_cache + offsets, mask=inside[:, None] & in_head[None, :], other=0.0)
-    elif WHOLE_HEAD:
-        k = tl.load(k_cache + offsets)
-        v = tl.load(v_cache + offsets)
-    else:
-        k = tl.load(k_cache + offsets, mask=in_head[None, :], other=0.0)
-        v = tl.load(v_cache + offsets, mask=in_head[None, :], other=0.0)
+    k = _rows(k_cache, offsets, inside, in_head, MASKED, WHOLE_HEAD)
+    v = _rows(v_cache, offsets, inside, in_head, MASKED, WHOLE_HEAD)
+    if FACTOR is not None:
+        k_scale = tl.load(k_scales + rows // HEAD_DIM, mask=inside, other=0.0) * FACTOR
+        v_scale = tl.load(v_scales + rows // HEAD_DIM, mask=inside, other=0.0) * FACTOR
+        k = _numbers(k, q, FACTOR)
+        v = _numbers(v, q, FACTOR)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    if FACTOR is not None:
+        scores *= k_scale[None, :]
     if MASKED:
         seen = (columns[None, :] <= places[:, None]) & (columns[None, :] > places[:, None] - window)
         scores = tl.where(seen & inside[None, :], scores, float("-inf"))
@@ -90,8 +140,13 @@ def _attend_block(
     p = tl.exp2(tl.fma(scores, factor, -largest[:, None]))
     shrink = tl.exp2(m - largest)
     total = total * shrink + tl.sum(p, 1)
+    if FACTOR is not None:
+        wider = tl.maximum(unit, tl.max(v_scale, 0))
+        p *= (v_scale / wider)[None, :]
+        shrink *= unit / wider
+        unit = wider
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return largest, total, acc
+    return largest, total, acc, unit
 
 
 @triton.jit
@@ -136,11 +191,11 @@ def _merge(
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=INDICES)
 def _attend(
-    q, k_cache, v_cache, out, starts, contexts, block_tables, tiles, partials, counters,
-    tiled, heads, kv_heads, most_new, window, table_row, table_column, factor,
+    q, k_cache, v_cache, k_scales, v_scales, out, starts, contexts, block_tables, tiles, partials,
+    counters, tiled, heads, kv_heads, most_new, window, table_row, table_column, factor,
     HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr, PAGE: tl.constexpr, MIN_SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASK_APART: tl.constexpr,
-    MERGE_ROWS: tl.constexpr, MERGE_SPLITS: tl.constexpr,
+    MERGE_ROWS: tl.constexpr, MERGE_SPLITS: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles * parts of a tile, K, splits)."""
     group = heads // kv_heads
@@ -200,6 +255,7 @@ def _attend(
     m = tl.full([BLOCK_M], -1e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HEAD_PAD], tl.float32)
+    unit = tl.full([], 2.0**-126, tl.float32)  # no scale is below
     page_stride = kv_heads * (PAGE * HEAD_DIM)
     base = kv_head * (PAGE * HEAD_DIM)
 
@@ -208,10 +264,10 @@ def _attend(
         for block in range(front, back):
             block_start = low + block * BLOCK_N
             following = _pages(table, table_column, block_start + BLOCK_N, high, BLOCK_N, PAGE)
-            m, total, acc = _attend_block(
-                queries, m, total, acc, k_cache, v_cache, pages, page_stride, base, block_start,
-                high, window, factor, places, dims, BLOCK_N, PAGE, HEAD_DIM, False,
-                HEAD_DIM == HEAD_PAD,
+            m, total, acc, unit = _attend_block(
+                queries, m, total, acc, unit, k_cache, v_cache, k_scales, v_scales, pages,
+                page_stride, base, block_start, high, window, factor, places, dims, BLOCK_N, PAGE,
+                HEAD_DIM, FACTOR, False, HEAD_DIM == HEAD_PAD,
             )  # fmt: skip
             pages = following
         block_start = low + tl.where(front > 0, 0, back) * BLOCK_N
@@ -219,13 +275,16 @@ def _attend(
     for step in range(1, blocks - back + front + 1):
         following_start = low + tl.where(step < front, step, step + back - front) * BLOCK_N
         following = _pages(table, table_column, following_start, high, BLOCK_N, PAGE)
-        m, total, acc = _attend_block(
-            queries, m, total, acc, k_cache, v_cache, pages, page_stride, base, block_start, high,
-            window, factor, places, dims, BLOCK_N, PAGE, HEAD_DIM, True, HEAD_DIM == HEAD_PAD,
+        m, total, acc, unit = _attend_block(
+            queries, m, total, acc, unit, k_cache, v_cache, k_scales, v_scales, pages, page_stride,
+            base, block_start, high, window, factor, places, dims, BLOCK_N, PAGE, HEAD_DIM, FACTOR,
+            True, HEAD_DIM == HEAD_PAD,
         )  # fmt: skip
         block_start = following_start
         pages = following
 
+    if FACTOR is not None:
+        acc *= unit
     # The same offsets again, where the compiler cannot know it: kept through the loops they spill.
     r += tl.minimum(window, 0)
     target = (r // group * heads + r % group) * HEAD_DIM
@@ -256,8 +315,8 @@ def _attend(
 
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Blocks,
+    v_cache: Blocks,
     starts: Tensor,
     contexts: Tensor,
     block_tables: Tensor,
@@ -270,7 +329,9 @@ def paged_attention(
     workspace: Workspace,
     shape: Shape | None = None,
 ) -> Tensor:
-    """See reference.py; q and the caches are contiguous and of one dtype, scale is above 0.
+    """See reference.py; q and the caches are contiguous, scale is above 0.
+
+    The caches are in the dtype of q, or both in 8 bits.
 
     block_tables  int32 [S, W], any strides
     tiles         int32 [tiles, 2] of plan.tiles_of, or None: every sequence is one tile
@@ -281,10 +342,13 @@ def paged_attention(
     Rows of a sequence whose context is 0 (padding) become zeros, and nothing is read for them.
     """
     heads, head_dim = q.shape[1:]
-    kv_heads = k_cache.shape[1]
+    (keys, k_scales), (values, v_scales) = parts_of(k_cache), parts_of(v_cache)
+    codes = k_cache.kind if isinstance(k_cache, QuantizedBlocks) else None
+    kv_heads = keys.shape[1]
     group = heads // kv_heads
     if shape is None:
-        shape = choose(most_new * group, group, head_dim, q.dtype, capability_of(q.device))
+        device = capability_of(q.device)
+        shape = choose(most_new * group, group, head_dim, q.dtype, device, codes is not None)
     if tiles is not None:
         most_new = min(most_new, tile_tokens(heads, kv_heads))  # of a tile
     parts = -(-most_new // (shape.block_m // group))
@@ -292,17 +356,17 @@ def paged_attention(
     out = torch.empty_like(q)
     partials = 0 if splits == 1 else count * kv_heads * splits * shape.block_m * (head_dim + 2)
     _attend[(count, kv_heads, splits)](
-        q, k_cache, v_cache, out, starts, contexts, block_tables,
+        q, keys, values, k_scales, v_scales, out, starts, contexts, block_tables,
         starts if tiles is None else tiles, workspace.floats(max(partials, 1)),
         workspace.counters(count * kv_heads), int(tiles is not None), heads, kv_heads, most_new,
         EVERYTHING if window is None else window, block_tables.stride(0), block_tables.stride(1),
-        scale * math.log2(math.e), **constants(shape, head_dim), num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
+        scale * math.log2(math.e), **constants(shape, head_dim, codes),
+        num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip
     return out
 
 
-def constants(shape: Shape, head_dim: int) -> dict[str, int]:
+def constants(shape: Shape, head_dim: int, codes: Codes | None = None) -> dict[str, Any]:
     """The compile-time constants of `_attend`."""
     return {
         "HEAD_DIM": head_dim,
@@ -314,37 +378,49 @@ def constants(shape: Shape, head_dim: int) -> dict[str, int]:
         "MASK_APART": shape.mask_apart,
         "MERGE_ROWS": shape.merge_rows,
         "MERGE_SPLITS": shape.merge_splits,
+        "FACTOR": None if codes is None else FACTORS[codes],
     }
 
 
 def entries(capability: int) -> list[Entry]:
-    """Every height of program for heads of 64 and 128 dimensions in 16 bits.
+    """Every height of program for heads of 64 and 128 dimensions in 16 bits, and beside bfloat16 a
+    cache in 8 bits.
 
-    Groups of more than 16 query heads and other sizes of a head are compiled when met.
+    Groups of more than 16 query heads and other sizes of a head are compiled when met, as is a
+    cache in 8 bits beside float16.
     """
     found = []
-    for dtype, kind in ((torch.float16, "fp16"), (torch.bfloat16, "bf16")):
+    for kind, codes in (("fp16", None), ("bf16", None), ("bf16", INT8), ("bf16", FP8)):
         for head_dim in (64, 128):
-            shapes = [choose(rows, 1, head_dim, dtype, capability) for rows in EVERY_ROWS]
+            coded = codes is not None
+            shapes = [
+                choose(rows, 1, head_dim, torch.bfloat16, capability, coded) for rows in EVERY_ROWS
+            ]
+            words = f"h{head_dim} {kind}{f' {codes.name}' if codes else ''}"
+            absent = {} if codes else {"k_scales": None, "v_scales": None}
             found += [
                 Entry(
-                    f"paged_attention rows{shape.block_m} h{head_dim} {kind}",
+                    f"paged_attention rows{shape.block_m} {words}",
                     _attend,
-                    types(kind),
-                    constants(shape, head_dim),
+                    types(kind, codes),
+                    constants(shape, head_dim, codes) | absent,
                     shape.num_warps,
                     shape.num_stages,
-                    frozenset(["q", "k_cache", "v_cache", "out", "partials"]),
+                    frozenset(["q", "out", "partials", *CACHE[: 4 if codes else 2]]),
                 )
                 for shape in shapes
             ]
     return found
 
 
-def types(kind: str) -> dict[str, str]:
-    """Types of the arguments of `_attend` for a cache of `kind`."""
+def types(kind: str, codes: Codes | None = None) -> dict[str, str]:
+    """Types of the arguments of `_attend` for queries of `kind`."""
+    cache = dict.fromkeys(CACHE[:2], f"*{kind}")
+    if codes:
+        cache = dict.fromkeys(CACHE[:2], "*i8") | dict.fromkeys(CACHE[2:], "*fp32")
     return (
-        dict.fromkeys(("q", "k_cache", "v_cache", "out"), f"*{kind}")
+        dict.fromkeys(("q", "out"), f"*{kind}")
+        | cache
         | dict.fromkeys(INDICES, "*i32")
         | {"partials": "*fp32", "factor": "fp32"}
         | dict.fromkeys(RUNTIME, "i32")

@@ -16,6 +16,15 @@ from compress.core.errors import InputError
 from compress.kernels.eager import BLOCK_SIZE
 from compress.kernels.lowbit_matmul.avx512 import PackedLinear, pack
 from compress.kernels.lowbit_matmul.weight import LinearWeight
+from compress.kernels.paged_attention.cache import (
+    FP8,
+    INT8,
+    Blocks,
+    Codes,
+    QuantizedBlocks,
+    new_blocks,
+    tensors_of,
+)
 from compress.kernels.program.build import library
 from compress.kernels.w8a8_matmul import avx512 as w8a8
 from compress.kernels.w8a8_matmul import check
@@ -31,7 +40,8 @@ def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
-_HEADS = {"heads": _INT, "kv_heads": _INT, "head_dim": _INT, "padded_dim": _INT}
+_CODES = (None, INT8, FP8)  # as HeadShape in rope/avx512.h counts them
+_HEADS = dict.fromkeys(("heads", "kv_heads", "head_dim", "padded_dim", "codes"), _INT)
 # The arguments of each operation, field by field as its header has them; program.cpp knows an
 # operation by its place here.
 _ARGUMENTS = {
@@ -49,13 +59,14 @@ _ARGUMENTS = {
         bias=_POINTER, x=_POINTER, y=_POINTER,
     ),
     "RopeAndWrite": _struct(
-        "RopeAndWrite", **_HEADS, half=_INT, eps=_FLOAT, softmax_scale=_FLOAT, angles=_POINTER,
-        qkv=_POINTER, q_gain=_POINTER, k_gain=_POINTER, queries=_POINTER, keys=_POINTER,
-        values=_POINTER,
+        "RopeAndWrite", **_HEADS, half=_INT, eps=_FLOAT, softmax_scale=_FLOAT, key_fixed=_FLOAT,
+        value_fixed=_FLOAT, angles=_POINTER, qkv=_POINTER, q_gain=_POINTER, k_gain=_POINTER,
+        queries=_POINTER, keys=_POINTER, values=_POINTER, key_scales=_POINTER,
+        value_scales=_POINTER,
     ),
     "PagedAttention": _struct(
         "PagedAttention", **_HEADS, window=_INT, queries=_POINTER, keys=_POINTER, values=_POINTER,
-        parts=_POINTER, out=_POINTER,
+        key_scales=_POINTER, value_scales=_POINTER, parts=_POINTER, out=_POINTER,
     ),
     "TakeRows": _struct("TakeRows", width=_INT, source=_POINTER, delta=_POINTER, out=_POINTER),
     "RoundingLinear": _struct(
@@ -80,16 +91,19 @@ class Recorder:
     """The operations of a decoder, recorded; `run` carries them out.
 
     Activations are `dtype` (bfloat16 or float32) where they enter a matrix product, float32 in
-    between.  A batch holds at most `most_tokens` tokens, of which `most_rows` give logits.  `run`
-    takes as many threads as PyTorch had when the recorder was made, whichever thread calls it.
+    between; so are keys and values, unless they are to be `codes`.  A batch holds at most
+    `most_tokens` tokens, of which `most_rows` give logits.  `run` takes as many threads as PyTorch
+    had when the recorder was made, whichever thread calls it.
     """
 
     description = "AVX-512 program"
 
-    def __init__(self, dtype: torch.dtype, most_tokens: int, most_rows: int) -> None:
+    def __init__(
+        self, dtype: torch.dtype, most_tokens: int, most_rows: int, codes: Codes | None = None
+    ) -> None:
         self._library = library()
         self._program = ctypes.c_void_p(self._library.program_new(torch.get_num_threads()))
-        self.dtype = dtype
+        self.dtype, self.codes = dtype, codes
         self._most = {False: most_tokens, True: most_rows}
         self._buffers: dict[tuple[str, int], Tensor] = {}
         self._kept: list[Any] = []  # tensors whose addresses the program holds
@@ -182,7 +196,7 @@ class Recorder:
         )  # fmt: skip
 
     def attention(
-        self, qkv: Tensor, angles: Tensor, keys: Tensor, values: Tensor, *, heads: int,
+        self, qkv: Tensor, angles: Tensor, keys: Blocks, values: Blocks, *, heads: int,
         kv_heads: int, head_dim: int, q_gain: Tensor | None, k_gain: Tensor | None, eps: float,
         window: int | None,
     ) -> Tensor:  # fmt: skip
@@ -195,7 +209,10 @@ class Recorder:
             "kv_heads": kv_heads,
             "head_dim": head_dim,
             "padded_dim": padded,
+            "codes": _CODES.index(self.codes),
         }
+        cache = _cache_arguments(keys, values)
+        fixed = {"key_fixed": _fixed(keys), "value_fixed": _fixed(values)}
         queries = self._buffer("queries", heads * padded, self.dtype)
         out = self._buffer("attended", heads * head_dim, self.dtype)
         if self._parts is None:
@@ -206,12 +223,12 @@ class Recorder:
         }
         self._add(
             "RopeAndWrite", **shape, half=angles.shape[1] // 2, eps=eps,
-            softmax_scale=head_dim**-0.5, angles=angles, qkv=qkv, **gains, queries=queries,
-            keys=keys, values=values,
+            softmax_scale=head_dim**-0.5, angles=angles, qkv=qkv, **gains, **fixed, queries=queries,
+            **cache,
         )  # fmt: skip
         self._add(
-            "PagedAttention", **shape, window=window or 0, queries=queries, keys=keys,
-            values=values, parts=self._parts, out=out,
+            "PagedAttention", **shape, window=window or 0, queries=queries, **cache,
+            parts=self._parts, out=out,
         )  # fmt: skip
         return out
 
@@ -222,10 +239,11 @@ class Recorder:
         self._add("TakeRows", width=hidden.shape[1], source=hidden, delta=delta, out=out)
         return out
 
-    def new_cache(self, num_blocks: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    def new_cache(self, num_blocks: int, kv_heads: int, head_dim: int) -> tuple[Blocks, Blocks]:
         """Keys and values of one layer, [blocks, ...], not filled; rope/avx512.h has the layout."""
         size = (num_blocks, kv_heads * _padded(head_dim) * BLOCK_SIZE)
-        return torch.empty(size, dtype=self.dtype), torch.empty(size, dtype=self.dtype)
+        scales = (num_blocks, kv_heads, BLOCK_SIZE)
+        return new_blocks(size, scales, self.dtype, torch.device("cpu"), self.codes)
 
     def run(self, batch: Any) -> Tensor:
         """Carry the recorded operations out on a `Batch`: logits float32 [rows, V]."""
@@ -266,6 +284,19 @@ class Recorder:
             self.dtype == torch.float32,
             ctypes.byref(struct),
         )
+
+
+def _cache_arguments(keys: Blocks, values: Blocks) -> dict[str, Tensor | None]:
+    """The tensors of a layer's cache, by the names of the arguments."""
+    arguments: dict[str, Tensor | None] = {}
+    for names, blocks in (("keys", "key_scales"), keys), (("values", "value_scales"), values):
+        arguments |= dict.fromkeys(names) | dict(zip(names, tensors_of(blocks), strict=False))
+    return arguments
+
+
+def _fixed(blocks: Blocks) -> float:
+    """The scale that all rows are written with, or 0 for each row's own."""
+    return (blocks.fixed or 0.0) if isinstance(blocks, QuantizedBlocks) else 0.0
 
 
 def _padded(head_dim: int) -> int:

@@ -36,6 +36,21 @@ struct Program {
   void add(bool in_float, const void* arguments) {
     in_float ? add<Op<float>>(arguments) : add<Op<bf16>>(arguments);
   }
+
+  // Of an operation on the cache, whose arguments begin with the shape of its heads.
+  template <template <class, class> class Op>
+  void add_cached(bool in_float, const void* arguments) {
+    in_float ? add_coded<Op, float>(arguments) : add_coded<Op, bf16>(arguments);
+  }
+
+  template <template <class, class> class Op, class T>
+  void add_coded(const void* arguments) {
+    switch (static_cast<const HeadShape*>(arguments)->codes) {
+      case 0: return add<Op<T, T>>(arguments);
+      case 1: return add<Op<T, int8_t>>(arguments);
+      case 2: return add<Op<T, e4m3>>(arguments);
+    }
+  }
 };
 
 }  // namespace
@@ -54,8 +69,8 @@ void program_add(void* program, int operation, int in_float, const void* argumen
     case 1: return to.add<Angles>(arguments);
     case 2: return to.add<RmsNorm>(in_float, arguments);
     case 3: return to.add<Linear>(arguments);
-    case 4: return to.add<RopeAndWrite>(in_float, arguments);
-    case 5: return to.add<PagedAttention>(in_float, arguments);
+    case 4: return to.add_cached<RopeAndWrite>(in_float, arguments);
+    case 5: return to.add_cached<PagedAttention>(in_float, arguments);
     case 6: return to.add<TakeRows>(arguments);
     case 7: return to.add<RoundingLinear>(arguments);
   }

@@ -5,12 +5,14 @@
 //   queries  [M, N, P] bfloat16 or float32, scaled by 1 / sqrt(H); P = H rounded up to 16, zeros after H
 //   keys     [blocks, K, P / 2, 16, 2] bfloat16, or [blocks, K, P, 16] float32: 16 tokens a vector
 //   values   [blocks, K, 8, P, 2] bfloat16 (two tokens beside each other), or [blocks, K, 16, P]
+//            keys and values in 8 bits are codes in the same places, with scales [blocks, K, 16]
 //
 // The pair (i, i + R / 2) of a head is turned by position * inverse_frequency[i] (R dimensions are
 // rotary), cosine and sine times `attention_scaling`, as Llama's "rotate half" does.
 #pragma once
 
 #include "../rms_norm/avx512.h"
+#include "codes.h"
 
 namespace compress {
 
@@ -19,6 +21,7 @@ constexpr int WIDEST = 512;  // dimensions of a head
 
 struct HeadShape {
   int32_t heads, kv_heads, head_dim, padded_dim;
+  int32_t codes;  // of keys and values: 0 none, 1 int8, 2 fp8
 };
 
 // cos and sin of every token's angles, once a step.
@@ -44,18 +47,21 @@ struct Angles : Operation, AnglesArguments {
   }
 };
 
-template <class T>
+// Activations are of type T; C is T too where keys and values are not codes.
+template <class T, class C>
 struct RopeAndWriteArguments {
   HeadShape shape;
   int32_t half;
-  float eps, softmax_scale;
-  const float *angles, *qkv, *q_gain, *k_gain;  // gains [H], or null
-  T *queries, *keys, *values;
+  float eps, softmax_scale, key_fixed, value_fixed;  // fixed scales, or 0
+  const float *angles, *qkv, *q_gain, *k_gain;       // gains [H], or null
+  T* queries;
+  C *keys, *values;
+  float *key_scales, *value_scales;  // null without codes
 };
 
-template <class T>
-struct RopeAndWrite : Operation, RopeAndWriteArguments<T> {
-  using Arguments = RopeAndWriteArguments<T>;
+template <class T, class C>
+struct RopeAndWrite : Operation, RopeAndWriteArguments<T, C> {
+  using Arguments = RopeAndWriteArguments<T, C>;
   explicit RopeAndWrite(const Arguments& a) : Arguments(a) {}
   using Arguments::shape, Arguments::half, Arguments::angles, Arguments::qkv;
   using Arguments::queries, Arguments::keys, Arguments::values, Arguments::softmax_scale;
@@ -100,31 +106,39 @@ struct RopeAndWrite : Operation, RopeAndWriteArguments<T> {
     return (slot / BLOCK * shape.kv_heads + head) * shape.padded_dim * BLOCK;
   }
 
-  // A key's elements of 32 bits go a vector apart.
+  // Dimensions of a key, or tokens of a value, that lie beside each other: those of 32 bits of T.
+  static constexpr int BESIDE = 4 / int(sizeof(T));
+
+  // What lies beside each other goes a vector apart.
   void write_key(const float* x, int row, int head, int64_t slot) const {
     alignas(64) float turned[WIDEST] = {};
     turn(x, this->k_gain, row, turned);
-    alignas(64) T narrow[WIDEST];
-    narrowed(turned, narrow);
-    auto* to = reinterpret_cast<uint32_t*>(keys + head_of(slot, head)) + slot % BLOCK;
-    const int elements = shape.padded_dim * int(sizeof(T)) / 4;
-    for (int e = 0; e < elements; e++) std::memcpy(to + e * BLOCK, reinterpret_cast<char*>(narrow) + 4 * e, 4);
+    alignas(64) C narrow[WIDEST];
+    narrowed(turned, narrow, this->key_fixed, this->key_scales, head, slot);
+    C* to = keys + head_of(slot, head) + slot % BLOCK * BESIDE;
+    for (int e = 0; e < shape.padded_dim / BESIDE; e++)
+      std::memcpy(to + e * BLOCK * BESIDE, narrow + e * BESIDE, BESIDE * sizeof(C));
   }
 
   // A value lies as it is in float32; in bfloat16 two tokens alternate.
   void write_value(const float* x, int head, int64_t slot) const {
     alignas(64) float wide[WIDEST] = {};
     std::memcpy(wide, x, shape.head_dim * sizeof(float));
-    alignas(64) T narrow[WIDEST];
-    narrowed(wide, narrow);
-    constexpr int BESIDE = 4 / int(sizeof(T));
+    alignas(64) C narrow[WIDEST];
+    narrowed(wide, narrow, this->value_fixed, this->value_scales, head, slot);
     int offset = int(slot % BLOCK);
-    T* to = values + head_of(slot, head) + offset / BESIDE * BESIDE * shape.padded_dim;
+    C* to = values + head_of(slot, head) + offset / BESIDE * BESIDE * shape.padded_dim;
     for (int i = 0; i < shape.padded_dim; i++) to[i * BESIDE + offset % BESIDE] = narrow[i];
   }
 
-  void narrowed(const float* from, T* to) const {
-    for (int i = 0; i < shape.padded_dim; i += LANES) store(0xffff, to + i, load(from + i));
+  // A row as the cache holds it; writes its scale, if it has one.
+  void narrowed(const float* from, C* to, float fixed, float* scales, int head,
+                int64_t slot) const {
+    if constexpr (std::is_same_v<T, C>)
+      for (int i = 0; i < shape.padded_dim; i += LANES) store(0xffff, to + i, load(from + i));
+    else
+      scales[(slot / BLOCK * shape.kv_heads + head) * BLOCK + slot % BLOCK] =
+          encode(from, shape.padded_dim, fixed, to);
   }
 };
 

@@ -39,6 +39,7 @@ from compress.quant.weight import QuantizedWeight
 
 PACKED, INTEGERS, FLOATS = "pack-quantized", "int-quantized", "float-quantized"
 BESIDE = ()
+KV_TYPES = {"int8": "int", "fp8": "float"}
 SUFFIXES = (
     "weight_scale",
     "weight_packed",
@@ -217,6 +218,40 @@ def _config_group(grid: Grid, targets: Sequence[str]) -> dict[str, Any]:
         "output_activations": None,
         "format": layout_of(grid),
     }
+
+
+def kv_cache_scheme(kind: str) -> dict[str, Any]:
+    """What `kv_cache_dtype` reads as int8 or fp8."""
+    return {
+        "num_bits": 8,
+        "type": KV_TYPES[kind],
+        "symmetric": True,
+        "strategy": "tensor",
+        "group_size": None,
+        "dynamic": False,
+    }
+
+
+def kv_cache_dtype(config: Mapping[str, Any]) -> str | None:
+    """What `kv_cache_scheme` stores keys and values as, int8 or fp8; None where there is none.
+
+    Its scales are `self_attn.k_scale` and `self_attn.v_scale`, a number each, with which codes are
+    multiplied (strategy `tensor`).  Raises InputError for any other scheme.
+    """
+    scheme = config.get("kv_cache_scheme")
+    if not scheme:
+        return None
+    kinds = {(8, name): kind for kind, name in KV_TYPES.items()}
+    kind = kinds.get((scheme.get("num_bits"), scheme.get("type")))
+    strategy, dynamic = scheme.get("strategy"), scheme.get("dynamic")
+    if kind is None or strategy != "tensor" or dynamic or not scheme.get("symmetric", True):
+        raise InputError(
+            f"kv_cache_scheme in config.json has {scheme.get('num_bits')} bits of type "
+            f"{scheme.get('type')}, strategy {strategy}; read are 8 bits of type int or float, "
+            "symmetric, strategy tensor, not dynamic; remove it and its scales to store keys and "
+            "values by --kv-cache-dtype"
+        )
+    return kind
 
 
 def foreign(config: Mapping[str, Any]) -> str | None:

@@ -35,6 +35,10 @@ GAUGES: dict[str, tuple[str, Callable[[Statistics], float]]] = {
         "Share of the cache's blocks in use, 0 to 1.",
         lambda s: s.blocks_in_use / max(1, s.blocks_in_use + s.blocks_cached + s.blocks_free),
     ),
+    "kv_cache_bytes_per_token": (
+        "Memory that keys and values of a token take.",
+        lambda s: s.cache_bytes_per_token,
+    ),
 }
 COUNTERS: dict[str, tuple[str, Callable[[Statistics], float]]] = {
     "prompt_tokens": ("Tokens of prompts.", lambda s: s.prompt_tokens),

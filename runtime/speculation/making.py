@@ -106,10 +106,12 @@ def make_speculator(
     device: torch.device,
     dtype: str,
     most: tuple[int, int],
+    kv_cache_dtype: str = "auto",
 ) -> Speculator:
     """The proposer of `choice` for a model whose output layer is `head`; `settle` comes after.
 
-    `most` are the tokens and the sequences of the model's largest batch.
+    `most` are the tokens and the sequences of the model's largest batch.  A draft model's own keys
+    and values are stored as `kv_cache_dtype`.
     """
     rounds = dtype != "float32"  # where it would gain nothing: codes are de-quantized
     if choice.kind == NGRAM:
@@ -121,7 +123,7 @@ def make_speculator(
         proposer = SelfDraft(part, target, choice.most, *most, description)
     else:
         head_bits = HEAD_BITS if rounds else None
-        model = load_decoder(choice.source, device, dtype, head_bits, most[0])
+        model = load_decoder(choice.source, device, dtype, head_bits, most[0], kv_cache_dtype)
         description = f"draft model '{choice.source.ref}'"
         proposer = DraftModel(model, target, choice.most, *most, description)
     return Speculator(proposer, FixedLength(choice.most))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from compress.kernels.paged_attention import write_kv
+from compress.kernels.paged_attention.cache import FP8, INT8, QuantizedBlocks, quantize
 from compress.kernels.rms_norm import reference as rms_norm_reference
 from compress.kernels.rms_norm import triton as rms_norm_kernels
 from compress.kernels.rope import reference as rope_reference
@@ -128,3 +129,59 @@ def test_rope_and_write(heads, kv_heads, head_dim, rotated, norm, dtype):
     for whole in wholes:
         assert (whole[:MARGIN] == SENTINEL).all()
         assert (whole[-MARGIN:] == SENTINEL).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fixed", [None, 0.02])
+@pytest.mark.parametrize("codes", [INT8, FP8])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "rotated"),
+    [(9, 3, 64, 64), (28, 4, 128, 128), (4, 4, 80, 32)],
+)
+def test_rope_and_write_codes(heads, kv_heads, head_dim, rotated, codes, fixed, dtype):
+    """Values are not turned: their codes and scales are the reference's, bit for bit.  Keys are
+    rounded from float32 products that may be fused here, so a few are one step away."""
+    tokens, blocks = 7, 4
+    qkv = random(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    qkv *= (10.0 ** torch.arange(-4, 3, device=DEVICE))[:, None].to(dtype)
+    qkv[5], qkv[6, -1] = 0, float("nan")
+    positions = torch.tensor([0, 1, 7, 2047, 31, 5, 6], device=DEVICE)
+    inv_freq = 10000.0 ** -torch.arange(0, 1, 2 / rotated, device=DEVICE)
+    slots = torch.tensor([5, 16, -1, 3 * 16 + 15, 40, 41, 42], device=DEVICE)
+    rows = (blocks, kv_heads, 16)
+    cache = [
+        QuantizedBlocks(
+            codes,
+            torch.full((*rows, head_dim), SENTINEL, dtype=torch.uint8, device=DEVICE).view(
+                codes.dtype
+            ),
+            torch.full(rows, float(SENTINEL), device=DEVICE),
+            fixed,
+        )
+        for _ in range(2)
+    ]
+    table = rope_kernels.angles(positions, inv_freq, 1.0)
+    rope_kernels.rope_and_write(
+        qkv, table, *cache, slots, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        q_gain=None, k_gain=None, eps=1e-6,
+    )  # fmt: skip
+    _, k, v = qkv.view(tokens, -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+    cos_sin = rope_reference.rope_table(positions, inv_freq, 1.0, torch.float32)
+    _, k = rope_reference.apply_rope(k.float(), k.float(), *cos_sin)
+    kept = slots >= 0
+    blocks_of, offsets = slots[kept] // 16, slots[kept] % 16
+    for part, x, exact in ((cache[0], k, False), (cache[1], v, True)):
+        expected, scales = quantize(x[kept], codes, fixed)
+        found = part.codes[blocks_of, :, offsets]
+        torch.testing.assert_close(
+            part.scales[blocks_of, :, offsets], scales, rtol=0 if exact else 1e-5, atol=0,
+            equal_nan=True,
+        )  # fmt: skip
+        apart = (found.float() != expected.float()) & scales.isfinite()[..., None]
+        assert apart.float().mean() <= (0 if exact else 0.01)
+        step = 1 if codes is INT8 else 32
+        assert ((found.float() - expected.float()).abs()[apart] <= step).all()
+        untouched = torch.ones(rows, dtype=torch.bool, device=DEVICE)
+        untouched[blocks_of, :, offsets] = False
+        assert (part.scales[untouched] == SENTINEL).all()
+        assert (part.codes.view(torch.uint8)[untouched] == SENTINEL).all()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from compress.kernels.paged_attention import cpu, reference, write_kv
+from compress.kernels.paged_attention.cache import FP8, INT8, quantize
 from tests.kernels.paged import BLOCK, make, plain
 
 # Of the sequences with one new token those of 16 and 17 share a batch, the others are alone.
@@ -22,6 +23,49 @@ def test_float32_against_contiguous(sizes, window):
             run = slice(starts[row], starts[row + 1])
             expected = plain(batch[0][run], k, v, 0.3, window)
             torch.testing.assert_close(found[run].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("codes", [INT8, FP8])
+@pytest.mark.parametrize("window", [None, 1, 23])
+@pytest.mark.parametrize("sizes", [(9, 3, 64), (4, 4, 128), (3, 1, 48)])
+def test_codes_against_contiguous(sizes, window, codes):
+    """As in float32: codes and scales are what they stand for, exactly."""
+    batch, contiguous = make(MIXED, *sizes, torch.float32, codes=codes)
+    starts = batch[3].tolist()
+    for implementation in (reference, cpu):
+        found = implementation.paged_attention(*batch, 0.3, window)
+        for row, (k, v) in enumerate(contiguous):
+            run = slice(starts[row], starts[row + 1])
+            expected = plain(batch[0][run], k, v, 0.3, window)
+            torch.testing.assert_close(found[run].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("codes", [INT8, FP8])
+def test_codes_are_the_nearest(codes):
+    """Of all codes in use none is nearer to a number than the one that it has."""
+    bits = torch.arange(256, dtype=torch.uint8).view(codes.dtype).double()
+    all_codes = bits[bits.abs() <= codes.largest]
+    x = torch.randn(50, 48) * 10.0 ** torch.arange(-25, 25)[:, None]
+    held, scales = quantize(x, codes)
+    assert torch.equal(scales, x.abs().amax(1) / codes.largest)
+    steps = x.double() / scales.double()[:, None]
+    nearest = (steps[..., None] - all_codes).abs().amin(-1)
+    assert ((steps - held.double()).abs() <= nearest * (1 + 1e-6)).all()
+    assert (held.double().abs().amax(1) == codes.largest).all()
+
+
+@pytest.mark.parametrize("codes", [INT8, FP8])
+def test_codes_of_what_cannot_be_coded(codes):
+    """A row of zeros is zeros; NaN and infinities are NaN; a fixed scale cuts off."""
+    x = torch.zeros(4, 8)
+    x[1, 3], x[2, 7], x[3] = float("nan"), float("-inf"), torch.arange(8) - 3.0
+    held, scales = quantize(x, codes)
+    assert (held[0].float() * scales[0] == 0).all()
+    assert scales.isnan().tolist() == [False, True, True, False]
+    held, scales = quantize(x, codes, fixed=1 / codes.largest)
+    assert scales.isnan().tolist() == [False, True, True, False]
+    expected = x[3].clamp(-1, 1)
+    torch.testing.assert_close(held[3].float() * scales[3], expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("window", [None, 23])

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from compress.kernels.paged_attention import plan
+from compress.kernels.paged_attention import plan, reference
 from compress.kernels.paged_attention import triton as kernels
+from compress.kernels.paged_attention.cache import FP8, INT8, QuantizedBlocks
 from compress.kernels.paged_attention.shapes import candidates, choose
 from compress.kernels.workspace import Workspace
 from tests.kernels.guarded import Guard
@@ -28,18 +29,25 @@ def guard(monkeypatch):
     guard.check()
 
 
+def on_device(x):
+    if isinstance(x, QuantizedBlocks):
+        return QuantizedBlocks(x.kind, x.codes.to(DEVICE), x.scales.to(DEVICE))
+    return x.to(DEVICE)
+
+
 def check(
-    sequences, sizes, dtype, window=None, splits=1, tiled=False, transposed=False, shape=None
-):
+    sequences, sizes, dtype, window=None, splits=1, tiled=False, transposed=False, shape=None,
+    codes=None,
+):  # fmt: skip
     """Run, and compare with float64 sequence by sequence; return the arguments and the output."""
     heads, kv_heads, _ = sizes
-    batch, contiguous = make(sequences, *sizes, dtype)
+    batch, contiguous = make(sequences, *sizes, dtype, codes=codes)
     starts = batch[3].numpy()
     tiles = plan.tiles_of(starts, heads, kv_heads) if tiled else None
     if tiled and tiles is None:
         tiles = np.array([(row, 0) for row in range(len(sequences))], np.int32)
     most_new = max(new for _, new in sequences)
-    arguments = [x.to(DEVICE) for x in batch]
+    arguments = [on_device(x) for x in batch]
     if transposed:
         arguments[5] = arguments[5].T.contiguous().T
     workspace = Workspace(torch.device(DEVICE))
@@ -120,6 +128,40 @@ def test_prefill_behind_a_cached_prefix(window, splits, dtype, guard):
     check([(1200, 50), (0, 43), (1030, 1)], (3, 1, 64), dtype, window, splits, tiled=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codes", [INT8, FP8])
+@pytest.mark.parametrize(
+    ("sizes", "window"), [((9, 3, 64), 23), ((4, 4, 128), None), ((3, 1, 48), None)]
+)
+def test_codes_of_8_bits(sizes, window, codes, dtype, guard):
+    """As without codes, since these are exact in 16 bits; values and keys of a row are as large as
+    those, or a thousandth, which float16's weights have to bear."""
+    check(MIXED, sizes, dtype, window, tiled=True, codes=codes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codes", [INT8, FP8])
+def test_codes_in_splits(codes, dtype, guard):
+    """Decode, drafts, and a prefill behind a prefix, each in several splits."""
+    check([(1023, 1), (0, 1), (255, 1)], (6, 2, 32), dtype, None, 5, transposed=True, codes=codes)
+    check([(509, 5), (3, 5), (700, 4)], (6, 2, 32), dtype, 300, 4, codes=codes)
+    check([(1200, 50), (0, 43)], (3, 1, 64), dtype, None, 3, tiled=True, codes=codes)
+
+
+def test_small_values_of_float16_are_not_lost(guard):
+    """With scales of 1e-8 alone all weights would be zero in float16."""
+    batch, _ = make([(300, 1), (40, 1)], 4, 2, 32, torch.float16, codes=INT8)
+    batch[2].scales.mul_(1e-7)
+    large = kernels.paged_attention(
+        *map(on_device, batch[:6]), 0.3, tiles=None, most_new=1, splits=2,
+        workspace=Workspace(torch.device(DEVICE)),
+    )  # fmt: skip
+    exact = reference.paged_attention(batch[0].float(), *batch[1:], 0.3)
+    assert exact.abs().max() < 1e-6
+    step = 2**-24  # of float16's smallest numbers, in which the result is
+    torch.testing.assert_close(large.float().cpu(), exact, atol=0.6 * step, rtol=0)
+
+
 @pytest.mark.parametrize("group", [1, 16, 20])
 def test_group_sizes(group, guard):
     check([(300, 3), (17, 1)], (2 * group, 2, 16), torch.float16, None, 2)
@@ -173,8 +215,12 @@ def test_what_is_compiled_ahead_is_what_is_chosen():
         for head_dim in (64, 128):
             for group in range(1, 17):
                 for new in range(1, plan.tile_tokens(group, 1) + 2):
-                    shape = choose(new * group, group, head_dim, torch.bfloat16, capability)
-                    assert kernels.constants(shape, head_dim) in compiled
+                    sizes = (new * group, group, head_dim, torch.bfloat16, capability)
+                    for codes in (None, INT8, FP8):
+                        shape = choose(*sizes, coded=codes is not None)
+                        expected = kernels.constants(shape, head_dim, codes)
+                        absent = {} if codes else {"k_scales": None, "v_scales": None}
+                        assert expected | absent in compiled
 
 
 def test_tiles_cover_every_token_once():

@@ -46,9 +46,11 @@ def answers(
         return found, llm.statistics()
 
 
-def load(folder: Any, dtype: str) -> Decoder:
+def load(folder: Any, dtype: str, kv_cache_dtype: str = "auto") -> Decoder:
     source = ModelSource(str(folder), folder)
-    return load_decoder(source, torch.device("cpu"), dtype, most_tokens=64)
+    return load_decoder(
+        source, torch.device("cpu"), dtype, most_tokens=64, kv_cache_dtype=kv_cache_dtype
+    )
 
 
 @pytest.mark.parametrize("operations", ["program", "torch"])
@@ -71,7 +73,7 @@ def test_greedy_text_is_that_of_transformers(family, operations, model_folder, m
         assert answer == expected
 
 
-@pytest.fixture(params=["float32", "bfloat16", "4 bits", "8 bits"])
+@pytest.fixture(params=["float32", "bfloat16", "4 bits", "8 bits", "int8 cache", "fp8 cache"])
 def decoder(request, model_folder, tmp_path):
     if reason := reason_against():
         pytest.skip(f"not promised: {reason}")
@@ -81,7 +83,8 @@ def decoder(request, model_folder, tmp_path):
         recipe = {"model": str(folder), "out": str(tmp_path / "out"), "stages": [stage]}
         run_recipe(build_recipe(recipe))
         folder = tmp_path / "out"
-    return load(folder, "float32" if request.param == "float32" else "bfloat16")
+    cache = request.param.split()[0] if "cache" in request.param else "auto"
+    return load(folder, "float32" if request.param == "float32" else "bfloat16", cache)
 
 
 @pytest.mark.parametrize("drawn", [False, True])
