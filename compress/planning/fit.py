@@ -6,7 +6,7 @@ are tried; those that hold one sequence of the context in the memory are ranked 
     1. standing   measured and within the loss allowed, or the model as it is; quality unknown, or
                   of a draft how often it is right; something that this version cannot make;
                   measured, and worse than allowed
-    2. how many of its choices this version cannot make
+    2. how many of its choices nobody has measured
     3. tokens/s at the largest batch that fits, of up to MOST_SEQUENCES, or seconds a token at 1
 
 Quality is what quality.json holds, measured on one small model: for others it is the expectation
@@ -64,22 +64,28 @@ class Recipe:
         return "bf16" if self.bits == 16 else f"int{self.bits}-g{self.group}"
 
     @property
-    def missing(self) -> list[str]:
-        """What this version has no command for."""
+    def unmeasured(self) -> list[str]:
+        """What changes besides the weights' precision: nobody has measured what that costs."""
         found = [f"KV {self.kv}"] if self.kv != "bf16" else []
         found += [self.attention] if self.attention != "as it is" else []
         found += [f"pruning {self.pruning}"] if self.pruning != "none" else []
         return found
 
     @property
+    def missing(self) -> list[str]:
+        """What this version has no command for."""
+        return [change for change in self.unmeasured if change == "MLA"]
+
+    @property
     def words(self) -> str:
-        return " + ".join([self.weights, *self.missing, *(["speculation"] if self.draft else [])])
+        speculation = ["speculation"] if self.draft else []
+        return " + ".join([self.weights, *self.unmeasured, *speculation])
 
     def applied_to(self, shape: ModelShape) -> ModelShape | None:
         """The shape it makes; None where it changes nothing that it says it does."""
         if self.attention == "GQA":
             kv_heads = max(1, shape.heads // 8)
-            if shape.mla or kv_heads >= shape.kv_heads or shape.heads % kv_heads:
+            if shape.mla or kv_heads >= shape.kv_heads or shape.kv_heads % kv_heads:
                 return None
             shape = replace(shape, kv_heads=kv_heads)
         if self.attention == "MLA":
@@ -98,16 +104,37 @@ class Recipe:
             shape = replace(shape, ffn=max(1, shape.ffn // 2))
         return shape
 
-    def commands(self, model: str) -> list[str]:
-        """What makes it, on the command line; nothing for a recipe that cannot be made here."""
-        if self.missing or self.bits == 16:
+    def commands(self, model: str, shape: ModelShape) -> list[str]:
+        """What makes it, on the command line; nothing for a recipe that cannot be made here.
+
+        `shape` is what comes out.  Each command starts from what the one before it made.
+        """
+        if self.missing:
             return []
-        quality = measured(self.bits, self.group)
-        method = quality.method if quality else "gptq"
-        name = re.sub(r"[^\w.-]", "-", model.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf"))
-        parts = ["compress", "quantize", model, "--method", method, "--bits", str(self.bits)]
-        parts += ["--group-size", str(self.group), "--out", f"{name}-w{self.bits}-g{self.group}"]
-        return [shlex.join(parts)]
+        made = re.sub(r"[^\w.-]", "-", model.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf"))
+        found = []
+        for command, flags, suffix in self._steps(shape):
+            made += suffix
+            found.append(shlex.join(["compress", command, model, *flags, "--out", made]))
+            model = made
+        if self.kv != "bf16":
+            found.append(shlex.join(["compress", "serve", model, "--kv-cache-dtype", self.kv]))
+        return found
+
+    def _steps(self, shape: ModelShape) -> Iterator[tuple[str, list[str], str]]:
+        """Command, flags, and what the name of the output ends in, in the order they are given."""
+        if self.pruning == PRUNINGS[1]:
+            yield "prune", ["--depth", str(shape.layers)], f"-{shape.layers}-layers"
+        if self.pruning == PRUNINGS[2]:
+            yield "prune", ["--ffn", str(shape.ffn)], f"-ffn{shape.ffn}"
+        if self.attention == "GQA":
+            heads = str(shape.kv_heads)
+            yield "convert", ["--to", "gqa", "--kv-heads", heads], f"-kv{heads}"
+        if self.bits < 16:
+            quality = measured(self.bits, self.group)
+            flags = ["--method", quality.method if quality else "gptq", "--bits", str(self.bits)]
+            flags += ["--group-size", str(self.group)]
+            yield "quantize", flags, f"-w{self.bits}-g{self.group}"
 
 
 @dataclass(frozen=True)
@@ -127,14 +154,14 @@ class Proposal:
             return "costly"
         if self.recipe.missing:
             return "not in this version"
-        if self.recipe.draft:
+        if self.recipe.draft or self.recipe.unmeasured:
             return "unknown"
         return "ready" if ratio is not None or self.recipe.bits == 16 else "unknown"
 
     @property
     def quality_in_words(self) -> str:
         """What it costs, as far as is known."""
-        unknown = self.recipe.missing  # speculation is not: its output is the model's own
+        unknown = self.recipe.unmeasured  # speculation is not: its output is the model's own
         if self.recipe.bits == 16:
             said = "" if unknown else "as it is"
         elif self.quality is None:
@@ -170,7 +197,7 @@ class Proposal:
             "kl_mean": quality.kl_mean if quality else None,
             "measured_on": quality.model if quality else None,
             "results": quality.source if quality else None,
-            "commands": self.recipe.commands(model) if model else [],
+            "commands": self.recipe.commands(model, case.shape) if model else [],
         }
 
 
@@ -223,7 +250,7 @@ def propose(
     def rank(found: Proposal) -> tuple[int, int, float]:
         case = found.case
         best = case.token if objective == "latency" else -case.throughput
-        return STANDINGS.index(found.standing), len(found.recipe.missing), best
+        return STANDINGS.index(found.standing), len(found.recipe.unmeasured), best
 
     return sorted(fitting, key=rank)
 
