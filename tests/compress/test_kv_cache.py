@@ -134,6 +134,17 @@ def test_a_run_that_is_broken_off_gives_the_same_bytes(
         assert (tmp_path / "a/out" / name).read_bytes() == (tmp_path / "b/out" / name).read_bytes()
 
 
+def test_a_target_of_bits_measures_them_too(model_folder, text_file, tmp_path):
+    """The stage is made again once bits are chosen, and RTN by itself would run no block."""
+    out = tmp_path / "out"
+    stage = {"group_size": None, "target_bits": 5, "choose_group_sizes": [16]}
+    recipe = recipe_of(model_folder("llama"), out, text_file, "int8", "rtn", stage=stage)
+    report = run_recipe(recipe)
+    assert report["allocation"]["bits"] <= 5
+    assert (stored_scales(out) > 0).all()
+    assert report["sizes"]["bytes"] <= needs_of(preflight(recipe), 0).output
+
+
 def test_what_kv_cache_refuses(model_folder, text_file, tmp_path):
     def refused(match, **changes):
         with pytest.raises(InputError, match=match):
