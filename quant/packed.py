@@ -60,9 +60,9 @@ class PackedFolder:
         if (self.source.folder / BESIDE).is_dir():
             return ShardReader(self.source.folder / BESIDE)
         say(
-            f"'{self.source.ref}' has no folder {BESIDE}: outlier columns are found at run time and "
-            "computed from the codes, as bitsandbytes does; if compress made the checkpoint, copy "
-            "the folder too"
+            f"'{self.source.ref}' has no folder {BESIDE}: outlier columns are found at run time "
+            "and computed from the codes, as bitsandbytes does; if compress made the checkpoint, "
+            "copy the folder too"
         )
         return None
 
