@@ -74,7 +74,7 @@ def _check_shape(stage: PruneRecipe | ConvertRecipe, model: str, changed: bool) 
 
 def _check_quantization(stage: Recipe, model: str, changed: bool) -> None:
     if changed:
-        preflight.check_settings(stage, stage.stages[0].stage({}))
+        preflight.check_settings(stage, preflight.stage_of(stage, {}))
         return
     with without_bars():
         preflight.preflight(replace(stage, model=model))

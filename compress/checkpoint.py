@@ -156,12 +156,7 @@ def model_card(ref: str, report: dict[str, Any]) -> str:
             f"`{Path(data['source']).name}` (seed {data['seed']}).",
             "",
         ]
-    if recipe["kv_cache"]:
-        lines += [
-            f"With calibrated scales of keys and values in {recipe['kv_cache']}, one of each a "
-            "layer.",
-            "",
-        ]
+    lines += _cache_lines(recipe)
     lines += ["`report.html` shows the error of each layer, `compress.json` holds it.", ""]
     return "\n".join(lines)
 
@@ -264,6 +259,9 @@ def chain_card(report: dict[str, Any]) -> str:
         ]
     last = stages[-1]
     if "format" in last:
+        inputs = next((layer.get("inputs") for layer in report["layers"] if layer["method"]), None)
+        lines += _inputs_lines(last["format"], inputs)
+        lines += _cache_lines(recipe)
         lines += _loading_lines(recipe["out"], last["format"], last.get("symmetric", True))
     else:
         lines += _plain_loading(recipe["out"])
@@ -325,7 +323,7 @@ def _front_matter(ref: str, tags: Sequence[str]) -> list[str]:
         "library_name: transformers",
         *([f"base_model: {ref}"] if is_hub_id else []),
         "pipeline_tag: text-generation",
-        f"tags: [{', '.join(tags)}]",
+        f"tags: [{', '.join(dict.fromkeys(tags))}]",
         "---",
         "",
     ]
@@ -358,6 +356,13 @@ def _inputs_lines(format_name: str, inputs: str | None) -> list[str]:
             "compress reads; bitsandbytes finds its own at run time, with weights from the codes."
         )
     return [said, ""]
+
+
+def _cache_lines(recipe: dict[str, Any]) -> list[str]:
+    """What a card says of keys and values."""
+    if not (kind := recipe.get("kv_cache")):
+        return []
+    return [f"With calibrated scales of keys and values in {kind}, one of each a layer.", ""]
 
 
 def _loading_lines(out: str, format_name: str, symmetric: bool) -> list[str]:

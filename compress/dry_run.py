@@ -27,6 +27,7 @@ from compress.preflight import (
     preflight,
     qat_config,
 )
+from compress.quant.formats import FORMATS
 from compress.recipe import ConvertRecipe, PruneRecipe, Recipe, method_of
 from compress.walk import TOKENS_PER_BATCH, Clock, Walk
 
@@ -59,10 +60,19 @@ def plan_recipe(
         "compute_dtype": str(job.model.compute_dtype).removeprefix("torch."),
         "linears": len(job.grids),
         "left_in_float": in_float,
+        "output_note": _output_note(job),
         **_taken(recipe.out, job.model, needs, memory),
         "sampling_seconds": sampling,
         "seconds": sampling + _timed(job),
     }
+
+
+def _output_note(job: Job) -> str | None:
+    """What the size of the output is, where that is not known to the byte."""
+    if job.choices is not None:
+        return "at most"
+    beside = FORMATS[job.recipe.stages[0].format].BESIDE
+    return "outlier columns not counted" if beside and job.stage.needs_statistics else None
 
 
 def plan_pruning(

@@ -61,6 +61,7 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
             "quantized_linears": 0,
             "quantized_weights": 0,
             "bits_per_weight": None,
+            "kv_cache": scheme.get("kv_cache_scheme"),
         }
     if packed:
         result["quantization"] |= _packed_facts(packed, parts["quantized linears"])

@@ -51,14 +51,14 @@ def load_model(
         "ignore_mismatched_sizes": True,  # they are refused below
     }
     try:
-        with without_bars():
-            if scheme.get("quant_method") in ("gptq", "awq") or scheme.get("load_in_8bit"):
-                model, report = _load_unpacked(folder, settings)
-            else:
+        if scheme.get("quant_method") in ("gptq", "awq") or scheme.get("load_in_8bit"):
+            model, report = _load_unpacked(folder, settings)
+        else:
+            with without_bars():
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
                     str(folder), local_files_only=True, trust_remote_code=False, **settings
                 )
-                model, report = loaded
+            model, report = loaded
     except InputError:
         raise
     except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -103,7 +103,8 @@ def _load_unpacked(folder: Path, settings: dict[str, Any]) -> Any:
             state[f"{name}.weight"] = replace(weight, scale=weight.scale.to(dtype)).dequantize()
     cls: Any = type(packed.skeleton)
     config = packed.plain_config()
-    model, report = cls.from_pretrained(None, config=config, state_dict=state, **settings)
+    with without_bars():
+        model, report = cls.from_pretrained(None, config=config, state_dict=state, **settings)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     round_inputs_of(model, roundings)

@@ -18,7 +18,7 @@ from torch import Tensor
 from compress.core.blocks import BlockModel
 from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
-from compress.preflight import Job
+from compress.preflight import Job, stage_of
 from compress.probe import Probe, probed
 from compress.quant.allocation import Allocation, Option, allocate, frontier, totals
 from compress.quant.choices import Choices, Group
@@ -52,7 +52,7 @@ def settle_mixed(
     walk.clock.go_on_from(decided["seconds"])
     chosen = choices.grids(decided["chosen"])
     grids = {name: chosen[name] for name in job.grids}
-    walk.job = replace(job, grids=grids, stage=job.recipe.stages[0].stage(grids))
+    walk.job = replace(job, grids=grids, stage=stage_of(job.recipe, grids))
     return decided["report"]
 
 

@@ -91,18 +91,28 @@ def preflight(recipe: Recipe) -> Job:
         grids, remarks = config.grids({n: m.in_features for n, m in linears.items()})
     if reason := FORMATS[config.format].refusal(grids, shapes):
         raise InputError(f"format {config.format} cannot hold {reason}")
-    stage: Stage = config.stage(grids)
-    if recipe.kv_cache:
-        _check_kv_cache(recipe, stage, model)
-        stage.needs_statistics = True  # so that the blocks are run
+    stage = stage_of(recipe, grids)
     check_settings(recipe, stage)
+    if recipe.kv_cache:
+        for index in range(model.num_blocks):
+            attention_of(model.meta_block(index), model.block_name(index))
     for remark in remarks:
         say(remark)
     return Job(recipe, model, stage, grids, model.device, dtype, choices)
 
 
+def stage_of(recipe: Recipe, grids: dict[str, Grid]) -> Stage:
+    """The recipe's stage on these grids."""
+    stage: Stage = recipe.stages[0].stage(grids)
+    if recipe.kv_cache:
+        stage.needs_statistics = True  # so that the blocks are run
+    return stage
+
+
 def check_settings(recipe: Recipe, stage: Stage) -> None:
     """Raise InputError for what cannot be carried out on any model."""
+    if recipe.kv_cache:
+        _check_kv_cache(recipe, stage)
     if stage.needs_reference and not recipe.propagate_error:
         raise InputError(
             "cross_moment compares original with compressed activations, which propagate_error: "
@@ -118,7 +128,7 @@ def check_settings(recipe: Recipe, stage: Stage) -> None:
         check_shares(recipe.calibration)
 
 
-def _check_kv_cache(recipe: Recipe, stage: Stage, model: BlockModel) -> None:
+def _check_kv_cache(recipe: Recipe, stage: Stage) -> None:
     """Refuse scales of keys and values where nothing can measure or hold them."""
     if (held := recipe.stages[0].format) != "compressed-tensors":
         raise InputError(
@@ -135,8 +145,6 @@ def _check_kv_cache(recipe: Recipe, stage: Stage, model: BlockModel) -> None:
             "kv_cache measures keys and values before the whole model is trained; set tokens=0, "
             "or leave out kv_cache"
         )
-    for index in range(model.num_blocks):
-        attention_of(model.meta_block(index), model.block_name(index))
 
 
 def open_model(

@@ -38,19 +38,19 @@ from compress.quant.channel_scaling import ChannelScaling
 from compress.quant.config import Grid, WeightOnlyConfig
 from compress.quant.folds import Fold
 from compress.quant.scales import ScaleSearch
+from compress.quant.stage import (
+    UNREACHED,
+    QuantizationStage,
+    QuantizedLinear,
+    output_error,
+    relative_output_error,
+)
 from compress.quant.weight import (
     QuantizedWeight,
     covering_grid,
     minmax_grid,
     never_zero,
     round_to_grid,
-)
-from compress.quant.weight_only import (
-    UNREACHED,
-    QuantizationStage,
-    QuantizedLinear,
-    output_error,
-    relative_output_error,
 )
 
 LEAST_SCALE = 1e-4  # a channel that is never active would otherwise get scale 0

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from compress.core.stage import Block
 from compress.quant.config import Grid, RoundedConfig, RoundedGrid
 from compress.quant.input_rounding import LARGEST, rounding_of, to_fp8
+from compress.quant.stage import QuantizationStage, QuantizedLinear
 from compress.quant.weight import QuantizedWeight, never_zero
-from compress.quant.weight_only import QuantizationStage, QuantizedLinear
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

@@ -42,13 +42,13 @@ from compress.core.shards import all_finite
 from compress.core.stage import Block
 from compress.quant.config import Grid, WeightOnlyConfig
 from compress.quant.scales import ScaleSearch, usable
-from compress.quant.weight import QuantizedWeight, code_range, minmax_grid, never_zero
-from compress.quant.weight_only import (
+from compress.quant.stage import (
     UNREACHED,
     QuantizationStage,
     QuantizedLinear,
     relative_output_error,
 )
+from compress.quant.weight import QuantizedWeight, code_range, minmax_grid, never_zero
 
 BLOCK = 128  # columns whose errors are gathered before the columns after them are updated
 DAMPING_STEP, DAMPING_TRIES = 10.0, 8

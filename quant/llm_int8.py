@@ -32,13 +32,13 @@ from compress.core.statistics import InputStatistics
 from compress.kernels.lowbit_matmul.weight import MOST_FOUND
 from compress.quant.config import Grid, RoundedConfig, RoundedGrid
 from compress.quant.input_rounding import VECTORWISE, rounding_of
-from compress.quant.weight import QuantizedWeight
-from compress.quant.weight_only import (
+from compress.quant.stage import (
     UNREACHED,
     QuantizationStage,
     QuantizedLinear,
     relative_output_error,
 )
+from compress.quant.weight import QuantizedWeight
 
 COMMON = 0.06  # share of tokens
 LEFT_TO_RUN_TIME = MOST_FOUND / 4  # a token, on average: few tokens have four times as many

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compress.core.blocks import linears_of
 from compress.core.errors import InputError
+from compress.core.progress import say
 from compress.core.shards import BESIDE, ShardReader
 from compress.core.skeleton import build_skeleton, transformers_config
 from compress.core.source import ModelSource, read_config
@@ -47,9 +48,23 @@ class PackedFolder:
         self.linears = [n.removesuffix(marker) for n in self.reader.names if n.endswith(marker)]
         packed = {f"{name}.{suffix}" for name in self.linears for suffix in self.format.SUFFIXES}
         self.others = [name for name in self.reader.names if name not in packed]
-        self.beside: ShardReader | None = None
-        if self.format.BESIDE and (source.folder / BESIDE).is_dir():
-            self.beside = ShardReader(source.folder / BESIDE)
+
+    @cached_property
+    def beside(self) -> ShardReader | None:
+        """The checkpoint inside the folder (compress.core.shards.BESIDE); says where it is absent.
+
+        bitsandbytes writes none, and does not read it.
+        """
+        if not self.format.BESIDE:
+            return None
+        if (self.source.folder / BESIDE).is_dir():
+            return ShardReader(self.source.folder / BESIDE)
+        say(
+            f"'{self.source.ref}' has no folder {BESIDE}: outlier columns are found at run time "
+            "and computed from the codes, as bitsandbytes does; if compress made the checkpoint, "
+            "copy the folder too"
+        )
+        return None
 
     @cached_property
     def skeleton(self) -> nn.Module:
@@ -88,6 +103,9 @@ class PackedFolder:
             for suffix in (*self.format.SUFFIXES, *self.format.BESIDE)
             if reader is not None and f"{name}.{suffix}" in reader
         }
+        absent = [suffix for suffix in self.format.BESIDE if suffix not in tensors]
+        if absent and self.beside is not None:
+            raise InputError(self._broken(name, f"{BESIDE} has no {' and no '.join(absent)}"))
         try:
             weight = self.format.unpack_weight(tensors, self.scheme, name)
         except (KeyError, IndexError, RuntimeError) as error:

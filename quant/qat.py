@@ -36,8 +36,8 @@ from compress.quant.config import Grid, WeightOnlyConfig
 from compress.quant.fake_quant import place_in_cell
 from compress.quant.gptq import GptqConfig
 from compress.quant.rtn import RtnConfig
+from compress.quant.stage import QuantizationStage, QuantizedLinear, relative_output_error
 from compress.quant.training import Rates, Trained
-from compress.quant.weight_only import QuantizationStage, QuantizedLinear, relative_output_error
 
 INITS: Mapping[str, type[WeightOnlyConfig]] = {
     "gptq": GptqConfig,

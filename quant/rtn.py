@@ -14,8 +14,8 @@ from torch import nn
 
 from compress.core.stage import Block
 from compress.quant.config import Grid, WeightOnlyConfig
+from compress.quant.stage import QuantizationStage, QuantizedLinear
 from compress.quant.weight import minmax_grid, round_to_grid
-from compress.quant.weight_only import QuantizationStage, QuantizedLinear
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

@@ -24,13 +24,13 @@ from compress.quant.channel_scaling import ChannelScaling
 from compress.quant.config import Grid, RoundedConfig, RoundedGrid
 from compress.quant.folds import Fold
 from compress.quant.input_rounding import rounding_of
-from compress.quant.weight import QuantizedWeight, minmax_grid, never_zero, round_to_grid
-from compress.quant.weight_only import (
+from compress.quant.stage import (
     UNREACHED,
     QuantizationStage,
     QuantizedLinear,
     relative_output_error,
 )
+from compress.quant.weight import QuantizedWeight, minmax_grid, never_zero, round_to_grid
 
 LEAST = 1e-5  # of max|x| and max|w|, as in the authors' code
 

@@ -70,4 +70,8 @@ def inspect_command(ctx: click.Context, model: str, target: str | None, as_json:
             f"{scheme['bits_per_weight']} bits each with scales"
         )
         rows["  left in float"] = ", ".join(scheme["ignore"]) or "nothing"
+        if cache := scheme["kv_cache"]:
+            kind = "fp8" if cache.get("type") == "float" else "int8"
+            how = "scaled at run time" if cache.get("dynamic") else "calibrated scales"
+            rows["  keys and values"] = f"{kind}, {how}"
     print_pairs(result["folder"], rows)

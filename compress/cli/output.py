@@ -50,6 +50,8 @@ def print_plan(plan: dict[str, Any]) -> None:
         "disk": f"up to {sizes['disk_bytes']} while it is made, {sizes['disk_free_bytes']} free",
         "memory": f"about {sizes['memory_bytes']}, {sizes['memory_free_bytes']} free",
     }
+    if note := plan.get("output_note"):
+        rows["output"] += f", {note}"
     if plan["activation_bytes"]:
         rows["hidden states"] = (
             f"{sizes['activation_bytes']}, of which in memory up to "

@@ -48,7 +48,10 @@ OPTIONS = [
         help="bf16, fp8, w8a8, int8, int4, int3, int2, with a group size int4-g64.  "
         "[default: as MODEL is stored if quantized, else bf16]",
     ),
-    click.option("--kv", default="bf16", show_default=True, help="Of keys and values: bf16, int8."),
+    click.option(
+        "--kv",
+        help="Of keys and values: bf16, fp8, int8.  [default: as MODEL has scales for, else bf16]",
+    ),
     click.option("--head", default="bf16", show_default=True, help="Of the output layer."),
     click.option(
         "--draft", help="Speculate with this model, or with any of this cost: 0.1 of a step."
@@ -178,7 +181,7 @@ def _plan(question: Question, given: dict[str, Any]) -> tuple[dict[str, Any], An
     sweeps = [sweep_of_text(text) for text in given["sweeps"]]
     _check_places(given)
     case = question.case
-    report = reports.plan_report(case, question.stored_as, question.kv, question.notes)
+    report = reports.plan_report(case, question.stored_as, question.kv_as, question.notes)
     swept = {sweep.key: question.swept(sweep) for sweep in sweeps}
     report["sweeps"] = {key: reports.sweep_report(cases) for key, cases in swept.items()}
     _write_files(question, given, report)

@@ -118,7 +118,7 @@ def _check(question: Question, save: Path | None) -> None:
     for flag, value in (("--weights", question.weights), ("--draft", question.draft)):
         if value is not None:
             raise InputError(f"{flag} does not go with --calibrate, which takes MODEL as stored")
-    if question.kv != "bf16" or question.tensor_parallel != 1:
+    if question.kv is not None or question.tensor_parallel != 1:
         raise InputError("--kv and --tensor-parallel do not go with --calibrate")
     if question.head not in ("bf16", "int8"):
         raise InputError("--calibrate runs a --head as stored, or rounded to int8")

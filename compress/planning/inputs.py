@@ -113,6 +113,19 @@ def _mla(text: str, head_dim: int) -> Mla:
     return Mla(int(rank), min(int(rope), LARGEST), head_dim, head_dim, None)
 
 
+MIXED = "the checkpoint mixes several grids; say --weights for what a plan should count"
+KV_TYPES = {"int": "int8", "float": "fp8"}  # of kv_cache_scheme
+
+
+def stored_kv(config: Mapping[str, Any]) -> str | None:
+    """What a checkpoint's `kv_cache_scheme` has keys and values in, or None."""
+    scheme = config.get("quantization_config")
+    cache = scheme.get("kv_cache_scheme") if isinstance(scheme, Mapping) else None
+    if not isinstance(cache, Mapping) or cache.get("num_bits") != 8:
+        return None
+    return KV_TYPES.get(str(cache.get("type")))
+
+
 def stored_weights(config: Mapping[str, Any]) -> str | None:
     """The precision that a quantized checkpoint's config.json states, or None for one in floats.
 
@@ -127,6 +140,10 @@ def stored_weights(config: Mapping[str, Any]) -> str | None:
         return "fp8"
     if scheme.get("load_in_8bit"):
         return "w8a8"
+    dynamic = scheme.get("dynamic")  # GPTQ's settings of some linears
+    changes = dynamic.values() if isinstance(dynamic, Mapping) else ()
+    if any(isinstance(one, Mapping) and {"bits", "group_size"} & one.keys() for one in changes):
+        raise InputError(MIXED)
     bits, group = scheme.get("bits"), scheme.get("group_size")
     groups = scheme.get("config_groups")
     if isinstance(groups, Mapping) and groups:
@@ -137,9 +154,7 @@ def stored_weights(config: Mapping[str, Any]) -> str | None:
             if isinstance(one, Mapping)
         }
         if len(found) > 1:
-            raise InputError(
-                "the checkpoint mixes several grids; say --weights for what a plan should count"
-            )
+            raise InputError(MIXED)
         if found:
             bits, group, kind = found.pop()
             if kind == "float" and bits == 8:

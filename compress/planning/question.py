@@ -11,7 +11,7 @@ from compress.core.errors import InputError, shown
 from compress.core.source import gguf_file
 from compress.devices import find_device
 from compress.planning.case import Case, Draft, Load
-from compress.planning.inputs import Sweep, shape_of_text, stored_weights
+from compress.planning.inputs import Sweep, shape_of_text, stored_kv, stored_weights
 from compress.roofline import Device, ModelShape, Precision, precision
 from compress.shapes import find_config, shape_of
 
@@ -30,7 +30,7 @@ class Question:
     context: int = 1024
     new_tokens: int = 0
     weights: str | None = None
-    kv: str = "bf16"
+    kv: str | None = None
     head: str = "bf16"
     draft: str | None = None
     draft_tokens: int | None = None
@@ -72,6 +72,13 @@ class Question:
             return self.weights
         return (stored_weights(self._config) if self._config else None) or "bf16"
 
+    @cached_property
+    def kv_as(self) -> str:
+        """The same of keys and values: the flag, what a checkpoint has scales for, or bf16."""
+        if self.kv is not None:
+            return self.kv
+        return (stored_kv(self._config) if self._config else None) or "bf16"
+
     @property
     def is_quantized(self) -> bool:
         """Whether the model that was given is a quantized checkpoint."""
@@ -79,7 +86,7 @@ class Question:
 
     @cached_property
     def precision(self) -> Precision:
-        return precision(self.stored_as, self.kv, head=self.head)
+        return precision(self.stored_as, self.kv_as, head=self.head)
 
     @cached_property
     def plan_device(self) -> Device:
@@ -97,7 +104,7 @@ class Question:
         except ValueError:
             config = find_config(self.draft)
             shape, stored = shape_of(config, self.draft), stored_weights(config) or "bf16"
-            return Draft(length, acceptance, shape=shape, precision=precision(stored, self.kv))
+            return Draft(length, acceptance, shape=shape, precision=precision(stored, self.kv_as))
         if not 0 <= cost < 1000:
             raise InputError(
                 f"--draft {shown(self.draft)}: a draft's cost is a share of the model's step, "

@@ -74,8 +74,8 @@ def killed(pid: int) -> bool:
 
 def sums(out: Path) -> dict[str, str]:
     """The hash of every file of an output but those with times."""
-    names = sorted(path.name for path in out.iterdir() if path.name not in WITH_TIMES)
-    return {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in names}
+    paths = sorted(p for p in out.rglob("*") if p.is_file() and p.name not in WITH_TIMES)
+    return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 
 def die_at_step(number: int) -> Callable[[], None]:

@@ -201,6 +201,7 @@ def test_teacher_correction(values, tmp_path):
         (DISTILL, {"train": {"seq_len": 4096}}, "stage 2 (distill): seq_len is 4096"),
         (GPTQ, {"calibration": {"source": "no.txt"}}, "stage 3 (gptq): calibration file 'no.txt'"),
         (GPTQ, {"cross_moment": True}, "stage 3 (gptq): cross_moment compares"),
+        (GPTQ, {"method": "llm-int8"}, "stage 3 (llm-int8): format bitsandbytes cannot hold"),
         ("eval", {"text": "no.txt"}, "eval: cannot read text"),
         ("eval", {"windows": 100_000}, "eval: text"),
         ("eval", {"text": "self", "seq_len": 4096}, "eval: seq_len is 4096"),
@@ -210,6 +211,9 @@ def test_teacher_correction(values, tmp_path):
 def test_what_will_not_do_is_refused_before_any_work(stage, change, message, values, tmp_path, ran):
     if stage == GPTQ:
         values["propagate_error"] = False
+    if "method" in change:
+        values["stages"][stage].pop("group_size")
+        values |= {"kv_cache": "int8", "propagate_error": True}
     if isinstance(stage, int):
         values["stages"][stage].update(change)
     else:

@@ -8,14 +8,19 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from compress.calibration import calibration_tokens
+from compress.chain import run_chain
+from compress.chain_recipe import build_chain
 from compress.cli import main
 from compress.core.errors import InputError
 from compress.core.shards import ShardReader
 from compress.core.source import ModelSource, resolve_model
 from compress.export import export_model
+from compress.inspection import inspect_folder
 from compress.loading import load_model
 from compress.pipeline import run_recipe
+from compress.planning.question import Question
 from compress.preflight import needs_of, preflight
+from compress.quant.formats.compressed_tensors import KV_TYPES
 from compress.recipe import build_recipe
 from compress.runtime.loading import load_decoder
 from compress.runtime.scoring import Span, logits
@@ -134,6 +139,17 @@ def test_a_run_that_is_broken_off_gives_the_same_bytes(
         assert (tmp_path / "a/out" / name).read_bytes() == (tmp_path / "b/out" / name).read_bytes()
 
 
+def test_a_target_of_bits_measures_them_too(model_folder, text_file, tmp_path):
+    """The stage is made again once bits are chosen, and RTN by itself would run no block."""
+    out = tmp_path / "out"
+    stage = {"group_size": None, "target_bits": 5, "choose_group_sizes": [16]}
+    recipe = recipe_of(model_folder("llama"), out, text_file, "int8", "rtn", stage=stage)
+    report = run_recipe(recipe)
+    assert report["allocation"]["bits"] <= 5
+    assert (stored_scales(out) > 0).all()
+    assert report["sizes"]["bytes"] <= needs_of(preflight(recipe), 0).output
+
+
 def test_what_kv_cache_refuses(model_folder, text_file, tmp_path):
     def refused(match, **changes):
         with pytest.raises(InputError, match=match):
@@ -159,3 +175,25 @@ def test_export_keeps_scales_or_refuses(model_folder, text_file, tmp_path):
     assert decoder.kv_cache_dtype == "int8"
     with pytest.raises(InputError, match="format gptq cannot hold the scales of keys and values"):
         export_model(str(out), "gptq", tmp_path / "gptq")
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_what_is_said_of_it(kind, model_folder, text_file, tmp_path):
+    """The card of a chain, `inspect`, and `plan`, which counts keys and values as they are kept."""
+    out = tmp_path / "out"
+    convert = {"method": "convert", "to": "gqa", "kv_heads": 1}
+    values = {"model": str(model_folder("llama")), "out": str(out), "eval": None, "kv_cache": kind}
+    values["calibration"] = {"source": str(text_file), "samples": 6, "seq_len": 64}
+    values["stages"] = [convert, {"method": "smoothquant"}]
+    run_chain(build_chain(values))
+    card = (out / "README.md").read_text()
+    assert f"scales of keys and values in {kind}" in card
+    assert "Activations are rounded to int8 as well" in card
+    assert inspect_folder(out)["quantization"]["kv_cache"]["type"] == KV_TYPES[kind]
+    printed = CliRunner().invoke(main, ["inspect", str(out)]).output
+    assert f"{kind}, calibrated scales" in printed
+    assert Question(str(out)).kv_as == kind
+    assert Question(str(out), kv="bf16").kv_as == "bf16"
+    assert Question(str(model_folder("llama"))).kv_as == "bf16"
+    decoder = load_decoder(ModelSource("out", out), torch.device("cpu"), "float32")
+    assert decoder.kv_cache_dtype == kind

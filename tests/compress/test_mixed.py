@@ -276,6 +276,7 @@ def test_dry_run(model_folder, text_file, tmp_path):
     done = CliRunner().invoke(main, [*command, "--dry-run"])
     assert done.exit_code == 0, done.output
     plan = json.loads(done.stdout)
+    assert plan["output_note"] == "at most"
     done = CliRunner().invoke(main, command)
     report = json.loads(done.stdout)
     slack = report["allocation"]["budget_bytes"] - report["allocation"]["bytes"]

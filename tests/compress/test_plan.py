@@ -313,3 +313,13 @@ def test_help_states_the_defaults():
 def test_a_sweep_has_a_most():
     with pytest.raises(InputError, match="1 to 64 values"):
         sweep_of_text("batch=" + ",".join("1" * 65))
+
+
+def test_gptq_that_mixes_grids_is_not_taken_for_its_first():
+    """In `dynamic` are the linears that differ, and those left in float, which change no grid."""
+    scheme = {"quant_method": "gptq", "bits": 2, "group_size": 64}
+    left = scheme | {"dynamic": {r"-:model\.layers\.0\.mlp\.up_proj": {}}}
+    assert stored_weights({"quantization_config": left}) == "int2-g64"
+    mixed = scheme | {"dynamic": {r"+:model\.layers\.0\.mlp\.up_proj": {"bits": 8}}}
+    with pytest.raises(InputError, match="mixes several grids; say --weights"):
+        stored_weights({"quantization_config": mixed})

@@ -31,10 +31,11 @@ QUICK = {"scale_points": 3, "clip_points": 3}
 
 
 def values_for(folder, text_file, method="awq", **settings):
+    grid = {} if method == "llm-int8" else {"group_size": 16}
     return {
         "model": str(folder),
         "calibration": {"source": str(text_file), "samples": 10, "seq_len": 64},
-        "stages": [{"method": method, "group_size": 16, **settings}],
+        "stages": [{"method": method, **grid, **settings}],
     }
 
 
@@ -49,7 +50,12 @@ def kill(values, out, mode) -> dict:
 
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [("awq", QUICK), ("gptq", {"cross_moment": True, "clip_points": 2}), ("rtn", {})],
+    [
+        ("awq", QUICK),
+        ("gptq", {"cross_moment": True, "clip_points": 2}),
+        ("rtn", {}),
+        ("llm-int8", {"outlier_threshold": 2.0}),
+    ],
 )
 def test_killed_before_every_step(method, settings, model_folder, text_file, tmp_path):
     """Three batches, of which some are kept in memory; every change of a name on the disk."""
@@ -58,6 +64,7 @@ def test_killed_before_every_step(method, settings, model_folder, text_file, tmp
     found = kill(values, tmp_path / "place" / "out", "every")
     assert found["killed"] > 12  # at least a part and a commit for each of 4, and the side files
     assert {"model.safetensors", "compress.json", "config.json"} < set(found["files"])
+    assert ("outliers/model.safetensors" in found["files"]) == (method == "llm-int8")
 
 
 def test_killed_at_20_random_moments(model_folder, text_file, tmp_path):

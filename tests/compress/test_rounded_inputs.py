@@ -1,10 +1,12 @@
 """Checkpoints whose activations are rounded: what others make of them, and what we read back."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from compress.cli import main
@@ -314,3 +316,49 @@ def test_other_schemes_of_activations_are_refused(
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=message):
         packed(out)
+
+
+def test_a_copy_without_outlier_columns_loads_and_says_so(
+    model_folder, text_file, tmp_path, capsys
+):
+    """The same codes without any stored column, as bitsandbytes' own files are."""
+    out = tmp_path / "out"
+    quantize(model_folder(), out, text_file, "llm-int8", outlier_threshold=2.0)
+    shutil.rmtree(out / BESIDE)
+    model = load_model(out)
+    assert "has no folder outliers" in capsys.readouterr().err
+    for name in packed(out).linears:
+        codes = packed(out).reader
+        expected = codes.load(f"{name}.weight") * codes.load(f"{name}.SCB")[:, None] / 127
+        found = model.get_submodule(name).weight
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)  # SCB * (1 / 127)
+    linear = StoredModel(ModelSource("out", out)).linear("model.layers.0.mlp.down_proj")
+    assert "has no folder outliers" in capsys.readouterr().err
+    assert linear.inputs is not None
+    assert linear.inputs.outlier_index is None
+
+
+def test_a_part_of_the_outlier_columns_is_refused(model_folder, text_file, tmp_path):
+    out = tmp_path / "out"
+    quantize(model_folder(), out, text_file, "llm-int8", outlier_threshold=2.0)
+    stored = load_file(out / BESIDE / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    left = {key: value for key, value in stored.items() if not key.startswith(name)}
+    save_file(left, out / BESIDE / "model.safetensors")
+    with pytest.raises(InputError, match=f"{name} .* outliers has no outlier_index and no outlier"):
+        packed(out).weight(name)
+
+
+def test_a_dry_run_says_what_it_does_not_count(model_folder, text_file, tmp_path):
+    """Which columns are outliers only calibration tells; without a threshold there are none."""
+    command = ["quantize", str(model_folder()), "--method", "llm-int8", "--out"]
+    command += [str(tmp_path / "out"), "--calibration", str(text_file), "--samples", "4"]
+    command += ["--seq-len", "64", "--json"]
+
+    def told(*more):
+        return json.loads(CliRunner().invoke(main, [*command, *more]).stdout)
+
+    assert told("--dry-run")["output_note"] == "outlier columns not counted"
+    none = told("--dry-run", "--outlier-threshold", "0")
+    assert none["output_note"] is None
+    assert none["output_bytes"] == told("--outlier-threshold", "0")["sizes"]["bytes"]

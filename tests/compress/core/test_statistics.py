@@ -6,8 +6,8 @@ import torch
 from compress.core.blocks import BlockModel, linears_of
 from compress.core.source import resolve_model
 from compress.core.statistics import TILE, InputStatistics, collecting
+from compress.quant.stage import output_error
 from compress.quant.weight import minmax_grid, round_to_grid
-from compress.quant.weight_only import output_error
 
 
 def run_first_block(model, block, inputs) -> list[torch.Tensor]:
