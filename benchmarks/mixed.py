@@ -33,7 +33,7 @@ def main() -> None:
     options = parse()
     scores = options.scores or options.work / "scores"
     scored = Scored(options.model, options.text, options.windows, options.work, scores)
-    allocation = allocated(options)
+    allocation = allocated(options, scores)
     for name, command in runs_of(options, allocation):
         if re.search(options.only, name) and not scored.has(name):
             scored.make(name, command)
@@ -56,9 +56,9 @@ def quantizing(options: argparse.Namespace) -> tuple[str, ...]:
     return ("quantize", options.model, "--method", "gptq", "--dtype", "bfloat16", *data)
 
 
-def allocated(options: argparse.Namespace) -> dict[str, Any]:
-    """The allocation, found once."""
-    kept = options.work / f"allocation-{options.target_bits}.json"
+def allocated(options: argparse.Namespace, scores: Path) -> dict[str, Any]:
+    """The allocation, found once and kept beside the scores."""
+    kept = scores / f"allocation-{options.target_bits}.json"
     if not kept.exists():
         command = (*quantizing(options), "--target-bits", options.target_bits, "--only-allocate")
         out = str(options.work / f"mixed-{options.target_bits}")
