@@ -12,7 +12,7 @@ keys changed in the attention's weights as well (refit.py).
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,13 +20,13 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
 from torch import Tensor, nn
 
-from compress.core.processes import Processes
 from compress.core.stage import Block
 from compress.prune.attention import AttentionWeights, Pairs
 from compress.prune.kv_heads import Merge, Merged, Moments, groups_of, merge
 from compress.prune.parts import Parts
 from compress.prune.refit import solve_near
 from compress.prune.shape import Shape
+from compress.prune.sums import Sums
 
 
 @checked(frozen=True, config=ConfigDict(extra="forbid"))
@@ -47,27 +47,6 @@ class GqaConfig:
     refit: bool = True
     refit_samples: int = Field(default=128, ge=1, le=1 << 20)
     damping: float = Field(default=0.01, gt=0, le=1)
-
-
-@dataclass
-class Sums:
-    """Sums over tokens of what runs through a block's attention, float64, by name."""
-
-    what: str = "attention"
-    sums: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, name: str, found: Tensor) -> None:
-        """Add to a sum."""
-        found = found.detach().double()
-        self.sums[name] = self.sums[name] + found if name in self.sums else found
-
-    def pool(self, processes: Processes) -> None:
-        """Take in what the other processes saw."""
-        processes.add(*self.sums.values())
-
-    def is_finite(self) -> bool:
-        """Whether nothing was NaN or infinite."""
-        return all(bool(torch.isfinite(found).all()) for found in self.sums.values())
 
 
 @dataclass(frozen=True)
@@ -266,7 +245,7 @@ def _projections(
     value, values          of values [K H], and their products [K H, K H]
     attended, attended squares   of what enters o [N H]
     """
-    seen, turned = Sums(), _Turned(head_dim, pairs)
+    seen, turned = Sums("attention"), _Turned(head_dim, pairs)
 
     def before_attention(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         turned.angles = kwargs.get("position_embeddings")
@@ -340,7 +319,7 @@ def _attended(block: nn.Module, parts: Parts, converted: nn.Module) -> Iterator[
 
     own E a aᵀ, beside E a bᵀ, converted E b bᵀ, [N H, N H] each.
     """
-    seen = Sums()
+    seen = Sums("attention")
     entered: list[Tensor] = []
 
     def before_output(_module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -21,7 +21,6 @@ cross-entropy grows when that block alone is passed over (removal.py).
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -30,14 +29,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compress.core.blocks import linears_of
-from compress.core.processes import Processes
 from compress.prune.parts import ATTENTION, MLP, Parts
+from compress.prune.sums import Sums
 
 Score = Literal["contribution", "activation", "magnitude", "random"]
 
 
-@dataclass
-class Activations:
+class Activations(Sums):
     """Sums over what runs through a block, float64, by name.
 
     tokens, influence []    1 - cos, summed
@@ -49,21 +47,8 @@ class Activations:
     share. [D]              the same of what the block gives
     """
 
-    what: str = "a linear or a norm"
-    sums: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, name: str, found: Tensor) -> None:
-        """Add to a sum."""
-        found = found.detach().double()
-        self.sums[name] = self.sums[name] + found if name in self.sums else found
-
-    def pool(self, processes: Processes) -> None:
-        """Take in what the other processes saw."""
-        processes.add(*self.sums.values())
-
-    def is_finite(self) -> bool:
-        """Whether nothing was NaN or infinite."""
-        return all(bool(torch.isfinite(found).all()) for found in self.sums.values())
+    def __init__(self) -> None:
+        super().__init__("a linear or a norm")
 
 
 @contextmanager
