@@ -108,9 +108,9 @@ class BlockOutcome:
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    beside: dict[str, Tensor] | None = None
     replaces: set[str] = field(default_factory=set)
     layers: list[LayerReport] = field(default_factory=list)
+    beside: dict[str, Tensor] | None = None
 
 
 class Stage(Protocol):

@@ -266,9 +266,9 @@ def test_overrides_and_ignored_linears(model_folder, text_file, tmp_path):
     llama = {"q": 48 * 48, "v": 16 * 48, "mlp": 80 * 48}
     most = 2 * (2 * llama["q"] + llama["mlp"]) + 2 * llama["mlp"]  # q, o, gate; up 0, down 1
     assert page.table("method") == [
-        ["rtn", "4", "16", "8", f"{most:,}"],
-        ["rtn", "4", "8", "1", f"{llama['mlp']:,}"],
-        ["rtn", "8", "16", "2", f"{2 * llama['v']:,}"],
+        ["rtn", "4", "16", "as they are", "8", f"{most:,}"],
+        ["rtn", "4", "8", "as they are", "1", f"{llama['mlp']:,}"],
+        ["rtn", "8", "16", "as they are", "2", f"{2 * llama['v']:,}"],
     ]
     assert "4 bits (9 linears), 8 bits (2)" in page.text("head")
 

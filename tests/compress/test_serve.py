@@ -149,8 +149,9 @@ def test_a_model_is_served(model_folder):
     assert not output
     lines = said.splitlines()
     # a key is set, so no warning
-    assert lines[0] == f"Serving tiny at {ready['url']}, drafts by ngram"
-    assert len(lines) == 4  # and one a request
+    assert re.fullmatch("Keys and values take 512 bytes a token; room for .* tokens", lines[0])
+    assert lines[1] == f"Serving tiny at {ready['url']}, drafts by ngram"
+    assert len(lines) == 5  # and one a request
     assert "environment" not in said
 
 
