@@ -187,8 +187,9 @@ class Engine:
             # Draws of the host are left out where that can be: those taken cost what they do in
             # plain steps, however many are taken at once.
             on_host = flight.logits is not None and flight.logits.device.type == "cpu"
+            waited = self._finished > flight.began  # it was launched while the one before computed
             seconds = (computed if on_host else finished) - max(flight.began, self._finished)
-            self._speculator.observe(flight.tokens, len(flight.step), seconds)
+            self._speculator.observe(flight.tokens, len(flight.step), seconds, waited)
         self._finished = finished
         return increments
 

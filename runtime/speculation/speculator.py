@@ -80,10 +80,14 @@ class Speculator:
                 sequence.count = 1 + len(draft.tokens)
         self._drafting = time.perf_counter() - began
 
-    def observe(self, tokens: int, sequences: int, seconds: float) -> None:
-        """Take note of how long a step of decodes alone took, all included."""
+    def observe(self, tokens: int, sequences: int, seconds: float, waited: bool) -> None:
+        """Take note of how long a step of decodes alone took, all included.
+
+        waited  its drafts were made while the step before computed, and are not in `seconds`
+        """
         asking, self._asking = self._asking, 0.0
-        seconds -= self._drafting + asking
+        if not waited:
+            seconds -= self._drafting + asking
         self.lengths.observe(tokens, sequences, seconds, self._drafting, asking)
 
     def count(self, drafted: int, accepted: int) -> None:
