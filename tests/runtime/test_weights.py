@@ -147,7 +147,7 @@ def test_int_quantized(model_folder, tmp_path):
     assert weights.layers[0].down.bits == 8
     scheme["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "type": "int"}
     folder = change(start, tmp_path / "activations", codes, drop, quantization_config=scheme)
-    with pytest.raises(InputError, match="quantized activations other than 8 bits, .* a layout that is not read"):
+    with pytest.raises(InputError, match="quantized activations other than 8 bits"):
         load_weights(source_of(folder))
 
 
