@@ -28,6 +28,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != "function-after")
         reason = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "missing":
+            raise InputError(f"{where}: {place} is not given, and has no default") from None
         raise InputError(
             f"{where}: {place or 'value'} = {shown(first['input'])}: {reason}"
         ) from None

@@ -190,7 +190,7 @@ def test_the_command(stage_values, tmp_path, text_file):
     ("more", "message"),
     [
         (["--to", "mqa", "--kv-heads", "1"], "'to' = 'mqa' is unknown; allowed: gqa"),
-        (["--to", "gqa"], "kv_heads"),
+        (["--to", "gqa"], "kv_heads is not given"),
         (["--to", "gqa", "--kv-heads", "0"], "kv_heads"),
         (["--to", "gqa", "--kv-heads", "2"], "the model has 2, which come together in groups of"),
         (["--to", "gqa", "--kv-heads", "3"], "possible are 1"),
