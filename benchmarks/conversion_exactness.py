@@ -15,6 +15,7 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -73,8 +74,10 @@ def measured(ref: str, options: argparse.Namespace) -> list[tuple[str, ...]]:
         (expanded, f"{kv_heads} KV heads made {more}, turned, rotated, shuffled"),
         (converted, f"these {more} merged to {kv_heads}"),
     ):
-        changes = ((logits_of(folder, dtype) - expected[dtype]).abs().max() for dtype in DTYPES)
-        rows.append((name, what, *(f"{change:.1e}" for change in changes), largest))
+        single, double = (
+            f"{(logits_of(folder, dtype) - expected[dtype]).abs().max():.1e}" for dtype in DTYPES
+        )
+        rows.append((name, what, single, double, largest))
     print(*rows, sep="\n", file=sys.stderr)
     return rows
 
@@ -95,7 +98,8 @@ def expand(model: PreTrainedModel, kv_heads: int, out: Path) -> None:
         del tensors["lm_head.weight"]
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    config = AutoConfig.for_model(**model.config.to_dict() | {"num_key_value_heads": kv_heads})
+    entries: dict[str, Any] = model.config.to_dict() | {"num_key_value_heads": kv_heads}
+    config = AutoConfig.for_model(**entries)
     config.architectures = [type(model).__name__]
     config.save_pretrained(out)
     save_file(tensors, out / "model.safetensors", {"format": "pt"})

@@ -157,8 +157,10 @@ def _render(
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = files("compress").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    here = files("compress")
+    template = here.joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(template).render(
+        style=here.joinpath("page.css").read_text(encoding="utf-8"),
         report=report,
         recipe=recipe,
         recipe_yaml=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),

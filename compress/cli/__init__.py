@@ -23,6 +23,7 @@ COMMANDS = {
     "run": ("compress.cli.run", "run_command"),
     "export": ("compress.cli.export", "export_command"),
     "eval": ("compress.cli.eval", "eval_command"),
+    "compare": ("compress.cli.compare", "compare_command"),
     "generate": ("compress.cli.generate", "generate_command"),
     "chat": ("compress.cli.chat", "chat_command"),
     "serve": ("compress.cli.serve", "serve_command"),
