@@ -193,21 +193,22 @@ def make_arms(
     model, most_tokens = subject.decoder, MOST_TOKENS[subject.device.type]
     sequences = max(plan.batch, TOGETHER)
     most = most_tokens, sequences
-    assert subject.head is not None or not proposers
-    watched = [
-        Watched(
-            make_speculator(
-                choice,
-                model,
-                subject.head,
-                subject.device,
-                subject.dtype,
-                most,
-                subject.kv_cache_dtype,
+    watched = []  # before any cache: a draft model's cache asks for another layout of the model's
+    for choice in proposers:
+        assert subject.head is not None
+        watched.append(
+            Watched(
+                make_speculator(
+                    choice,
+                    model,
+                    subject.head,
+                    subject.device,
+                    subject.dtype,
+                    most,
+                    subject.kv_cache_dtype,
+                )
             )
         )
-        for choice in proposers
-    ]
     blocks = sequences * model.layout.blocks_for(longest + ROOM, most_tokens)
 
     def engine(speculator: Watched | None) -> Engine:

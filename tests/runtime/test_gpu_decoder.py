@@ -255,7 +255,7 @@ def test_scores_with_a_window(model_folder, tmp_path):
         )
 
 
-@pytest.mark.parametrize("blocks", [8, 60])
+@pytest.mark.parametrize("blocks", [9, 60])
 def test_layers_of_two_windows_have_their_own_blocks(blocks, model_folder):
     """The tokens that PyTorch's operations give, in captured steps, alone and preempted."""
     folder = model_folder("cwm", layers=3)
@@ -266,7 +266,7 @@ def test_layers_of_two_windows_have_their_own_blocks(blocks, model_folder):
     assert decoder.layout.windows == (None, 21, 21)
     found, counts = answers(decoder, asked, params, blocks)
     assert found == expected
-    assert bool(counts.preemptions) == (blocks == 8)
+    assert bool(counts.preemptions) == (blocks == 9)
 
 
 def test_what_is_launched_was_compiled_ahead_of_time(quantized, model_folder):
