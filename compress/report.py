@@ -104,6 +104,17 @@ def spread(values: Iterable[str]) -> str:
     return ", ".join([f"{first[0]} ({first[1]} linears)", *(f"{v} ({n})" for v, n in rest)])
 
 
+def in_cell(value: Any) -> str:
+    """What a conversion says of a block, in a cell: of several numbers their mean."""
+    if value is None or value == []:
+        return ""
+    if isinstance(value, list):
+        if isinstance(value[0], list):
+            return " ".join("+".join(map(str, group)) for group in value)
+        return in_cell(statistics.fmean(value))
+    return f"{value:.2e}" if isinstance(value, float) else str(value)
+
+
 def mean_bits(layers: Sequence[Layer]) -> float:
     """Bits of a code, on average over the weights of quantized layers."""
     return sum(layer["bits"] * _weights(layer) for layer in layers) / sum(map(_weights, layers))
@@ -185,6 +196,7 @@ def _render(
         bars=_part_bars(part_rows),
         left=_left_rows(report["layers"]),
         run=run,
+        in_cell=in_cell,
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from compress.prune.conversion_stage import ConversionConfig
 from compress.prune.gqa import GqaConfig
 
-CONVERSIONS: Mapping[str, type[GqaConfig]] = {"gqa": GqaConfig}
+CONVERSIONS: Mapping[str, type[ConversionConfig]] = {"gqa": GqaConfig}
