@@ -74,6 +74,7 @@ def preflight(recipe: ConvertRecipe) -> ConvertJob:
         dtype=dtype,
         block=lambda: model.load_block(0),
         probe=_Sample(model),
+        calibration_length=recipe.calibration.seq_len,
     )
     stage = recipe.stages[0].plan(original)
     stage.stock, parameters = _stock_blocks(model, stage)

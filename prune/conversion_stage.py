@@ -38,6 +38,7 @@ class Original:
     dtype     that the result is stored in
     block     loads its first block, in float32
     probe     runs a module like the first block on a sample, [1, S, D]
+    calibration_length  tokens of a sequence to calibrate on
     """
 
     ref: str
@@ -50,6 +51,7 @@ class Original:
     dtype: torch.dtype
     block: Callable[[], nn.Module]
     probe: Callable[[nn.Module], Tensor]
+    calibration_length: int
 
 
 @dataclass(frozen=True)
