@@ -76,7 +76,7 @@ def record_quality(folder: Path, result: dict[str, Any]) -> None:
     quality = _quality(folder)
     found: dict[str, list[dict[str, Any]]] = {"texts": [], "tasks": []}
     if "perplexity" in result:
-        told = {k: v for k, v in result.items() if k not in ("model", "tasks", "limit")}
+        told = {k: v for k, v in result.items() if k not in ("model", "tasks", "limit", "recall")}
         against = result["against"] and public_name(result["against"])
         names = {"text": Path(result["text"]).name, "against": against}
         found["texts"].append(told | names)
@@ -84,6 +84,11 @@ def record_quality(folder: Path, result: dict[str, Any]) -> None:
     shared |= {"kv_cache_dtype": result["kv_cache_dtype"]} if "kv_cache_dtype" in result else {}
     for task, metrics in result.get("tasks", {}).items():
         found["tasks"].append({"task": task, **shared, "metrics": metrics})
+    for task, rows in result.get("recall", {}).items():
+        for row in rows:
+            name = f"recall: {task} {row['distance']} tokens back"
+            metrics = {key: row[key] for key in ("found", "surprise")}
+            found["tasks"].append({"task": name, **shared, "metrics": metrics})
     with _as_written_here(folder):
         for kind, new in found.items():
             by_key = {
