@@ -171,7 +171,9 @@ class Bench:
             proposers[draft] = speculator.proposer
         self.proposer = OneOfSeveral(proposers, options.tokens)
         rooms = sorted(len(question.tokens) for question in questions)[-CHUNK:]
-        blocks = sum(-(-(room + options.max_tokens) // decoder.block_size) for room in rooms)
+        blocks = sum(
+            decoder.layout.blocks_for(room + options.max_tokens, most_tokens) for room in rooms
+        )
 
         def engine(speculator: Speculator | None) -> Engine:
             return Engine(

@@ -130,10 +130,10 @@ def ours(weight: LinearWeight, x: Tensor) -> tuple[Callable[[], object], int]:
     batch = Batch(
         tokens=torch.zeros(tokens, dtype=torch.int64),
         positions=torch.arange(tokens),
-        slots=torch.arange(tokens),
+        slots=torch.arange(tokens)[None],
         starts=torch.tensor([0, tokens], dtype=torch.int32),
         contexts=torch.tensor([tokens], dtype=torch.int32),
-        block_tables=torch.zeros(1, 1, dtype=torch.int32),
+        block_tables=torch.zeros(1, 1, 1, dtype=torch.int32),
         rows=torch.arange(0),
     )
     size = Recorder(torch.bfloat16, 1, 1).pack(weight).bytes

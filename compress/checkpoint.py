@@ -22,7 +22,7 @@ import torch
 
 import compress
 from compress.core.shards import BESIDE
-from compress.core.source import ModelSource, read_config
+from compress.core.source import ModelSource
 from compress.recipe import LOSSES
 from compress.report import mean_bits, spread
 
@@ -56,13 +56,16 @@ def write_side_files(
     folder: Path,
     source: ModelSource,
     dtype: torch.dtype,
-    config_entries: dict[str, Any],
+    config: dict[str, Any],
     report: dict[str, Any],
     times: dict[str, float],
     card: str,
 ) -> None:
-    """Write everything but the weights, which are there already, into an output folder."""
-    write_config(folder, source, dtype, config_entries)
+    """Write everything but the weights, which are there already, into an output folder.
+
+    config  what config.json says but for the stored dtype
+    """
+    write_config(folder, dtype, config)
     for path in carried_files(source.folder):
         shutil.copyfile(path, folder / path.name)
     _write_json(folder / "compress.json", report)
@@ -70,14 +73,11 @@ def write_side_files(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def write_config(
-    folder: Path, source: ModelSource, dtype: torch.dtype, entries: dict[str, Any]
-) -> None:
-    """Write config.json: the original's, with these entries and the stored dtype."""
-    config = read_config(source.folder) | entries
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", config)
+def write_config(folder: Path, dtype: torch.dtype, config: dict[str, Any]) -> None:
+    """Write config.json with the stored dtype."""
+    told = {key: value for key, value in config.items() if key != "torch_dtype"}
+    told["dtype"] = str(dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", told)
 
 
 def carried_files(folder: Path) -> list[Path]:
@@ -214,21 +214,20 @@ def convert_card(report: dict[str, Any]) -> str:
     """The model card of a model whose attention was converted."""
     recipe, conversion = report["recipe"], report["conversion"]
     model, blocks = recipe["model"], conversion["blocks"]
-    (stage,) = recipe["stages"]
     notes = dict.fromkeys(block["note"] for block in blocks if block["note"])
+    changes = (f"{name} {was} to {now}" for name, (was, now) in conversion["changes"].items())
     lines = [
-        *_front_matter(model, ["attention-conversion"]),
-        f"# {Path(model).name}, converted to {conversion['kv_heads']} KV heads",
+        *_front_matter(model, ["attention-conversion", conversion["to"]]),
+        f"# {Path(model).name}, converted to {conversion['words']}",
         "",
-        f"`{model}` with compress {report['versions']['compress-llm']}: of "
-        f"{conversion['original_kv_heads']} KV heads {conversion['kv_heads']}, merged by "
-        f"`{stage['merge']}`; {conversion['kv_values']:,} numbers of KV cache a token in place of "
+        f"`{model}` with compress {report['versions']['compress-llm']}: {', '.join(changes)}; "
+        f"{conversion['kv_values']:,} numbers of KV cache a token in place of "
         f"{conversion['original_kv_values']:,}. It was not trained after that: `compress distill` "
         "does.",
         "",
         *(f"Note: {note}." for note in notes),
         *_plain_loading(recipe["out"]),
-        "`compress.json` has which heads were merged, and what each block lost.",
+        "`compress.json` has what each block lost.",
         "",
     ]
     return "\n".join(lines)

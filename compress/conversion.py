@@ -1,6 +1,6 @@
 """Converting the attention from checkpoint to checkpoint: fewer bytes of KV cache a token.
 
-    calibrate ─> walk 1: moments of queries, keys, values ─> walk 2: convert, refit, write
+    calibrate ─> walk 1: look at the attention ─> walk 2: convert, refit, write
 
 What comes out is a stock class of transformers, in the original's dtype.  One block at a time is
 in memory, and a run that is broken off goes on after the last block that was committed.
@@ -8,7 +8,7 @@ in memory, and a run that is broken off goes on after the last block that was co
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from compress.core.stage import Block
 from compress.inspection import inspect_folder
 from compress.pipeline import broken_off, identity, made_once, outer_tensors
 from compress.preflight import check_resources, kept_in_memory
-from compress.recipe import ConvertRecipe, described
+from compress.recipe import CalibrationConfig, ConvertRecipe, described
 from compress.report import write_report
 from compress.walk import Clock, Walk
 
@@ -51,7 +51,7 @@ def run_conversion(
     memory = kept_in_memory(activation_memory)
     with ExitStack() as stack:
         needs = needs_of(job, memory)
-        first(lambda: check_resources(needs, folder, job.model, recipe.calibration))
+        first(lambda: check_resources(needs, folder, job.model, job.text))
         first(lambda: stack.enter_context(folder))
         found = partial(identity, described(recipe), recipe.calibration, job.model, job.dtype)
         first(lambda: folder.begin(found(), restart))
@@ -60,34 +60,50 @@ def run_conversion(
             return _convert(walk, folder)
 
 
+@dataclass(frozen=True)
+class Made:
+    """What a run has made, for the report.
+
+    tokens      that were calibrated on, int64 [samples, seq_len]
+    calibrated  seconds until these were there
+    plans       of the blocks
+    reports     of the blocks
+    """
+
+    tokens: Tensor | None
+    calibrated: float
+    plans: Sequence[Any]
+    reports: Sequence[dict[str, Any]]
+
+
 def _convert(walk: Walk[ConvertJob], folder: OutputFolder) -> dict[str, Any]:
     """Do what preflight found possible; returns the report, with the times."""
     job, stage = walk.job, walk.job.stage
-    tokens = made_once(walk, partial(_tokens, job))
+    tokens = made_once(walk, partial(_tokens, job, job.text)) if job.text else None
     calibrated = walk.clock.seconds
-    walk.tokens, walk.observe = processes().share(tokens), stage.observe
+    if tokens is not None and stage.observes:
+        walk.tokens, walk.observe = processes().share(tokens), stage.observe
     walk.title = "Looking at attention"
     plans = stage.decide(walk.visit_all("collect", stage.collect, propagate=False))
     writer = ShardWriter(folder.output)
     walk.tokens, walk.observe = None, None
-    if job.config.refit:
-        walk.tokens = processes().share(tokens[: job.config.refit_samples])
+    if tokens is not None and stage.compared:
+        walk.tokens = processes().share(tokens[: stage.compared])
         walk.observe = partial(stage.compare, plans)
     walk.title = "Converting blocks"
     processes().first(lambda: _write_outer(walk, writer))
     reports = walk.visit_all("apply", partial(_apply, job, writer, plans), propagate=False)
 
     def finish() -> dict[str, Any]:
-        return _finish(walk, folder, writer, tokens, calibrated, reports)
+        return _finish(walk, folder, writer, Made(tokens, calibrated, plans, reports))
 
     return processes().first(finish) or {}
 
 
-def _tokens(job: ConvertJob) -> Tensor:
+def _tokens(job: ConvertJob, data: CalibrationConfig) -> Tensor:
     """Token ids to calibrate on."""
     vocabulary = job.model.config.get_text_config().vocab_size
-    data, source = job.recipe.calibration, job.model.source
-    return calibration.calibration_tokens(data, source, vocabulary, job.device)
+    return calibration.calibration_tokens(data, job.model.source, vocabulary, job.device)
 
 
 def _write_outer(walk: Walk[ConvertJob], writer: ShardWriter) -> None:
@@ -97,7 +113,7 @@ def _write_outer(walk: Walk[ConvertJob], writer: ShardWriter) -> None:
 
 
 def _apply(
-    job: ConvertJob, writer: ShardWriter, plans: Sequence[dict[str, Any]], block: Block
+    job: ConvertJob, writer: ShardWriter, plans: Sequence[Any], block: Block
 ) -> dict[str, Any]:
     """Convert a block and write it; returns what is reported of it."""
     tensors, report = job.stage.apply(block, plans)
@@ -106,38 +122,37 @@ def _apply(
     }
     part = {name: in_stored_dtype(name, value, block.dtype) for name, value in part.items()}
     writer.write(numbered("block", block.index), part)
-    return asdict(report)
+    return asdict(report)  # type: ignore[call-overload]
 
 
 def _finish(
     walk: Walk[ConvertJob],
     folder: OutputFolder,
     writer: ShardWriter,
-    tokens: Tensor,
-    calibrated: float,
-    reports: Sequence[dict[str, Any]],
+    made: Made,
 ) -> dict[str, Any]:
     """Write what stands beside the weights; can be broken off and done again."""
     job, source = walk.job, walk.job.model.source
     parts = [numbered("block", number) for number in range(job.model.num_blocks)]
-    report = _report(job, tokens, writer.finish(["outer", *parts]), reports)
-    times = {"calibration_seconds": calibrated, "seconds": walk.clock.seconds}
+    report = _report(job, made, writer.finish(["outer", *parts]))
+    times = {"calibration_seconds": made.calibrated, "seconds": walk.clock.seconds}
     times = {name: round(value, 1) for name, value in times.items()}
     card = checkpoint.convert_card(report)
-    checkpoint.write_side_files(folder.output, source, job.dtype, job.entries, report, times, card)
+    config = job.stage.config_json(made.plans)
+    checkpoint.write_side_files(folder.output, source, job.dtype, config, report, times, card)
     write_report(folder.output)
     return {**report, **times, "out": str(job.recipe.out)}
 
 
-def _report(
-    job: ConvertJob, tokens: Tensor, total: int, reports: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
+def _report(job: ConvertJob, made: Made, total: int) -> dict[str, Any]:
     """What compress.json says; nothing in it depends on the clock or the host."""
-    model, shape = job.model, job.stage.shape
+    model, told = job.model, described(job.recipe)
+    about = asdict(job.stage.describe())
+    was, now = about.pop("kv_values")
     return {
-        "recipe": described(job.recipe),
+        "recipe": told,
         "versions": checkpoint.versions(),
-        "calibration_sha256": calibration.fingerprint(tokens),
+        "calibration_sha256": None if made.tokens is None else calibration.fingerprint(made.tokens),
         "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
         "dtype": str(job.dtype).removeprefix("torch."),
         "sizes": {
@@ -150,15 +165,12 @@ def _report(
         },
         "layers": [],
         "conversion": {
-            "original_kv_values": kv_values(shape.kv_heads, shape.head_dim, shape.depth),
-            "kv_values": kv_values(job.target.kv_heads, shape.head_dim, shape.depth),
-            "original_kv_heads": shape.kv_heads,
-            "kv_heads": job.target.kv_heads,
-            "blocks": list(reports),
+            "to": told["stages"][0]["to"],
+            **about,
+            "original_kv_values": was,
+            "kv_values": now,
+            "original_kv_bytes": was * model.stored_dtype.itemsize,
+            "kv_bytes": now * job.dtype.itemsize,
+            "blocks": list(made.reports),
         },
     }
-
-
-def kv_values(kv_heads: int, head_dim: int, layers: int) -> int:
-    """Numbers that the KV cache holds for a token."""
-    return 2 * kv_heads * head_dim * layers

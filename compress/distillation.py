@@ -27,6 +27,7 @@ from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
 from compress.core.progress import say, track, without_bars
 from compress.core.shards import hashed, hashed_file, in_stored_dtype
+from compress.core.source import read_config
 from compress.core.tokenizer import load_tokenizer
 from compress.distill.checkpoint import whole_weights
 from compress.distill.data import LARGE_ODD, PackedData, pack
@@ -196,8 +197,9 @@ def _finish(
     report = _report(job, folder, data, result)
     times = {"seconds": round(result.seconds, 1)}
     card = checkpoint.distill_card(report)
+    student = job.student.source
     checkpoint.write_side_files(
-        folder.output, job.student.source, job.dtype, {}, report, times, card
+        folder.output, student, job.dtype, read_config(student.folder), report, times, card
     )
     write_report(folder.output)
     return {**report, **times, "out": str(job.recipe.out)}

@@ -114,13 +114,13 @@ def plan_conversion(
     job = convert_preflight.preflight(recipe)
     memory = kept_in_memory(activation_memory)
     needs = convert_preflight.needs_of(job, memory)
-    check_resources(needs, folder, job.model, recipe.calibration)
+    check_resources(needs, folder, job.model, job.text)
+    about = asdict(job.stage.describe())
     return {
         "model": recipe.model,
         "blocks": job.model.num_blocks,
         "parameters": job.model.num_parameters,
-        "original_shape": asdict(job.stage.shape),
-        "shape": asdict(job.target),
+        "conversion": {key: about[key] for key in ("words", "changes", "kv_values")},
         "output_parameters": job.parameters,
         "device": str(job.device),
         "compute_dtype": str(job.model.compute_dtype).removeprefix("torch."),

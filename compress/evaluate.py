@@ -273,11 +273,11 @@ def score_logits(logits: Tensor, reference: Tensor | None, targets: np.ndarray) 
 def summarize(scores: np.ndarray, config: ScoringConfig) -> dict[str, Any]:
     """Turn scores a token, fp64 [1 or 4, W, T] as `score_logits` orders them, into the metrics."""
     means = scores.mean(axis=2)  # [1 or 4, W]
-    resampled = _resampled_means(means, config)  # [1 or 4, R]
+    resampled = resampled_means(means, config)  # [1 or 4, R]
     nll = float(means[0].mean())
     result: dict[str, Any] = {
         "perplexity": float(np.exp(nll)),
-        "perplexity_interval": _interval(np.exp(resampled[0])),
+        "perplexity_interval": interval(np.exp(resampled[0])),
         "nll": nll,
     }
     if len(scores) == 1:
@@ -287,17 +287,17 @@ def summarize(scores: np.ndarray, config: ScoringConfig) -> dict[str, Any]:
     return result | {
         "perplexity_original": float(np.exp(overall[1])),
         "perplexity_ratio": float(np.exp(overall[0] - overall[1])),
-        "perplexity_ratio_interval": _interval(np.exp(resampled[0] - resampled[1])),
+        "perplexity_ratio_interval": interval(np.exp(resampled[0] - resampled[1])),
         "kl_mean": float(overall[2]),
-        "kl_mean_interval": _interval(resampled[2]),
+        "kl_mean_interval": interval(resampled[2]),
         "kl_p99": p99,
-        "kl_p99_interval": _interval(p99_resampled),
+        "kl_p99_interval": interval(p99_resampled),
         "top1_agreement": float(overall[3]),
-        "top1_agreement_interval": _interval(resampled[3]),
+        "top1_agreement_interval": interval(resampled[3]),
     }
 
 
-def _resampled_means(per_window: np.ndarray, config: ScoringConfig) -> np.ndarray:
+def resampled_means(per_window: np.ndarray, config: ScoringConfig) -> np.ndarray:
     """Means over resampled windows: fp64 [M, W] -> [M, R], the same windows for all M rows."""
     windows = per_window.shape[1]
     pieces = [per_window @ counts.T for counts in _window_counts(windows, config)]
@@ -330,5 +330,6 @@ def _window_counts(
         left -= size
 
 
-def _interval(resampled: np.ndarray) -> list[float]:
+def interval(resampled: np.ndarray) -> list[float]:
+    """The 95 % interval of resampled values [R]."""
     return [float(bound) for bound in np.quantile(resampled, [0.025, 0.975])]

@@ -24,7 +24,7 @@ from compress.core.errors import InputError, nearest
 from compress.core.outfolder import OutputFolder
 from compress.core.progress import say, track
 from compress.core.shards import ShardWriter
-from compress.core.source import gguf_file, resolve_model
+from compress.core.source import gguf_file, read_config, resolve_model
 from compress.quant.config import Grid, RoundedGrid
 from compress.quant.formats import FORMATS, Format
 from compress.quant.gguf import GgufModel
@@ -91,7 +91,7 @@ def export_model(
             work.output,
             source.source,
             stored,
-            {"quantization_config": config},
+            read_config(source.source.folder) | {"quantization_config": config},
             report,
             times,
             checkpoint.export_card(source.source.ref, report),

@@ -37,7 +37,7 @@ from compress.runtime.engine import Engine
 from compress.runtime.llm import LLM, cache_memory, stop_tokens
 from compress.runtime.loading import load_decoder
 from compress.runtime.sampling_params import SamplingParams
-from compress.runtime.scoring import Span, score
+from compress.runtime.scoring import MOST_TOKENS, Span, score
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -192,7 +192,8 @@ class RuntimeLM(TemplateLM):
             len(prompt) + (asked.max_tokens or 0)
             for prompt, asked in zip(prompts, params, strict=True)
         )
-        wanted = min(len(prompts), MOST_SEQUENCES) * -(-longest // decoder.block_size)
+        each = decoder.layout.blocks_for(longest, MOST_TOKENS)
+        wanted = min(len(prompts), MOST_SEQUENCES) * each
         room = cache_memory(default_device()) // decoder.bytes_per_block
         engine = Engine(
             decoder,

@@ -39,6 +39,7 @@ from compress.core.shards import (
     hashed,
     in_stored_dtype,
 )
+from compress.core.source import read_config
 from compress.core.stage import Block, LayerReport
 from compress.frontier_plot import write_plot
 from compress.inspection import inspect_folder
@@ -190,7 +191,8 @@ def _train(
 
     def finish_start() -> None:
         writer.finish(_part_names(job.model))
-        checkpoint.write_config(folder.start, job.model.source, job.dtype, entries)
+        config = read_config(job.model.source.folder) | entries
+        checkpoint.write_config(folder.start, job.dtype, config)
 
     before = walk.clock.seconds
     first(finish_start)
@@ -317,11 +319,9 @@ def _finish(
     seconds, others = walk.clock.seconds, sum(made.seconds.values())
     times = made.seconds | {"quantization_seconds": seconds - others, "seconds": seconds}
     times = {name: round(value, 1) for name, value in times.items()}
-    entries = _config_entries(job, made.layers)
+    config = read_config(model.source.folder) | _config_entries(job, made.layers)
     card = checkpoint.model_card(model.source.ref, report)
-    checkpoint.write_side_files(
-        folder.output, model.source, job.dtype, entries, report, times, card
-    )
+    checkpoint.write_side_files(folder.output, model.source, job.dtype, config, report, times, card)
     if made.allocation:
         write_plot(folder.output / "allocation.png", made.allocation)
     write_report(folder.output)

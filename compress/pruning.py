@@ -26,6 +26,7 @@ from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
 from compress.core.progress import track
 from compress.core.shards import ShardWriter, in_stored_dtype
+from compress.core.source import read_config
 from compress.core.stage import Block
 from compress.inspection import inspect_folder
 from compress.loading import load_model
@@ -181,12 +182,13 @@ class Cut:
         """
         parts = [numbered("block", number) for number in range(len(self.plan.layers))]
         total = self.writer.finish(["outer", *parts])
-        checkpoint.write_config(self.writer.folder, job.model.source, job.dtype, self.entries(job))
+        checkpoint.write_config(self.writer.folder, job.dtype, self.config_json(job))
         return total
 
-    def entries(self, job: PruneJob) -> dict[str, Any]:
-        """What changes in config.json."""
-        return config_entries(job.model.config, self.stage.target, self.plan.layers)
+    def config_json(self, job: PruneJob) -> dict[str, Any]:
+        """The whole config.json."""
+        changed = config_entries(job.model.config, self.stage.target, self.plan.layers)
+        return read_config(job.model.source.folder) | changed
 
 
 def _outer_rows(rows: Tensor, plan: Plan, width: int) -> Tensor:
@@ -259,8 +261,8 @@ def _finish(walk: Walk[PruneJob], folder: OutputFolder, made: Made) -> dict[str,
     report = _report(job, made, made.cut.finish(job))
     times = {"calibration_seconds": made.calibrated, "seconds": walk.clock.seconds}
     times = {name: round(value, 1) for name, value in times.items()}
-    card, entries = checkpoint.prune_card(report), made.cut.entries(job)
-    checkpoint.write_side_files(folder.output, source, job.dtype, entries, report, times, card)
+    card, config = checkpoint.prune_card(report), made.cut.config_json(job)
+    checkpoint.write_side_files(folder.output, source, job.dtype, config, report, times, card)
     write_report(folder.output)
     return {**report, **times, "out": str(job.recipe.out)}
 

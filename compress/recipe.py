@@ -13,7 +13,7 @@ or of `DistillRecipe`, `PruneRecipe` or `ConvertRecipe` where the method is `dis
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -26,8 +26,8 @@ from compress.distill.config import TrainConfig
 from compress.distill.lora import LoraConfig
 from compress.distill.objective import AGAINST_TEACHER, LossConfig
 from compress.prune.config import PruneConfig
+from compress.prune.conversion_stage import ConversionConfig
 from compress.prune.conversions import CONVERSIONS
-from compress.prune.gqa import GqaConfig
 from compress.quant.config import QuantizationConfig, WeightOnlyConfig
 from compress.quant.methods import METHODS
 
@@ -169,7 +169,7 @@ class ConvertRecipe:
 
     model: Annotated[str, Field(min_length=1)]
     out: Annotated[Path, AfterValidator(usable_output)]
-    stages: tuple[GqaConfig]
+    stages: tuple[ConversionConfig]
     calibration: CalibrationConfig = CalibrationConfig(samples=CONVERT_SAMPLES)
     dtype: DTypeName = "auto"
     compute_dtype: DTypeName = "auto"
@@ -215,13 +215,15 @@ def _check_method(method: Any) -> None:
         raise InputError(f"unknown method {shown(method)}; allowed: {', '.join(known)}{hint}")
 
 
-def method_of(stage: QuantizationConfig | DistillConfig | PruneConfig | GqaConfig) -> str:
+def method_of(
+    stage: QuantizationConfig | DistillConfig | PruneConfig | ConversionConfig,
+) -> str:
     """The name under which a stage's configuration is registered."""
     if isinstance(stage, DistillConfig):
         return DISTILL
     if isinstance(stage, PruneConfig):
         return PRUNE
-    if isinstance(stage, tuple(CONVERSIONS.values())):
+    if isinstance(stage, ConversionConfig):
         return CONVERT
     return next(name for name, cls in METHODS.items() if type(stage) is cls)
 
@@ -291,9 +293,22 @@ def build_conversion(values: Mapping[str, Any], where: str = "recipe") -> Conver
             f"{nearest(str(to), CONVERSIONS)}"
         )
     settings = without(without(stage, "method"), "to")
+    _check_owners(settings, to, where)
     config = build(CONVERSIONS[to], settings, f"{where}: to {to}")
     calibration = {"samples": CONVERT_SAMPLES, **mapping_in(values, "calibration", where)}
     return _build_one(ConvertRecipe, {**values, "calibration": calibration}, config, where)
+
+
+def _check_owners(settings: Mapping[str, Any], to: str, where: str) -> None:
+    """Raise InputError for a setting that another conversion has, and this one does not."""
+    known = {name: [field.name for field in fields(cls)] for name, cls in CONVERSIONS.items()}
+    for key in settings:
+        owners = [name for name, keys in known.items() if key in keys]
+        if owners and to not in owners:
+            raise InputError(
+                f"{where}: {key} is a setting of 'to: {owners[0]}', not of 'to: {to}', whose are "
+                f"{', '.join(known[to])}; leave it out"
+            )
 
 
 def _build_one(cls: type[T], values: Mapping[str, Any], stage: Any, where: str) -> T:

@@ -76,7 +76,7 @@ def record_quality(folder: Path, result: dict[str, Any]) -> None:
     quality = _quality(folder)
     found: dict[str, list[dict[str, Any]]] = {"texts": [], "tasks": []}
     if "perplexity" in result:
-        told = {k: v for k, v in result.items() if k not in ("model", "tasks", "limit")}
+        told = {k: v for k, v in result.items() if k not in ("model", "tasks", "limit", "recall")}
         against = result["against"] and public_name(result["against"])
         names = {"text": Path(result["text"]).name, "against": against}
         found["texts"].append(told | names)
@@ -84,6 +84,11 @@ def record_quality(folder: Path, result: dict[str, Any]) -> None:
     shared |= {"kv_cache_dtype": result["kv_cache_dtype"]} if "kv_cache_dtype" in result else {}
     for task, metrics in result.get("tasks", {}).items():
         found["tasks"].append({"task": task, **shared, "metrics": metrics})
+    for task, rows in result.get("recall", {}).items():
+        for row in rows:
+            name = f"recall: {task} {row['distance']} tokens back"
+            metrics = {key: row[key] for key in ("found", "surprise")}
+            found["tasks"].append({"task": name, **shared, "metrics": metrics})
     with _as_written_here(folder):
         for kind, new in found.items():
             by_key = {
@@ -102,6 +107,17 @@ def spread(values: Iterable[str]) -> str:
         return "".join(value for value, _ in counted)
     first, *rest = counted
     return ", ".join([f"{first[0]} ({first[1]} linears)", *(f"{v} ({n})" for v, n in rest)])
+
+
+def in_cell(value: Any) -> str:
+    """What a conversion says of a block, in a cell: of several numbers their mean."""
+    if value is None or value == []:
+        return ""
+    if isinstance(value, list):
+        if isinstance(value[0], list):
+            return " ".join("+".join(map(str, group)) for group in value)
+        return in_cell(statistics.fmean(value))
+    return f"{value:.2e}" if isinstance(value, float) else str(value)
 
 
 def mean_bits(layers: Sequence[Layer]) -> float:
@@ -187,6 +203,7 @@ def _render(
         bars=_part_bars(part_rows),
         left=_left_rows(report["layers"]),
         run=run,
+        in_cell=in_cell,
     )
 
 

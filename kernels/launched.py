@@ -35,10 +35,10 @@ class DeviceBatch:
 
     tokens: Tensor  # int64 [T]; -1 - i is draw i of the launch before
     positions: Tensor  # int64 [T]
-    slots: Tensor  # int64 [T]
+    slots: Tensor  # int64 [groups, T]
     starts: Tensor  # int32 [S + 1]
     contexts: Tensor  # int32 [S]
-    block_tables: Tensor  # int32 [S, W], any strides
+    block_tables: Tensor  # int32 [groups, S, W], any strides
     drawn: Tensor  # int64, the last launch's draws
     rows: Tensor | None  # int64 [R], whose logits are wanted; None for all
     tiles: Tensor | None  # as `paged_attention` takes them
@@ -117,18 +117,21 @@ class Launched:
     def attention(
         self, qkv: Tensor, angles: Tensor, keys: Blocks, values: Blocks, *, heads: int,
         kv_heads: int, head_dim: int, q_gain: Tensor | None, k_gain: Tensor | None, eps: float,
-        window: int | None,
+        window: int | None, group: int = 0,
     ) -> Tensor:  # fmt: skip
-        """Turn queries and keys, write keys and values into the cache, attend: [tokens, N H]."""
+        """Turn queries and keys, write keys and values into the cache, attend: [tokens, N H].
+
+        `group` is the layer's, whose slots and block tables it has.
+        """
         batch = self.batch
         q = rope_and_write(
-            qkv, angles, keys, values, batch.slots, heads=heads, kv_heads=kv_heads,
+            qkv, angles, keys, values, batch.slots[group], heads=heads, kv_heads=kv_heads,
             head_dim=head_dim, q_gain=q_gain, k_gain=k_gain, eps=eps,
         )  # fmt: skip
         out = paged_attention(
-            q, keys, values, batch.starts, batch.contexts, batch.block_tables, head_dim**-0.5,
-            window, tiles=batch.tiles, most_new=batch.most_new, splits=batch.splits,
-            workspace=self._workspace,
+            q, keys, values, batch.starts, batch.contexts, batch.block_tables[group],
+            head_dim**-0.5, window, tiles=batch.tiles, most_new=batch.most_new,
+            splits=batch.splits, workspace=self._workspace,
         )  # fmt: skip
         return out.view(len(qkv), heads * head_dim)
 

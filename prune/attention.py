@@ -11,6 +11,7 @@ pairs are right.  Under norms on queries or keys none are.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +134,14 @@ def find_pairs(
         if effect > 0 and change <= TOLERANCE * effect:
             return pairs
     return None
+
+
+def turned_channels(config: Any, head_dim: int) -> tuple[int, ...]:
+    """Numbers of channels of a head that RoPE may turn, by a transformers config."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    share = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None)
+    part = int(head_dim * (share or 1.0)) // 2 * 2
+    return tuple(dict.fromkeys((part or head_dim, head_dim)))
 
 
 def _with(

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from compress.prune.conversion_stage import ConversionConfig
 from compress.prune.gqa import GqaConfig
+from compress.prune.windows import WindowsConfig
 
-CONVERSIONS: Mapping[str, type[GqaConfig]] = {"gqa": GqaConfig}
+CONVERSIONS: Mapping[str, type[ConversionConfig]] = {"gqa": GqaConfig, "windows": WindowsConfig}

@@ -9,32 +9,29 @@ the same hidden states, from which the output projection is solved for: it makes
 keys changed in the attention's weights as well (refit.py).
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
 from torch import Tensor, nn
 
+from compress.core.errors import InputError
 from compress.core.stage import Block
-from compress.prune.attention import AttentionWeights, Pairs
+from compress.prune.attention import AttentionWeights, Pairs, find_pairs, turned_channels
+from compress.prune.beside import attended, attention_like, refit_output
+from compress.prune.conversion_stage import ConversionConfig, Described, Original
 from compress.prune.kv_heads import Merge, Merged, Moments, groups_of, merge
 from compress.prune.parts import Parts
-from compress.prune.refit import solve_near
-from compress.prune.shape import Shape
+from compress.prune.shape import NAMES, Shape
 from compress.prune.sums import Sums
-
-# A share of the output's energy: what sums in float32 cannot tell from nothing, and a refit would
-# take for something.
-ROUNDING = 1e-6
 
 
 @checked(frozen=True, config=ConfigDict(extra="forbid"))
-class GqaConfig:
+class GqaConfig(ConversionConfig):
     """Fewer KV heads (prune/kv_heads.py).
 
     kv_heads       of each block; divides the number there is
@@ -51,6 +48,30 @@ class GqaConfig:
     refit: bool = True
     refit_samples: int = Field(default=128, ge=1, le=1 << 20)
     damping: float = Field(default=0.01, gt=0, le=1)
+
+    def plan(self, original: Original) -> "GqaStage":
+        """The stage for a model; InputError where its heads do not come together so."""
+        _check_heads(self.kv_heads, original.shape)
+        turned = turned_channels(original.config, original.shape.head_dim)
+        block = original.block()
+        pairs = find_pairs(block, original.parts, original.shape.head_dim, turned, original.probe)
+        return GqaStage(self, original, pairs)
+
+
+def _check_heads(asked: int, shape: Shape) -> None:
+    """Raise InputError unless the KV heads can come together in that many groups of one size."""
+    possible = [n for n in range(1, shape.kv_heads) if shape.kv_heads % n == 0]
+    if not possible:
+        raise InputError(
+            f"the model has {shape.kv_heads} KV heads of {shape.heads} heads; there are no fewer"
+        )
+    if asked not in possible:
+        raise InputError(
+            f"kv_heads = {asked} is not possible: the model has {shape.kv_heads}, which come "
+            f"together in groups of one size; possible are {', '.join(map(str, possible))}"
+        )
+    if shape.head_dim % 2:
+        raise InputError(f"heads have {shape.head_dim} dimensions, an odd number; not supported")
 
 
 @dataclass(frozen=True)
@@ -74,36 +95,65 @@ class ConvertedAttention:
     note: str = ""
 
 
-class GqaStage:
-    """Converts a model of `shape`, block by block, in the steps of compress.core.stage.
+COLUMNS = {
+    "groups": "merged",
+    "keys_lost": "lost of keys",
+    "values_lost": "of values",
+    "merged_error": "error, merged",
+    "error": "error, refitted",
+}
+LEGEND = (
+    "Lost of the keys: the share of their energy, weighted by that of the queries; of the values: "
+    "the same in what reaches the hidden states. Error: the mean squared change of the attention's "
+    "output on the calibration text, over its mean square."
+)
 
-    parts  of its blocks
-    pairs  of a head's channels, and `turns`, whether keys may be turned in them (attention.py)
-    stock  blocks of the target's class without weights, to run what comes out
+
+class GqaStage:
+    """Converts a model, block by block, in the steps of conversion_stage.py.
+
+    pairs  of a head's channels (attention.py); None where RoPE and norms let no keys be turned
     """
 
     needs_reference: bool = False
     counts_above: float | None = None
     trains_blocks: bool = False
-    workspace: ClassVar[int] = 6  # [N H, N H]: three moments, a factor and products
+    observes: bool = True
 
-    def __init__(
-        self,
-        config: GqaConfig,
-        shape: Shape,
-        parts: Parts,
-        pairs: Pairs,
-        turns: bool,
-        stock: Sequence[nn.Module],
-    ) -> None:
+    def __init__(self, config: GqaConfig, original: Original, pairs: Pairs | None) -> None:
         self.config = config
-        self.shape = shape
-        self.parts = parts
-        self.pairs = pairs
-        self.turns = turns
-        self.stock = stock
+        self.raw, self.shape, self.parts = original.raw, original.shape, original.parts
+        self.turns = pairs is not None
+        self.pairs = pairs or Pairs.neighbours(self.shape.head_dim, original.device)
+        self.stock: Sequence[nn.Module] = ()
 
-    def observe(self, _index: int, block: nn.Module) -> AbstractContextManager[list[Sums]]:
+    @property
+    def compared(self) -> int:
+        """Sequences that the refit looks at."""
+        return self.config.refit_samples if self.config.refit else 0
+
+    @property
+    def workspace(self) -> int:
+        """Bytes: six matrices [N H, N H] (three moments, a factor and products) in float64."""
+        return 8 * 6 * (self.shape.head_dim * max(self.shape.heads, 2 * self.shape.kv_heads)) ** 2
+
+    def describe(self) -> Described:
+        """What changes."""
+        before, after = self.shape.kv_heads, self.config.kv_heads
+        values = 2 * self.shape.head_dim * self.shape.depth
+        return Described(
+            words=f"{after} KV heads, merged by {self.config.merge}",
+            changes={"KV heads": (before, after)},
+            kv_values=(before * values, after * values),
+            columns=COLUMNS,
+            legend=LEGEND,
+        )
+
+    def config_json(self, plans: Sequence[Any] | None) -> dict[str, Any]:
+        """The original's, with fewer KV heads."""
+        return {**self.raw, NAMES["kv_heads"]: self.config.kv_heads}
+
+    def observe(self, index: int, block: nn.Module) -> AbstractContextManager[list[Sums]]:
         """Watch a block that runs for its moments."""
         return _projections(block, self.parts, self.shape.head_dim, self.pairs)
 
@@ -132,16 +182,9 @@ class GqaStage:
         self, plans: Sequence[dict[str, Any]], index: int, block: nn.Module
     ) -> AbstractContextManager[list[Sums]]:
         """Run a block's converted attention beside its own, and sum over what both give."""
-        weights = self._converted(block, plans[index])
-        converted = copy.deepcopy(self.stock[index]).get_submodule(self.parts.attention)
-        sample = block.get_parameter(f"{self.parts.linear('o_proj')}.weight")
-        converted = converted.to_empty(device=sample.device).to(sample.dtype)
-        own = block.get_submodule(self.parts.attention).state_dict()
-        kept = {name: own[name] for name in converted.state_dict()}
-        inside = f"{self.parts.attention}."
-        changed = weights.tensors(self.parts).items()
-        converted.load_state_dict(kept | {name.removeprefix(inside): t for name, t in changed})
-        return _attended(block, self.parts, converted)
+        tensors = self._converted(block, plans[index]).tensors(self.parts)
+        converted = attention_like(self.stock[index], block, self.parts, tensors)
+        return attended(block, self.parts, converted)
 
     @torch.no_grad()
     def apply(
@@ -170,23 +213,14 @@ class GqaStage:
 
     def _refit(self, block: Block, weights: AttentionWeights) -> tuple[float, float]:
         """Solve for the output projection; returns the errors before and after."""
-        sums = block.observed[0].sums
         name = f"{self.parts.linear('o_proj')}.weight"
         original = block.module.get_parameter(name).double()
-        power = float(((original @ sums["own"]) * original).sum())
-        cross, moment = original @ sums["beside"], sums["converted"]
         start = weights.o.transpose(0, 1).flatten(1)
-
-        def error(weight: Tensor) -> float:
-            lost = power - 2 * (weight * cross).sum() + (weight @ moment * weight).sum()
-            return max(float(lost), 0.0) / power if power > 0 else 0.0
-
-        found = start
-        if error(start) > ROUNDING:
-            found, _ = solve_near(start, cross, moment, self.config.damping)
+        sums = block.observed[0].sums
+        found, before, after = refit_output(original, start, sums, self.config.damping)
         heads = found.unflatten(1, (-1, self.shape.head_dim))
         weights.o = heads.transpose(0, 1).contiguous()
-        return error(start), error(found)
+        return before, after
 
     def state(self) -> None:
         """Nothing is carried from block to block."""
@@ -317,38 +351,3 @@ class _Turned:
         phase = torch.complex(cosine[..., places], sine[..., places])
         phase = torch.where(self.pairs.real < width, phase, 1)
         return found * phase[:, :, None]
-
-
-@contextmanager
-def _attended(block: nn.Module, parts: Parts, converted: nn.Module) -> Iterator[list[Sums]]:
-    """Sum over tokens, of a what enters o, and b what enters the converted attention's o:
-
-    own E a aᵀ, beside E a bᵀ, converted E b bᵀ, [N H, N H] each.
-    """
-    seen = Sums("attention")
-    entered: list[Tensor] = []
-
-    def before_output(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        entered.append(args[0].detach().flatten(0, -2).float())
-
-    def after_attention(_module: nn.Module, args: Any, kwargs: Any, _output: Any) -> None:
-        converted(*args, **kwargs)
-        own, other = entered
-        entered.clear()
-        seen.add("tokens", torch.tensor(len(own), device=own.device))
-        seen.add("own", own.T @ own)
-        seen.add("beside", own.T @ other)
-        seen.add("converted", other.T @ other)
-
-    leaf = parts.linear("o_proj").removeprefix(f"{parts.attention}.")
-    attention = block.get_submodule(parts.attention)
-    handles = [
-        attention.get_submodule(leaf).register_forward_pre_hook(before_output),
-        converted.get_submodule(leaf).register_forward_pre_hook(before_output),
-        attention.register_forward_hook(after_attention, with_kwargs=True),
-    ]
-    try:
-        yield [seen]
-    finally:
-        for handle in handles:
-            handle.remove()

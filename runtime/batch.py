@@ -6,6 +6,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
+from compress.runtime.cache_layout import CacheLayout
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -13,15 +15,16 @@ class Batch:
 
     All tensors are on the CPU and contiguous.  A token at position p of a sequence attends to
     positions 0..p of it, or to the last `window` of these, itself included.  Keys and values of
-    the step's tokens are written before attention reads, layer by layer.
+    the step's tokens are written before attention reads, layer by layer.  Each group of layers has
+    its own blocks (compress.runtime.cache_layout).
     """
 
     tokens: Tensor  # int64 [T]; of an AsynchronousModel also -1 - i, draw i of the launch before
     positions: Tensor  # int64 [T], place of each token in its own sequence
-    slots: Tensor  # int64 [T], where its keys and values go: block * block_size + offset
+    slots: Tensor  # int64 [groups, T], where keys and values go: block * block_size + offset
     starts: Tensor  # int32 [S + 1], first token of each sequence in the flat batch; the last is T
     contexts: Tensor  # int32 [S], tokens of each sequence in the cache after this step
-    block_tables: Tensor  # int32 [S, W], blocks of each sequence, padded with 0
+    block_tables: Tensor  # int32 [groups, S, W], blocks of each sequence; 0 where there is none
     rows: Tensor  # int64 [R], flat indices of the tokens whose logits are wanted, ascending
 
 
@@ -50,8 +53,13 @@ class Model(Protocol):
     block_size: int  # tokens a block of the cache holds
 
     @property
+    def layout(self) -> CacheLayout:
+        """Which layers share a block table."""
+        ...
+
+    @property
     def bytes_per_block(self) -> int:
-        """Keys and values of one block, all layers."""
+        """Keys and values of one block, of the layers that it has places for."""
         ...
 
     def allocate(self, num_blocks: int) -> None:

@@ -17,7 +17,7 @@ class Part(Protocol):
     """A sequence of which the next `count` tokens are in the step."""
 
     tokens: Any  # array or NumPy array of int64
-    blocks: array[int]  # the block table, with room for this step
+    tables: list[array[int]]  # a block table for each group of layers, with room for this step
     computed: int  # tokens that are in the cache before the step
     count: int
 
@@ -36,7 +36,7 @@ class Stretch:
     """A `Part` of whose `count` tokens, the last that are known, all logits are wanted."""
 
     tokens: array[int]  # int64, from the sequence's first
-    blocks: array[int]
+    tables: list[array[int]]
     computed: int
     count: int
 
@@ -56,42 +56,53 @@ def build_batch(step: Items[Part], block_size: int) -> Batch:
     Logits are wanted of the last known token of each sequence, and of what `more_rows` names.
     """
     total = sum(sequence.count for sequence in step)
-    flat = np.empty((3, total), np.int64)  # tokens, positions, slots
-    tokens, positions, slots = flat
+    groups = len(step[0].tables)
+    flat = np.empty((2 + groups, total), np.int64)  # tokens, positions, slots
+    tokens, positions, slots = flat[0], flat[1], flat[2:]
     spans = np.empty(2 * len(step) + 1, np.int32)
     starts, contexts = spans[: len(step) + 1], spans[len(step) + 1 :]
-    tables = np.zeros((len(step), max(len(s.blocks) for s in step)), np.int32)
+    width = max(len(sequence.tables[0]) for sequence in step)
+    tables = np.zeros((groups, len(step), width), np.int32)
     rows: list[int] = []
     begin = 0
     for place, sequence in enumerate(step):
-        computed, count, blocks = sequence.computed, sequence.count, sequence.blocks
+        computed, count = sequence.computed, sequence.count
         end = begin + count
-        tables[place, : len(blocks)] = blocks
         starts[place] = begin
         contexts[place] = computed + count
         if count == 1:
             tokens[begin] = sequence.tokens[computed]
             positions[begin] = computed
-            slots[begin] = blocks[computed // block_size] * block_size + computed % block_size
         else:
             tokens[begin:end] = sequence.tokens[computed : computed + count]
-            span = np.arange(computed, computed + count)
-            positions[begin:end] = span
-            first = tables[place].astype(np.int64)
-            slots[begin:end] = first[span // block_size] * block_size + span % block_size
+            positions[begin:end] = np.arange(computed, computed + count)
+        for group, blocks in enumerate(sequence.tables):
+            table = tables[group, place, : len(blocks)]
+            table[:] = blocks
+            _place(slots[group, begin:end], table, computed, block_size)
         rows += [begin + position - computed for position in sequence.more_rows()]
         if count == sequence.remaining:
             rows.append(end - 1)
         begin = end
     starts[-1] = total
+    np.maximum(tables, 0, out=tables)
     packed = torch.from_numpy(flat)
     lengths = torch.from_numpy(spans)
     return Batch(
         tokens=packed[0],
         positions=packed[1],
-        slots=packed[2],
+        slots=packed[2:],
         starts=lengths[: len(step) + 1],
         contexts=lengths[len(step) + 1 :],
         block_tables=torch.from_numpy(tables),
         rows=torch.from_numpy(np.array(rows, np.int64)),
     )
+
+
+def _place(slots: np.ndarray, table: np.ndarray, first: int, block_size: int) -> None:
+    """Fill in where the tokens from number `first` on go, int64 [count], by a block table."""
+    if len(slots) == 1:
+        slots[0] = int(table[first // block_size]) * block_size + first % block_size
+    else:
+        span = np.arange(first, first + len(slots))
+        slots[:] = table[span // block_size].astype(np.int64) * block_size + span % block_size

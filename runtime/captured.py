@@ -69,17 +69,17 @@ def draws_at(batch: Batch, draws: Draws) -> np.ndarray | None:
     return places if (np.diff(places) > 0).all() else None
 
 
-def padding(size: Size, blocks: int) -> list[np.ndarray]:
+def padding(size: Size, blocks: int, groups: int) -> list[np.ndarray]:
     """The inputs of a step in which nobody takes part, in the order of its buffer.
 
     Tokens, positions, slots, order, the settings of `Draws`, contexts, starts, and last the block
-    tables, as [blocks, sequences]: a copy ends with the blocks in use.
+    tables, as [blocks, groups, sequences]: a copy ends with the blocks in use.
     """
     sequences, tokens, most_new = size
     return [
         np.zeros(tokens, np.int64),
         np.zeros(tokens, np.int64),
-        np.full(tokens, -1, np.int64),
+        np.full((groups, tokens), -1, np.int64),
         np.zeros(tokens, np.int64),
         np.zeros(tokens, np.float64),
         np.zeros(tokens, np.float32),
@@ -88,19 +88,19 @@ def padding(size: Size, blocks: int) -> list[np.ndarray]:
         np.zeros(tokens, np.float32),
         np.zeros(sequences, np.int32),
         np.minimum(most_new * np.arange(sequences + 1), tokens).astype(np.int32),
-        np.zeros((blocks, sequences), np.int32),
+        np.zeros((blocks, groups, sequences), np.int32),
     ]
 
 
 def padded(batch: Batch, draws: Draws, places: np.ndarray, size: Size) -> list[np.ndarray]:
     """The inputs of a step, with padding up to `size`; `places` are those of `draws_at`."""
-    sequences, blocks = batch.block_tables.shape
+    groups, sequences, blocks = batch.block_tables.shape
     count = len(batch.tokens)
-    arrays = padding(size, blocks)
+    arrays = padding(size, blocks, groups)
     tokens, positions, slots, order, *settings, contexts, starts, tables = arrays
     tokens[:count] = batch.tokens.numpy()
     positions[:count] = batch.positions.numpy()
-    slots[:count] = batch.slots.numpy()
+    slots[:, :count] = batch.slots.numpy()
     order[: len(places)] = places
     for array, name in zip(settings, SETTINGS, strict=True):
         array[places] = getattr(draws, name)
@@ -108,5 +108,5 @@ def padded(batch: Batch, draws: Draws, places: np.ndarray, size: Size) -> list[n
     after = starts[: len(starts) - sequences] + count  # padding sequences share what is left
     np.minimum(after, size.tokens, out=starts[sequences:])
     starts[: sequences + 1] = batch.starts.numpy()
-    tables[:, :sequences] = batch.block_tables.numpy().T
+    tables[:, :, :sequences] = batch.block_tables.numpy().transpose(2, 0, 1)
     return arrays

@@ -26,6 +26,7 @@ from compress.kernels.lowbit_matmul import LinearWeight
 from compress.kernels.paged_attention.cache import Blocks, Codes, tensors_of, with_scales
 from compress.kernels.program import Recorder
 from compress.runtime.batch import Batch
+from compress.runtime.cache_layout import CacheLayout
 from compress.runtime.weights import DecoderWeights
 
 
@@ -88,7 +89,10 @@ class Decoder(ABC):
                     layer.kv_scales,
                 )
             )
-        self._cache: list[tuple[Blocks, Blocks]] = []
+        self._layout = CacheLayout.of(self._seen(), self.block_size)
+        self._stored: list[tuple[Blocks, Blocks]] = []  # of each place of a block
+        self._cache: list[tuple[Blocks, Blocks]] = []  # of each layer
+        self._groups: list[int] = []  # of each layer: whose blocks it has
         self._whole: tuple[Decoder, list[int]] | None = None  # whose layers these are, and which
 
     def without(self, layers: Collection[int], head: LinearWeight | None = None) -> Self:
@@ -101,7 +105,7 @@ class Decoder(ABC):
         kept = [index for index in range(len(self._layers)) if index not in layers]
         part = copy.copy(self)
         part._layers = [self._layers[index] for index in kept]
-        part._cache, part._whole = [], (self, kept)
+        part._stored, part._cache, part._whole = [], [], (self, kept)
         if head is not None:
             part._head = self._operations.pack(head)
         return part
@@ -117,6 +121,25 @@ class Decoder(ABC):
         return [layer.window for layer in self._layers]
 
     @property
+    def layout(self) -> CacheLayout:
+        """Which layers share a block table."""
+        return self._whole[0].layout if self._whole else self._layout
+
+    def keep_all(self) -> None:
+        """Have one block table, of which nothing is given back; before `allocate`.
+
+        For a cache whose block numbers another model uses too.
+        """
+        self._layout = CacheLayout.of([None] * len(self._layers), self.block_size)
+
+    def _seen(self) -> list[int | None]:
+        """The windows of the layers, but for those that no context outgrows."""
+        return [
+            None if window is None or window >= self.max_context else window
+            for window in self.windows
+        ]
+
+    @property
     def kv_cache_dtype(self) -> str:
         """What keys and values are stored as, by name: bfloat16, float32, int8, fp8 ..."""
         codes = self._operations.codes
@@ -124,11 +147,20 @@ class Decoder(ABC):
 
     @property
     def bytes_per_block(self) -> int:
-        """Keys and values of one block, all layers; 0 for a part of another model."""
+        """Keys and values of one block, of as many layers as it has places for.
+
+        0 for a part of another model.
+        """
         if self._whole:
             return 0
         tensors = (tensor for blocks in self._new_cache(1) for tensor in tensors_of(blocks))
-        return len(self._layers) * sum(tensor.nbytes for tensor in tensors)
+        return self._layout.width * sum(tensor.nbytes for tensor in tensors)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of one token, all layers."""
+        place = self.bytes_per_block // (self._layout.width * self.block_size)
+        return len(self._layers) * place
 
     @property
     def weight_bytes(self) -> int:
@@ -152,10 +184,14 @@ class Decoder(ABC):
         if self._whole:
             model, kept = self._whole
             self._cache = [model._cache[index] for index in kept]
-        else:
-            self._cache = [
-                with_scales(self._new_cache(num_blocks), layer.kv_scales) for layer in self._layers
-            ]
+            self._groups = [model._groups[index] for index in kept]
+            return
+        layout, self._groups = self._layout, list(self._layout.groups)
+        self._stored = [self._new_cache(num_blocks) for _ in range(layout.width)]
+        self._cache = [
+            with_scales(self._stored[place], layer.kv_scales)
+            for place, layer in zip(layout.places, self._layers, strict=True)
+        ]
 
     def _new_cache(self, num_blocks: int) -> tuple[Blocks, Blocks]:
         return self._operations.new_cache(
@@ -163,9 +199,9 @@ class Decoder(ABC):
         )
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
-        """Copy each (source, target) in turn, in all layers."""
+        """Copy each (source, target) in turn, in all places."""
         for source, target in pairs:
-            for blocks in (blocks for layer in self._cache for blocks in layer):
+            for blocks in (blocks for place in self._stored for blocks in place):
                 for tensor in tensors_of(blocks):
                     tensor[target] = tensor[source]
 
@@ -178,11 +214,12 @@ class Decoder(ABC):
         eps = self._shape["eps"]
         hidden, delta = do.embed(self._embedding), None
         angles = do.angles(self._inv_freq, self._rope_scaling)
-        for layer, (keys, values) in zip(self._layers, self._cache, strict=True):
+        layers = zip(self._layers, self._cache, self._groups, strict=True)
+        for layer, (keys, values), group in layers:
             hidden, x = do.rms_norm(hidden, delta, layer.input_norm, eps)
             attended = do.attention(
                 do.linear("qkv", x, layer.qkv), angles, keys, values, **self._shape,
-                q_gain=layer.q_norm, k_gain=layer.k_norm, window=layer.window,
+                q_gain=layer.q_norm, k_gain=layer.k_norm, window=layer.window, group=group,
             )  # fmt: skip
             delta = do.linear("out", attended, layer.out)
             hidden, x = do.rms_norm(hidden, delta, layer.post_norm, eps)
@@ -238,4 +275,5 @@ class RecordedDecoder(Decoder):
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """The logits of `batch.rows`, float32 [R, V]."""
+        assert len(batch.block_tables) == len(self.layout.windows), "a table for each group"
         return self._operations.run(batch)

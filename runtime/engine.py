@@ -80,7 +80,8 @@ class Engine:
                 f"tokens takes {model.bytes_per_block:,} bytes, so give it more memory"
             )
         self.model = model
-        self.pool = BlockPool(num_blocks, model.block_size, prefix_caching)
+        self.pool = BlockPool(num_blocks, model.layout, prefix_caching)
+        self._room = model.layout.most_tokens(num_blocks, model.max_context)
         self.scheduler = Scheduler(self.pool, max_tokens_per_step, max_sequences)
         self.requests: dict[str, Request] = {}  # unfinished
         self.grammars = GrammarCompiler(tokenizer, model.vocab_size)
@@ -95,7 +96,7 @@ class Engine:
         self._speculator = speculator
         self._finished = 0.0  # when the last step was
         drafting = speculator.proposer.bytes_per_block if speculator else 0
-        self._bytes_per_token = (model.bytes_per_block + drafting) // model.block_size
+        self._bytes_per_block = model.bytes_per_block + drafting
         model.allocate(num_blocks)
         if speculator:
             speculator.proposer.allocate(num_blocks)
@@ -208,7 +209,10 @@ class Engine:
             blocks_in_use=self.pool.in_use,
             blocks_cached=self.pool.cached,
             blocks_free=self.pool.free,
-            cache_bytes_per_token=self._bytes_per_token,
+            cache_bytes_per_token=(
+                self._bytes_per_block * self.pool.groups // self.pool.block_size
+            ),
+            cache_bytes_in_use=self._bytes_per_block * self.pool.in_use,
             drafts=speculator.drafts if speculator else 0,
             drafted_tokens=speculator.drafted if speculator else 0,
             accepted_tokens=speculator.accepted if speculator else 0,
@@ -217,7 +221,10 @@ class Engine:
 
     def check(self) -> None:
         """AssertionError where the accounting of blocks is wrong; takes time, for tests."""
-        self.pool.check(sequence.blocks for sequence in self.scheduler.running)
+        running = self.scheduler.running
+        self.pool.check(table for sequence in running for table in sequence.tables)
+        for sequence in running:
+            sequence.check(self.pool.layout)
 
     def _limit(self, prompt: list[int], params: SamplingParams) -> int:
         """Most tokens the request may get; InputError when it can never run.
@@ -244,7 +251,7 @@ class Engine:
         if params.n > self.scheduler.max_sequences:
             most = self.scheduler.max_sequences
             raise SettingError("n", f"n = {params.n} is more than max_sequences = {most}")
-        room = self.pool.num_blocks * self.pool.block_size
+        room = self._room
         limit = context - len(prompt)
         if params.max_tokens is None:
             limit = max(1, min(limit, room + 1 - len(prompt)))
@@ -402,7 +409,7 @@ class Engine:
                 request.prompt_logprobs.append(log_probability(row, token, top))
         except ArithmeticError as error:
             for sequence in request.sequences:
-                self.pool.withdraw(sequence.blocks)
+                self._withdraw(sequence)
             return self._drop(request, "error", _reason("the prompt's log-probabilities", error))
         return []
 
@@ -426,12 +433,17 @@ class Engine:
         """Put a token into its place and the increment; note there whether it is the last."""
         if isinstance(token, Exception):
             increment.finish_reason, increment.error = "error", _reason("drawing a token", token)
-            self.pool.withdraw(sequence.blocks)  # what the logits are of may hold NaN too
+            self._withdraw(sequence)
         else:
             increment.token_ids.append(token)
             if logprob is not None:
                 increment.logprobs = [*(increment.logprobs or ()), logprob]
             self._take(sequence, token, increment)
+
+    def _withdraw(self, sequence: Sequence) -> None:
+        """Let nobody find its blocks: what logits with NaN are of may hold NaN too."""
+        if sequence.run is not None:
+            self.pool.withdraw(sequence.run)
 
     def _take(self, sequence: Sequence, token: int, increment: Increment) -> None:
         """Append a token; note what its text is, and whether it is the last."""

@@ -87,6 +87,7 @@ def _windows_by_layer(config: Any) -> list[int | None]:
 
 
 FAMILIES: Mapping[str, Windows] = {
+    "CwmForCausalLM": _windows_by_layer,
     "LlamaForCausalLM": _no_windows,
     "MistralForCausalLM": _one_window,
     "Qwen2ForCausalLM": _windows_by_layer,

@@ -75,7 +75,8 @@ class GpuDecoder(Decoder):
     def allocate(self, num_blocks: int) -> None:
         """Make the cache; steps captured on an earlier one are dropped."""
         self._captured = {}
-        self._most_blocks = min(num_blocks, -(-self.max_context // self.block_size))
+        most_tokens = self.layout.most_tokens(num_blocks, self.max_context)
+        self._most_blocks = -(-most_tokens // self.block_size)
         super().allocate(num_blocks)
 
     @torch.inference_mode()
@@ -162,13 +163,13 @@ class GpuDecoder(Decoder):
 
     def _capture(self, size: Size, filtered: bool, pool: Any) -> CapturedStep:
         """A step on a buffer of inputs, which hold padding for now."""
-        arrays = padding(size, self._most_blocks)
+        arrays = padding(size, self._most_blocks, len(self.layout.windows))
         inputs = torch.empty(offsets(arrays)[-1], dtype=torch.uint8, device=self._device)
         sent = self._uploads.send(arrays, inputs)
         tokens, positions, slots, order, *settings, contexts, starts, tables = sent
         batch = DeviceBatch(
             tokens=tokens, positions=positions, slots=slots, starts=starts, contexts=contexts,
-            block_tables=tables.T, drawn=self._drawn, rows=None, tiles=None,
+            block_tables=tables.permute(1, 2, 0), drawn=self._drawn, rows=None, tiles=None,
             most_new=size.most_new,
             splits=self._splits(size.sequences, self._most_blocks * self.block_size),
         )  # fmt: skip

@@ -26,7 +26,6 @@ from compress.core.progress import track
 from compress.core.resources import free_memory, parse_size
 from compress.core.source import read_config, resolve_model
 from compress.core.tokenizer import load_tokenizer
-from compress.runtime.batch import Model
 from compress.runtime.engine import Engine
 from compress.runtime.engine_loop import EngineLoop, Listener
 from compress.runtime.outputs import CompletionOutput, Increment, RequestOutput, Statistics
@@ -94,14 +93,18 @@ class LLM:
         decoder = make_decoder(
             weights, place, getattr(torch, dtype), max_tokens_per_step, kv_cache_dtype
         )
-        bytes_per_block, speculator = decoder.bytes_per_block, None
+        speculator = None
         if choice is not None:
             most = (max_tokens_per_step, max_sequences)
             speculator = making.make_speculator(
                 choice, decoder, weights.head, place, dtype, most, kv_cache_dtype
             )
-            bytes_per_block += speculator.proposer.bytes_per_block
-        num_blocks = _num_blocks(decoder, bytes_per_block, place, kv_cache_memory, max_sequences)
+        drafting = speculator.proposer.bytes_per_block if speculator else 0
+        memory = cache_memory(place) if kv_cache_memory is None else parse_size(kv_cache_memory)
+        num_blocks = min(
+            memory // (decoder.bytes_per_block + drafting),
+            max_sequences * decoder.layout.blocks_for(decoder.max_context, max_tokens_per_step),
+        )
         engine = Engine(
             decoder,
             num_blocks,
@@ -243,9 +246,22 @@ class LLM:
     def cache_description(self) -> str:
         """How large the cache is, for people."""
         pool, found = self.engine.pool, self.statistics()
+        layout, context = pool.layout, self.engine.model.max_context
+        if not layout.windowed:
+            return (
+                f"Keys and values take {found.cache_bytes_per_token:,} bytes a token; room for "
+                f"{pool.num_blocks * pool.block_size:,} tokens"
+            )
+        each = found.cache_bytes_per_token // (pool.groups * layout.width)  # of a layer
+        kinds = [
+            f"{each * layers:,} bytes a token"
+            + (f" in windows of {window:,}" if window else " of the whole text")
+            for window, layers in layout.kinds
+        ]
+        room = pool.num_blocks / layout.blocks_for(context)
         return (
-            f"Keys and values take {found.cache_bytes_per_token:,} bytes a token; room for "
-            f"{pool.num_blocks * pool.block_size:,} tokens"
+            f"Keys and values take {' and '.join(kinds)}; room for {room:,.1f} sequences of "
+            f"{context:,} tokens"
         )
 
     @property
@@ -297,19 +313,6 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device '{name}': torch finds no GPU here; use cpu")
     return device
-
-
-def _num_blocks(
-    model: Model,
-    bytes_per_block: int,
-    device: torch.device,
-    memory: int | str | None,
-    max_sequences: int,
-) -> int:
-    """Blocks that fit in `memory`, or in a share of what is free; no more than can be used."""
-    size = cache_memory(device) if memory is None else parse_size(memory)
-    most = max_sequences * -(-model.max_context // model.block_size)
-    return min(size // bytes_per_block, most)
 
 
 def cache_memory(device: torch.device) -> int:

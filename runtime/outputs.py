@@ -83,5 +83,8 @@ class Statistics:
     drafts: int = 0  # verified proposals of some tokens each
     drafted_tokens: int = 0
     accepted_tokens: int = 0
-    cache_bytes_per_token: int = 0  # keys and values, a draft model's own included
+    # Keys and values, a draft model's own included: of a token that all layers see, and of the
+    # blocks in use.
+    cache_bytes_per_token: int = 0
+    cache_bytes_in_use: int = 0
     accepted_at: tuple[int, ...] = ()  # how many drafts had their first, second ... token accepted

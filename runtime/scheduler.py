@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable
 
 from compress.core.errors import InputError
-from compress.runtime.block_pool import BlockPool
+from compress.runtime.block_pool import NONE, BlockPool
 from compress.runtime.sequence import Sequence
 
 # Of the sequences that decode, and about how many tokens of prompts are to come in the same step:
@@ -73,13 +73,14 @@ class Scheduler:
     def trim(self, sequence: Sequence) -> None:
         """Release blocks that nothing known is in: room for tokens that were not accepted."""
         kept = -(-sequence.computed // self.pool.block_size)
-        if kept < len(sequence.blocks):
-            self.pool.release(sequence.blocks[kept:])
-            del sequence.blocks[kept:]
+        if kept < sequence.length:
+            for table in sequence.tables:
+                self.pool.release(table[kept:])
+                del table[kept:]
 
     def remove(self, sequence: Sequence) -> None:
         """Drop a sequence that has ended, and release its blocks."""
-        (self.running if sequence.blocks else self.waiting).remove(sequence)
+        (self.running if sequence.tables else self.waiting).remove(sequence)
         self._evict(sequence)
 
     def reset(self) -> None:
@@ -129,21 +130,20 @@ class Scheduler:
         One that waits needs all of its blocks at once, or it is not admitted; what of them is in
         the prefix cache is not looked up.
         """
-        size, last = self.pool.block_size, self.running[-1]
+        pool, last = self.pool, self.running[-1]
         tokens = 0 if last.count else min(budget, last.remaining)
-        blocks = -(-tokens // size)
+        blocks = -(-tokens // pool.block_size) * pool.groups
         if self.waiting:
             first = self.waiting[0]
             seats = first.seats + sum(sequence.seats for sequence in self.running)
-            needed = -(-len(first.tokens) // size)
-            if seats <= self.max_sequences and blocks + needed <= self.pool.available:
+            needed = pool.layout.blocks_for(len(first.tokens))
+            if seats <= self.max_sequences and blocks + needed <= pool.available:
                 tokens, blocks = tokens + first.remaining, blocks + needed
         return min(tokens, budget), blocks
 
     def _go_on(self, sequence: Sequence, step: list[Sequence], budget: int) -> int:
         """The next chunk of what was begun, as far as there is room; returns the budget left."""
-        room = (len(sequence.blocks) + self.pool.available) * self.pool.block_size
-        count = min(budget, sequence.remaining, room - sequence.computed)
+        count = min(budget, sequence.remaining, self._room(sequence))
         if count:
             self._add(sequence, count, step)
         return budget - count
@@ -157,9 +157,14 @@ class Scheduler:
             if seats > self.max_sequences or not self._find_room(sequence):
                 return
             self.running.append(self.waiting.popleft())
-            count = min(budget, sequence.remaining)
+            count = min(budget, sequence.remaining, self._room(sequence))
             self._add(sequence, count, step)
             budget -= count
+
+    def _room(self, sequence: Sequence) -> int:
+        """Tokens that there are blocks for, beyond those in the cache."""
+        blocks = sequence.length + self.pool.available // self.pool.groups
+        return blocks * self.pool.block_size - sequence.computed
 
     def _find_room(self, sequence: Sequence) -> bool:
         """Give a waiting sequence its cached prefix, if its other tokens will find room too.
@@ -173,19 +178,17 @@ class Scheduler:
             if refused is sequence and pool.available <= available:
                 return False
         if sequence.request.prompt_logprobs is None:
-            blocks, identity = pool.match(sequence.tokens)
+            tables, run = pool.match(sequence.tokens)
         else:  # wants the logits of every token
-            blocks, identity = array("i"), sequence.identity
-        idle = sum(map(pool.is_idle, blocks))
-        missing = -(-len(sequence.tokens) // pool.block_size) - len(blocks)
-        if pool.available - idle < missing:
+            tables, run = [array("i") for _ in range(pool.groups)], pool.root
+        held = [len(table) - table.count(NONE) for table in tables]
+        needed = pool.layout.needed(len(sequence.tokens))
+        missing = sum(max(0, need - have) for need, have in zip(needed, held, strict=True))
+        if pool.available - pool.idle(tables) < missing:
             self._refused = (sequence, pool.available)
             return False
         self._refused = None
-        pool.share(blocks)
-        sequence.blocks, sequence.identity = blocks, identity
-        sequence.published = len(blocks)
-        sequence.computed = len(blocks) * pool.block_size
+        sequence.take_over(tables, run, pool)
         if sequence.request.started is None:
             sequence.request.started = time.monotonic()
             sequence.request.cached_tokens = sequence.computed
@@ -200,24 +203,26 @@ class Scheduler:
 
     def _missing(self, sequence: Sequence, count: int) -> int:
         """Blocks to allocate before `count` more tokens can be written."""
-        blocks, size = sequence.blocks, self.pool.block_size
-        first = sequence.computed // size
-        missing = (sequence.computed + count + size - 1) // size - len(blocks)
-        if first < len(blocks) and self.pool.is_shared(blocks[first]):
-            missing += 1
+        pool, length = self.pool, sequence.length
+        first = sequence.computed // pool.block_size
+        missing = -(-(sequence.computed + count) // pool.block_size) - length
+        missing = max(0, missing) * pool.groups
+        if first < length:
+            missing += sum(pool.is_shared(table[first]) for table in sequence.tables)
         return missing
 
     def _grow(self, sequence: Sequence, count: int) -> None:
         """Allocate what `_missing` counts; a shared block that will be written is copied."""
-        blocks, pool = sequence.blocks, self.pool
+        pool = self.pool
         first = sequence.computed // pool.block_size
-        if first < len(blocks) and pool.is_shared(blocks[first]):
-            target = pool.allocate()
-            self.copies.append((blocks[first], target))
-            pool.release(blocks[first : first + 1])
-            blocks[first] = target
-        while len(blocks) * pool.block_size < sequence.computed + count:
-            blocks.append(pool.allocate())
+        for table in sequence.tables:
+            if first < len(table) and pool.is_shared(table[first]):
+                target = pool.allocate()
+                self.copies.append((table[first], target))
+                pool.release(table[first : first + 1])
+                table[first] = target
+            while len(table) * pool.block_size < sequence.computed + count:
+                table.append(pool.allocate())
 
     def _preempt_youngest(self) -> Sequence:
         sequence = self.running.pop()
@@ -227,7 +232,7 @@ class Scheduler:
         return sequence
 
     def _evict(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.blocks)
+        self.pool.release_all(sequence.tables)
         sequence.forget()
         if self.on_evict is not None:
             self.on_evict(sequence)

@@ -84,9 +84,10 @@ def logits(model: Model, spans: Items[Span], most_tokens: int = MOST_TOKENS) -> 
     """
     size = model.block_size
     longest = max((len(span.tokens) for span in spans), default=0)
-    num_blocks = -(-longest // size) + -(-most_tokens // size) + MOST_SEQUENCES
+    blocks = -(-longest // size) + -(-most_tokens // size) + MOST_SEQUENCES
+    num_blocks = blocks * len(model.layout.windows)
     model.allocate(num_blocks)
-    pool = BlockPool(num_blocks, size, prefix_caching=False)
+    pool = BlockPool(num_blocks, model.layout, prefix_caching=False)
     most_rows = max(1, LOGIT_BYTES // (4 * model.vocab_size))
     for step in _steps(spans, pool, most_tokens, most_rows):
         rows = model.forward(build_batch(step, size))
@@ -109,12 +110,13 @@ class _Reading:
         self.tokens = span.tokens[:-1]
         self.first_row = span.first - 1
         self.count = 0  # tokens in the step under way
-        self.blocks = array("i")
+        self.tables = [array("i") for _ in range(pool.groups)]
         if before is not None:
             same = _common_prefix(before.tokens, self.tokens[: self.first_row])
-            self.blocks = before.blocks[: same // pool.block_size]
-            pool.share(self.blocks)
-        self.computed = len(self.blocks) * pool.block_size
+            self.tables = [table[: same // pool.block_size] for table in before.tables]
+            for table in self.tables:
+                pool.share(table)
+        self.computed = len(self.tables[0]) * pool.block_size
 
     @property
     def remaining(self) -> int:
@@ -136,8 +138,9 @@ class _Reading:
         silent = max(0, self.first_row - self.computed)
         self.count = min(self.remaining, most_tokens, silent + most_rows)
         needed = -(-(self.computed + self.count) // pool.block_size)
-        while len(self.blocks) < needed:
-            self.blocks.append(pool.allocate())
+        for table in self.tables:
+            while len(table) < needed:
+                table.append(pool.allocate())
 
 
 def _steps(
@@ -169,7 +172,7 @@ def _steps(
             reading.count = 0
         for reading in dict.fromkeys([before, *step]):
             if reading is not None and reading is not last:
-                pool.release(reading.blocks)
+                pool.release_all(reading.tables)
 
 
 def _common_prefix(first: np.ndarray, second: np.ndarray) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from array import array
 
-from compress.runtime.block_pool import ROOT, BlockPool
+from compress.runtime.block_pool import NONE, BlockPool, Run
+from compress.runtime.cache_layout import CacheLayout
 from compress.runtime.detokenizer import Detokenizer
 from compress.runtime.grammar import Matcher
 from compress.runtime.outputs import TokenLogprob
@@ -63,18 +64,19 @@ class Sequence:
     """Prompt and output of one of a request's n outputs, and its place in the cache."""
 
     __slots__ = (
-        "blocks",
         "computed",
         "count",
         "detokenizer",
         "draft",
         "ended",
-        "identity",
+        "given_back",
         "index",
         "lookahead",
         "published",
         "request",
+        "run",
         "sampling",
+        "tables",
         "tokens",
     )
 
@@ -99,10 +101,12 @@ class Sequence:
 
     def forget(self) -> None:
         """Be in the cache no longer; the blocks must have been released."""
-        self.blocks: array[int] = array("i")  # the block table
+        # The block tables, one for each group of layers and all of one length; none while it waits.
+        self.tables: list[array[int]] = []
+        self.given_back: list[int] = []  # of each table: how many blocks no token to come sees
         self.computed = 0  # tokens whose keys and values are in the cache
         self.published = 0  # full blocks offered to other requests
-        self.identity = ROOT  # of the last of these
+        self.run: Run | None = None  # what the last of these hold
         self.lookahead = 0  # tokens that may be proposed for the step under way
 
     @property
@@ -122,6 +126,16 @@ class Sequence:
         None after the last token that the request may get, since nothing is drawn from it.
         """
         return len(self.tokens) - self.computed if self.produced < self.request.limit else 0
+
+    @property
+    def length(self) -> int:
+        """Blocks of its tokens, those that were given back too."""
+        return len(self.tables[0]) if self.tables else 0
+
+    @property
+    def blocks_held(self) -> int:
+        """Blocks that its tables name."""
+        return len(self.tables) * self.length - sum(self.given_back)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -160,20 +174,51 @@ class Sequence:
         return draft
 
     def advance(self, pool: BlockPool) -> None:
-        """Note that the step's tokens are in the cache, and publish the blocks they filled."""
+        """Note that the step's tokens are in the cache, and publish the blocks they filled.
+
+        Blocks that have left a window go back.
+        """
         self.computed += self.count
         self.count = 0
         size = pool.block_size
         while (self.published + 1) * size <= self.computed:
-            block = self.blocks[self.published]
+            blocks = [table[self.published] for table in self.tables]
             start = self.published * size
-            self.identity = pool.publish(block, self.identity, self.tokens, start)
+            self.run = pool.publish(blocks, self.run or pool.root, self.tokens, start)
             self.published += 1
+        for group, window in pool.layout.windowed:
+            first, seen = self.given_back[group], pool.layout.first_seen(window, self.computed)
+            if seen > first:
+                table = self.tables[group]
+                pool.release(table[first:seen])
+                table[first:seen] = array("i", [NONE] * (seen - first))
+                self.given_back[group] = seen
+
+    def check(self, layout: CacheLayout) -> None:
+        """AssertionError where a table names a block too many or too few; for tests."""
+        whole = -(-self.computed // layout.block_size)
+        for table, gone, window in zip(self.tables, self.given_back, layout.windows, strict=True):
+            seen = 0 if window is None else layout.first_seen(window, self.computed)
+            assert gone == seen, "a block outside the window is held, or one inside is not"
+            assert all(block == NONE for block in table[:gone])
+            assert all(block != NONE for block in table[gone:])
+            assert len(table) >= whole
+
+    def take_over(self, tables: list[array[int]], run: Run, pool: BlockPool) -> None:
+        """Begin with blocks that `pool.match` found, and with what they hold."""
+        for table in tables:
+            pool.share(table)
+        self.tables, self.run = tables, run
+        self.given_back = [table.count(NONE) for table in tables]
+        self.published = self.length
+        self.computed = self.published * pool.block_size
 
     def share_cache(self, other: Sequence, pool: BlockPool) -> None:
         """Take over the cache of `other`, which begins with the same tokens."""
-        pool.share(other.blocks)
-        self.blocks = other.blocks[:]
+        for table in other.tables:
+            pool.share(table)
+        self.tables = [table[:] for table in other.tables]
+        self.given_back = other.given_back[:]
         self.computed = other.computed
         self.published = other.published
-        self.identity = other.identity
+        self.run = other.run

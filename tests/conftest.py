@@ -44,6 +44,16 @@ CONFIGS = {
         "MistralConfig",
         {"head_dim": 8, "sliding_window": None, "tie_word_embeddings": False},
     ),
+    "cwm": (
+        "CwmConfig",
+        {
+            "head_dim": 8,
+            "sliding_window": 21,
+            "layer_types": ["sliding_attention", "full_attention", *["sliding_attention"] * 3],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "tie_word_embeddings": False,
+        },
+    ),
     "gemma2": ("Gemma2Config", {"head_dim": 8, "query_pre_attn_scalar": 8}),
     "cohere": ("CohereConfig", {}),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "query_pre_attn_scalar": 8}),
@@ -63,6 +73,8 @@ def tiny_config(family: str, layers: int = 2):
     import transformers
 
     name, differing = CONFIGS[family]
+    if "layer_types" in differing:
+        differing = differing | {"layer_types": differing["layer_types"][:layers]}
     return getattr(transformers, name)(**SIZES | differing | {"num_hidden_layers": layers})
 
 

@@ -61,10 +61,10 @@ def logits_after(model: Model, tokens: list[int]) -> np.ndarray:
     batch = Batch(
         tokens=torch.tensor(tokens),
         positions=torch.arange(count),
-        slots=torch.arange(count),
+        slots=torch.arange(count)[None],
         starts=torch.tensor([0, count], dtype=torch.int32),
         contexts=torch.tensor([count], dtype=torch.int32),
-        block_tables=torch.arange(blocks, dtype=torch.int32)[None],
+        block_tables=torch.arange(blocks, dtype=torch.int32)[None, None],
         rows=torch.tensor([count - 1]),
     )
     return model.forward(batch)[0].float().cpu().numpy().copy()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from compress.runtime.batch import Batch
+from compress.runtime.cache_layout import CacheLayout
 
 from .distribution import LENGTH, Outcome, Rule
 
@@ -30,6 +31,7 @@ class TinyModel:
 
     def __init__(self, vocab: int, seed: int) -> None:
         self.vocab_size, self.max_context, self.block_size = vocab, 64, BLOCK
+        self.layout = CacheLayout.of([None], BLOCK)
         self.bytes_per_block = 8 * BLOCK
         self.use(tables(vocab, seed))
         self._places = vocab ** np.arange(LENGTH)[::-1]
@@ -55,11 +57,11 @@ class TinyModel:
             self._cache[target] = self._cache[source]
 
     def forward(self, batch: Batch) -> Tensor:
-        self._cache.reshape(-1)[batch.slots.numpy()] = batch.tokens.numpy()
+        self._cache.reshape(-1)[batch.slots[0].numpy()] = batch.tokens.numpy()
         rows = batch.rows.numpy()
         lengths = batch.positions.numpy()[rows] + 1 - BEGIN  # tokens after FIRST
         places = batch.starts.numpy().searchsorted(rows, side="right") - 1
-        read = self._cache[batch.block_tables.numpy()[places]].reshape(len(rows), -1)
+        read = self._cache[batch.block_tables[0].numpy()[places]].reshape(len(rows), -1)
         read = np.pad(read, ((0, 0), (0, BEGIN + LENGTH)))[:, BEGIN : BEGIN + LENGTH]
         out = np.empty((len(rows), self.vocab_size), np.float32)
         out[lengths < 0] = self._certain

@@ -107,6 +107,7 @@ class _Waits:
     def __init__(self, decoder: Any) -> None:
         self.vocab_size, self.max_context = decoder.vocab_size, decoder.max_context
         self.block_size, self.bytes_per_block = decoder.block_size, decoder.bytes_per_block
+        self.layout = decoder.layout
         self.allocate, self.copy_blocks = decoder.allocate, decoder.copy_blocks
         self.forward = decoder.forward
 

@@ -172,7 +172,7 @@ def _seconds(decoder: Any, batch: int, each: int, context: int, drafted: int, ti
     parts = [
         Stretch(
             array("q", [7] * (context + 1 + drafted)),
-            array("i", range(place * each, (place + 1) * each)), context, 1 + drafted,
+            [array("i", range(place * each, (place + 1) * each))], context, 1 + drafted,
         )
         for place in range(batch)
     ]  # fmt: skip

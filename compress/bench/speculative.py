@@ -193,7 +193,23 @@ def make_arms(
     model, most_tokens = subject.decoder, MOST_TOKENS[subject.device.type]
     sequences = max(plan.batch, TOGETHER)
     most = most_tokens, sequences
-    blocks = sequences * -(-(longest + ROOM) // model.block_size)
+    watched = []  # before any cache: a draft model's cache asks for another layout of the model's
+    for choice in proposers:
+        assert subject.head is not None
+        watched.append(
+            Watched(
+                make_speculator(
+                    choice,
+                    model,
+                    subject.head,
+                    subject.device,
+                    subject.dtype,
+                    most,
+                    subject.kv_cache_dtype,
+                )
+            )
+        )
+    blocks = sequences * model.layout.blocks_for(longest + ROOM, most_tokens)
 
     def engine(speculator: Watched | None) -> Engine:
         return Engine(
@@ -208,20 +224,8 @@ def make_arms(
         )
 
     arms = [Arm("plain", engine(None))]
-    for length, choice in zip(plan.lengths, proposers, strict=True):
-        assert subject.head is not None
-        watched = Watched(
-            make_speculator(
-                choice,
-                model,
-                subject.head,
-                subject.device,
-                subject.dtype,
-                most,
-                subject.kv_cache_dtype,
-            )
-        )
-        arms.append(Arm(length, engine(watched), watched))
+    for length, one in zip(plan.lengths, watched, strict=True):
+        arms.append(Arm(length, engine(one), one))
     for arm, choice in zip(arms[1:], proposers, strict=True):
         assert arm.watched is not None
         arm.watched.proposer.allocate(blocks)  # each engine has made the model's cache anew

@@ -134,15 +134,16 @@ class Clock:
     def _pieces(self, size: int, prompts: list[list[int]], run: Run) -> list[Stretch]:
         """`size` tokens, of as many sequences as there are tokens for."""
         sequences = min(size, len(prompts))
-        room = self.blocks // sequences
+        room, groups = self.blocks // sequences, len(self.model.layout.windows)
         pieces = []
         for place in range(sequences):
             prompt, output = prompts[place], run.outputs[place]
             context = len(prompt) + len(output) // 2
             count = size // sequences + (place < size % sequences)
             tokens = array("q", (prompt + output + prompt * count)[: context + count])
-            blocks = array("i", range(place * room, (place + 1) * room))
-            pieces.append(Stretch(tokens, blocks, context, count))
+            needed = -(-(context + count) // self.model.block_size)
+            blocks = array("i", (place * room + block % room for block in range(needed)))
+            pieces.append(Stretch(tokens, [blocks] * groups, context, count))
         return pieces
 
     def costs(self) -> Costs:

@@ -74,7 +74,7 @@ class Subject:
     @property
     def kv_bytes_per_token(self) -> int:
         """Keys and values of one token, all layers."""
-        return self.decoder.bytes_per_block // self.decoder.block_size
+        return self.decoder.bytes_per_token
 
     def check(self, sequences: int, tokens: int) -> None:
         """Raise InputError for what `engine` cannot hold."""
@@ -93,11 +93,11 @@ class Subject:
         InputError when a sequence does not fit in the model's context.
         """
         self.check(sequences, tokens)
-        blocks = sequences * -(-tokens // self.decoder.block_size)
+        together = MOST_TOKENS[self.device.type]
         return Engine(
             self.decoder,
-            blocks,
-            max_tokens_per_step=MOST_TOKENS[self.device.type],
+            sequences * self.decoder.layout.blocks_for(tokens, together),
+            max_tokens_per_step=together,
             max_sequences=sequences,
             prefix_caching=False,
         )

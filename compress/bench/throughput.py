@@ -120,7 +120,7 @@ def replay(engine: Engine, subject: Subject, jobs: list[Job], slots: int, policy
         for sequence in engine.scheduler.running:
             found.held += sequence.computed
             job = jobs[int(sequence.request.id)]
-            paged = len(sequence.blocks) * engine.pool.block_size
+            paged = sequence.blocks_held // engine.pool.groups * engine.pool.block_size
             room = _room(job, paged, longest, engine.model.max_context)
             found.reserved.update(room)
     found.seconds = time.perf_counter() - began

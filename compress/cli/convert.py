@@ -16,7 +16,7 @@ from compress.cli.options import (
 
 @click.command("convert")
 @click.argument("model")
-@click.option("--to", required=True, help="gqa: fewer KV heads.")
+@click.option("--to", required=True, help="gqa: fewer KV heads; windows: sliding windows.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Output folder.")
 @click.option("--kv-heads", type=int, help="KV heads to make; divides the number there is.")
 @click.option(
@@ -32,6 +32,17 @@ from compress.cli.options import (
     "--refit/--no-refit",
     default=None,
     help="Solve for the output projection.  [default: refit]",
+)
+@click.option("--window", type=int, help="Tokens that layers with a window see.")
+@click.option(
+    "--global-every",
+    type=int,
+    help="One layer in so many sees the whole text; 0 for none.  [default: 4]",
+)
+@click.option(
+    "--global-by",
+    help="Which: place, the last of each so many; mass, those with the most attention beyond the "
+    "window; error, those whose output loses most.  [default: place]",
 )
 @click.option(
     "--set", "changes", multiple=True, metavar="KEY=VALUE", help="Another setting. Repeatable."
@@ -65,6 +76,7 @@ def convert_command(
       compress convert smollm2 --to gqa --kv-heads 1 --calibration c4.txt --out smollm2-mqa
       compress convert meta-llama/Llama-2-7b-hf --to gqa --kv-heads 8 --out llama2-gqa8
       compress convert smollm2 --to gqa --kv-heads 1 --merge mean --no-refit --out baseline
+      compress convert smollm2 --to windows --window 512 --global-every 5 --out smollm2-windows
 
     A run that was interrupted or killed goes on when the same command is given again.
     """

@@ -1,4 +1,4 @@
-"""`compress eval`: perplexity, distance from the original model, and tasks."""
+"""`compress eval`: perplexity, distance from the original model, tasks, and recall."""
 
 import contextlib
 import sys
@@ -9,13 +9,15 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from compress.cli.options import given
 from compress.cli.output import print_json
 from compress.cli.runtime_options import KV_CACHE_DTYPE, add_options
 from compress.core.device import DTYPES
-from compress.core.errors import InputError, reason_of
+from compress.core.errors import InputError, reason_of, shown
 from compress.core.progress import say
 from compress.engines import ENGINES
 from compress.evaluate import TextEvalConfig, evaluate_text
+from compress.recall import RecallConfig, evaluate_recall
 from compress.tasks import DEFAULT_BATCH_SIZE, evaluate_tasks
 
 
@@ -49,6 +51,17 @@ from compress.tasks import DEFAULT_BATCH_SIZE, evaluate_tasks
     show_default=True,
     help="Batch size of the tasks with transformers.",
 )
+@click.option("--recall", is_flag=True, help="Ask for numbers that stood some distance back.")
+@click.option(
+    "--distances",
+    help="Of these numbers, in tokens, with commas between.  [default: 128,512,2048,8192, as far "
+    "as the model's context goes]",
+)
+@click.option(
+    "--trials",
+    type=int,
+    help=f"Questions of each kind at each distance.  [default: {RecallConfig.trials}]",
+)
 @click.option(
     "--engine",
     type=click.Choice(ENGINES),
@@ -81,16 +94,20 @@ def eval_command(
     include_path: Path | None,
     limit: int | None,
     batch_size: int,
+    recall: bool,
+    distances: str | None,
+    trials: int | None,
     engine: str,
     dtype: str,
     kv_cache_dtype: str,
     seed: int,
     as_json: bool,
 ) -> None:
-    """Measure MODEL: perplexity on a text, what it lost against ORIGINAL, accuracy on tasks.
+    """Measure MODEL: perplexity, what it lost against ORIGINAL, accuracy on tasks, recall.
 
     MODEL and ORIGINAL are each a folder, a .gguf file, a Hugging Face id or an alias (smollm2).
-    Give --text, --tasks or both.  Intervals are 95 % bootstrap intervals over windows.
+    Give one or more of --text, --tasks, --recall.  Intervals are 95 %, of a text by bootstrap over
+    windows.
     --kv-cache-dtype is for MODEL, so that against itself it shows what 8 bits cost.
 
     In an output folder of compress, what was measured is kept in quality.json and report.html.
@@ -102,15 +119,24 @@ def eval_command(
       compress eval out/smollm2-awq --tasks arc_easy,piqa --limit 200
       compress eval smollm2 --tasks piqa_local --include-path benchmarks/tasks
       compress eval smollm2 --against smollm2 --text wiki.txt --seq-len 2048 --kv-cache-dtype int8
+      compress eval out/smollm2-windows --recall --distances 128,512,2048
     """
-    if text is None and not tasks:
-        raise click.UsageError("nothing to measure; give --text FILE, --tasks NAMES or both")
+    if text is None and not tasks and not recall:
+        raise click.UsageError("nothing to measure; give --text FILE, --tasks NAMES or --recall")
+    if not recall and (distances is not None or trials is not None):
+        raise click.UsageError("--distances and --trials are for --recall; give that too")
     if text is None and against is not None:
         raise click.UsageError("--against compares two models on a text; give --text FILE too")
     config = None
     if text is not None:
         config = TextEvalConfig(
             text, seq_len=seq_len, windows=windows, dtype=dtype, engine=engine, seed=seed,
+            kv_cache_dtype=kv_cache_dtype,
+        )  # fmt: skip
+    asked = None
+    if recall:
+        asked = RecallConfig(
+            _numbers(distances), **given(trials=trials), dtype=dtype, engine=engine, seed=seed,
             kv_cache_dtype=kv_cache_dtype,
         )  # fmt: skip
     from compress.core.source import resolve_model
@@ -123,6 +149,8 @@ def eval_command(
             result |= {"against": against, "text": str(text)}
             result |= evaluate_text(source, config, original)
             engine = result["engine"]  # for the tasks too, if there are any
+        if asked is not None:
+            result |= evaluate_recall(source, asked)
         if tasks:
             names = [name.strip() for name in tasks.split(",") if name.strip()]
             result |= evaluate_tasks(
@@ -136,7 +164,17 @@ def eval_command(
             print_eval_table(result)
         if "tasks" in result:
             print_tasks_table(result)
+        if "recall" in result:
+            print_recall_table(result)
     keep_in_folder(source.folder, result)
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    """Distances as a user writes them; InputError for what is no number."""
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise InputError(f"distances {shown(text)}; give numbers, such as 128,512,2048") from None
 
 
 def keep_in_folder(folder: Path, result: dict[str, Any]) -> None:
@@ -176,6 +214,22 @@ def print_eval_table(result: dict[str, Any]) -> None:
         if key in result:
             bounds = [f"{bound:.5g}" for bound in result.get(f"{key}_interval", [])]
             table.add_row(label, f"{result[key]:.5g}", " to ".join(bounds))
+    Console(highlight=False).print(table)
+
+
+def print_recall_table(result: dict[str, Any]) -> None:
+    """Print what `evaluate_recall` returned as a table on standard output."""
+    title = f"Recall, {result['trials']} trials each, {result['dtype']}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("task")
+    for column in ("tokens back", "found", "95 % interval", "surprise (nats)", "95 % interval"):
+        table.add_column(column, justify="right")
+    for task, rows in result["recall"].items():
+        for row in rows:
+            found = " to ".join(f"{bound:.0%}" for bound in row["found_interval"])
+            surprise = " to ".join(f"{bound:.2f}" for bound in row["surprise_interval"])
+            told = (f"{row['found']:.0%}", found, f"{row['surprise']:.2f}", surprise)
+            table.add_row(task, f"{row['distance']:,}", *told)
     Console(highlight=False).print(table)
 
 

@@ -39,6 +39,9 @@ def print_plan(plan: dict[str, Any]) -> None:
             "method": f"{plan['method']}, on {plan['device']} in {plan['compute_dtype']}",
             "linears": f"{plan['linears']} to quantize, {len(plan['left_in_float'])} left in float",
         }
+    elif "conversion" in plan:
+        rows["converted"] = f"to {plan['conversion']['words']}"
+        rows["KV cache"] = _fewer(*plan["conversion"]["kv_values"])
     else:
         rows["pruned"] = "a shape is looked for; sizes are the largest there could be"
         if plan["shape"]:
@@ -192,32 +195,38 @@ def print_pruning(report: dict[str, Any]) -> None:
 
 def print_conversion(report: dict[str, Any]) -> None:
     """Print what `run_conversion` returned."""
+    from compress.report import in_cell
+
     conversion, sizes = report["conversion"], report["sizes"]
-    table = Table(title="Lost in each block, as shares", title_justify="left")
-    for column in ("block", "groups", "keys", "values", "output, merged", "output, refitted"):
-        table.add_column(column, justify="left" if column in ("block", "groups") else "right")
+    table = Table(title="Each block", title_justify="left")
+    table.add_column("block")
+    for heading in conversion["columns"].values():
+        table.add_column(heading, justify="right")
     for block in conversion["blocks"]:
-        groups = " ".join("+".join(map(str, group)) for group in block["groups"])
-        lost = (sum(block[key]) / len(block[key]) for key in ("keys_lost", "values_lost"))
-        errors = (block["merged_error"], block["error"])
-        shown = ("" if value is None else f"{value:.2e}" for value in (*lost, *errors))
-        number = re.findall(r"\d+", block["name"])[-1]
-        table.add_row(number, groups, *shown)
-    Console(highlight=False).print(table)
+        cells = (in_cell(block[field]) for field in conversion["columns"])
+        table.add_row(re.findall(r"\d+", block["name"])[-1], *cells)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(conversion["legend"])
     for note in dict.fromkeys(block["note"] for block in conversion["blocks"] if block["note"]):
         say(note)
-    before, after = conversion["original_kv_values"], conversion["kv_values"]
     rows = {
         "output": report["out"],
         "report": f"{report['out']}/report.html",
-        "KV heads": f"{conversion['original_kv_heads']} to {conversion['kv_heads']}",
-        "KV cache": f"{after:,} numbers a token, were {before:,} ({1 - after / before:.1%} fewer)",
+        **{name: f"{was} to {now}" for name, (was, now) in conversion["changes"].items()},
+        "KV cache": _fewer(conversion["original_kv_values"], conversion["kv_values"]),
+        "in bytes": f"{in_words(conversion['kv_bytes'])} a token in the weights' dtype, were "
+        f"{in_words(conversion['original_kv_bytes'])}",
         "parameters": f"{sizes['parameters']:,}, was {sizes['original_parameters']:,}",
         "size": f"{in_words(sizes['bytes'])}, was {in_words(sizes['original_bytes'])}",
         "time": f"{report['seconds']:.0f} s, of which calibration text "
         f"{report['calibration_seconds']:.0f} s",
     }
     print_pairs("Result", rows)
+
+
+def _fewer(was: int, now: int) -> str:
+    return f"{now:,} numbers a token, were {was:,} ({1 - now / was:.1%} fewer)"
 
 
 def _print_search(search: dict[str, Any]) -> None:

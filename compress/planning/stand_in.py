@@ -110,7 +110,7 @@ def engine_on(decoder: Any, device: torch.device, sequences: int, tokens: int) -
     """An engine for so many sequences of so many tokens, that finds no prefix again."""
     return Engine(
         decoder,
-        sequences * -(-tokens // decoder.block_size),
+        sequences * decoder.layout.blocks_for(tokens, MOST_TOKENS[device.type]),
         max_tokens_per_step=MOST_TOKENS[device.type],
         max_sequences=sequences,
         prefix_caching=False,

@@ -56,11 +56,12 @@ struct PagedAttention : Operation, PagedAttentionArguments<T, C> {
     if (phase == 1) return merge_shared(batch, worker);
     bool shared = shared_out(batch, worker);
     int most = most_parts(batch), together = tokens_together();
+    const int32_t* tables = batch.tables_of(shape.group);
     int item = 0;  // items go round the threads, since later tokens have more keys
     for (int s = 0; s < batch.sequences; s++)
       for (int row = batch.starts[s]; row < batch.starts[s + 1]; row += together) {
         int tokens = std::min(together, batch.starts[s + 1] - row);
-        Query query{batch.block_tables + s * batch.table_width, row, tokens,
+        Query query{tables + s * batch.table_width, row, tokens,
                     int(batch.positions[row]), 0, most, -1};
         int last_part = (query.position + tokens - 1) / PART;
         for (query.kv_head = 0; query.kv_head < shape.kv_heads; query.kv_head++) {

@@ -41,7 +41,7 @@ def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
 
 
 _CODES = (None, INT8, FP8)  # as HeadShape in rope/avx512.h counts them
-_HEADS = dict.fromkeys(("heads", "kv_heads", "head_dim", "padded_dim", "codes"), _INT)
+_HEADS = dict.fromkeys(("heads", "kv_heads", "head_dim", "padded_dim", "codes", "group"), _INT)
 # The arguments of each operation, field by field as its header has them; program.cpp knows an
 # operation by its place here.
 _ARGUMENTS = {
@@ -198,9 +198,12 @@ class Recorder:
     def attention(
         self, qkv: Tensor, angles: Tensor, keys: Blocks, values: Blocks, *, heads: int,
         kv_heads: int, head_dim: int, q_gain: Tensor | None, k_gain: Tensor | None, eps: float,
-        window: int | None,
+        window: int | None, group: int = 0,
     ) -> Tensor:  # fmt: skip
-        """Turn queries and keys, write keys and values into the cache, attend: [tokens, N H]."""
+        """Turn queries and keys, write keys and values into the cache, attend: [tokens, N H].
+
+        `group` is the layer's, whose slots and block tables it has.
+        """
         padded = _padded(head_dim)
         if padded > WIDEST_HEAD:
             raise InputError(f"heads have {head_dim} dimensions; at most {WIDEST_HEAD} are served")
@@ -210,6 +213,7 @@ class Recorder:
             "head_dim": head_dim,
             "padded_dim": padded,
             "codes": _CODES.index(self.codes),
+            "group": group,
         }
         cache = _cache_arguments(keys, values)
         fixed = {"key_fixed": _fixed(keys), "value_fixed": _fixed(values)}
@@ -255,7 +259,7 @@ class Recorder:
             )
         logits = torch.empty(rows, self._vocabulary)
         arguments = _BATCH(
-            tokens, batch.contexts.shape[0], rows, batch.block_tables.shape[1],
+            tokens, batch.contexts.shape[0], rows, batch.block_tables.shape[-1],
             batch.tokens.data_ptr(), batch.positions.data_ptr(), batch.slots.data_ptr(),
             batch.starts.data_ptr(), batch.contexts.data_ptr(), batch.block_tables.data_ptr(),
             batch.rows.data_ptr(), logits.data_ptr(),

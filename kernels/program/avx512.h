@@ -69,6 +69,12 @@ struct Batch {
   const int32_t *starts, *contexts, *block_tables;
   const int64_t* rows;
   float* logits;
+
+  // A group of layers has slots and block tables of its own.
+  const int64_t* slots_of(int group) const { return slots + group * tokens_count; }
+  const int32_t* tables_of(int group) const {
+    return block_tables + group * sequences * table_width;
+  }
 };
 
 // A part of the work of an operation: thread `index` of `count`.

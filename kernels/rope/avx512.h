@@ -22,6 +22,7 @@ constexpr int WIDEST = 512;  // dimensions of a head
 struct HeadShape {
   int32_t heads, kv_heads, head_dim, padded_dim;
   int32_t codes;  // of keys and values: 0 none, 1 int8, 2 fp8
+  int32_t group;  // of layers, whose slots and block tables these are
 };
 
 // cos and sin of every token's angles, once a step.
@@ -69,15 +70,16 @@ struct RopeAndWrite : Operation, RopeAndWriteArguments<T, C> {
   void run(const Batch& batch, Worker worker, int) override {
     int per_token = shape.heads + 2 * shape.kv_heads;
     int items = int(batch.tokens_count) * per_token;
+    const int64_t* slots = batch.slots_of(shape.group);
     for (int item = worker.begin(items); item < worker.end(items); item++) {
       int row = item / per_token, head = item % per_token;
       const float* x = qkv + int64_t(item) * shape.head_dim;
       if (head < shape.heads)
         write_query(x, row, head);
       else if (head < shape.heads + shape.kv_heads)
-        write_key(x, row, head - shape.heads, batch.slots[row]);
+        write_key(x, row, head - shape.heads, slots[row]);
       else
-        write_value(x, head - shape.heads - shape.kv_heads, batch.slots[row]);
+        write_value(x, head - shape.heads - shape.kv_heads, slots[row]);
     }
   }
 

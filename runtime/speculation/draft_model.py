@@ -41,7 +41,6 @@ class _Context:
     """A sequence as the draft model has it in its cache; a `Part` of its batches."""
 
     __slots__ = (
-        "blocks",
         "broken",
         "computed",
         "count",
@@ -49,12 +48,13 @@ class _Context:
         "noted",
         "number",
         "record",
+        "tables",
         "tokens",
     )
 
     def __init__(self) -> None:
         self.tokens = array("q")  # the sequence's, and those of a draft
-        self.blocks = array("i")  # the sequence's
+        self.tables: list[array[int]] = []  # the sequence's
         self.computed = 0  # tokens in the cache
         self.known = 0  # of the tokens: the sequence's, when it was last asked for
         self.count = 0  # tokens in the batch under way
@@ -62,6 +62,11 @@ class _Context:
         self.number = ROOT  # of the last of these
         self.broken = False  # no draft can come of it any more
         self.record = Record()
+
+    @property
+    def blocks(self) -> array[int]:
+        """Of all layers; of a `SelfDraft`, whose layers may have several tables, the first's."""
+        return self.tables[0]
 
     @property
     def remaining(self) -> int:
@@ -249,7 +254,7 @@ class DraftModel:
 
     def _take(self, context: _Context, sequence: Sequence) -> None:
         """Bring a context up to the sequence's tokens, and to what its blocks hold of them."""
-        context.blocks = sequence.blocks
+        context.tables = sequence.tables
         self._roll_back(context, sequence)
         new = sequence.tokens[len(context.tokens) :]
         context.tokens.extend(new)

@@ -124,6 +124,8 @@ def make_speculator(
     else:
         head_bits = HEAD_BITS if rounds else None
         model = load_decoder(choice.source, device, dtype, head_bits, most[0], kv_cache_dtype)
+        for one in (target, model):  # whose caches have the same block numbers
+            one.keep_all()
         description = f"draft model '{choice.source.ref}'"
         proposer = DraftModel(model, target, choice.most, *most, description)
     return Speculator(proposer, FixedLength(choice.most))

@@ -136,14 +136,16 @@ def measure_steps(model: Model, num_blocks: int, most_tokens: int) -> dict[int, 
     For a model whose cache of `num_blocks` blocks holds nothing yet.  Takes a second, or as long
     as some four steps where these are long.  Of several times the least is taken.
     """
-    room = min(num_blocks * model.block_size, model.max_context)
+    groups = len(model.layout.windows)
+    room = min(num_blocks // groups * model.block_size, model.max_context)
     context = min(CONTEXT, room // 2)
     most = min(most_tokens, room - context, max(SIZES))
-    blocks = array("i", range(-(-(context + most) // model.block_size)))
+    each = -(-(context + most) // model.block_size)
+    tables = [array("i", range(group * each, (group + 1) * each)) for group in range(groups)]
     tokens = array("q", (place % model.vocab_size for place in range(context + most)))
     end = time.perf_counter() + SECONDS
     if context:
-        _seconds(model, [Stretch(tokens, blocks, 0, min(context, most_tokens))])
+        _seconds(model, [Stretch(tokens, tables, 0, min(context, most_tokens))])
     measured: dict[int, float] = {}
     for size in (size for _ in range(4) for size in SIZES if size <= most):
         if len(measured) > 1:
@@ -153,9 +155,9 @@ def measure_steps(model: Model, num_blocks: int, most_tokens: int) -> dict[int, 
             if measured.get(below, 0) * size / below > SECONDS / 2:
                 continue
         for _ in range(1 if size in measured else 2):  # the first may compile kernels
-            parts = [Stretch(tokens, blocks, context, size)]
+            parts = [Stretch(tokens, tables, context, size)]
             if isinstance(model, AsynchronousModel):  # on the same blocks, at the same positions
-                parts = [Stretch(tokens, blocks, context + place, 1) for place in range(size)]
+                parts = [Stretch(tokens, tables, context + place, 1) for place in range(size)]
             seconds = _seconds(model, parts)
             measured[size] = min(measured.get(size, math.inf), seconds)
     return measured

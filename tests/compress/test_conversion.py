@@ -164,7 +164,7 @@ def test_a_stage_of_a_chain(stage_values, tmp_path):
     path.write_text(json.dumps({**given, "out": str(given["out"])}))
     report = run_chain(load_recipe(path))
     assert [stage["method"] for stage in report["stages"]] == ["convert", "rtn"]
-    assert report["stages"][0]["conversion"]["kv_heads"] == 1
+    assert report["stages"][0]["conversion"]["changes"] == {"KV heads": [2, 1]}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_key_value_heads"] == 1
     assert config["quantization_config"]
@@ -180,7 +180,7 @@ def test_the_command(stage_values, tmp_path, text_file):
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert json.loads(plan.stdout)["output_bytes"] == report["sizes"]["bytes"]
-    assert json.loads(plan.stdout)["shape"]["kv_heads"] == 1
+    assert json.loads(plan.stdout)["conversion"]["changes"] == {"KV heads": [2, 1]}
     shown = CliRunner().invoke(main, [*command, str(tmp_path / "shown")])
     assert "2 to 1" in shown.stdout
     assert "50.0% fewer" in shown.stdout

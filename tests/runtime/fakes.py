@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from compress.runtime.batch import Batch, Draws
+from compress.runtime.cache_layout import CacheLayout
 from compress.runtime.sampler import SamplingState, draw, sample
 from compress.runtime.sampling_params import SamplingParams
 
@@ -22,19 +23,31 @@ def logits_of(tokens: list[int]) -> torch.Tensor:
 
 
 class FakeModel:
-    """Keeps (token, position) where a real one keeps keys and values, and looks at every read."""
+    """Keeps (token, position, prefix) where a real one keeps keys and values; looks at every read.
 
-    def __init__(self, max_context: int = 200, block_size: int = BLOCK) -> None:
+    The prefix, a number, is made of what stands one position before: what a layer knows of tokens
+    that have left its window.
+    """
+
+    def __init__(
+        self,
+        max_context: int = 200,
+        block_size: int = BLOCK,
+        windows: tuple[int | None, ...] = (None,),
+    ) -> None:
         self.vocab_size = VOCAB
         self.max_context = max_context
         self.block_size = block_size
+        self.layout = CacheLayout.of(windows, block_size)
         self.bytes_per_block = 16 * block_size
+        self.prefixes: dict[tuple[int, ...], int] = {}
+        self.texts: list[tuple[int, ...]] = []
         self.expected: dict[tuple[int, ...], None] = {}
         self.batches: list[Batch] = []
         self.fail_on: int | None = None  # a token that makes forward raise
 
     def allocate(self, num_blocks: int) -> None:
-        self.cache = np.full((num_blocks, self.block_size, 2), -1)  # poisoned
+        self.cache = np.full((num_blocks, self.block_size, 3), -1)  # poisoned
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         for source, target in pairs:
@@ -48,23 +61,40 @@ class FakeModel:
         self.batches.append(batch)
         if self.fail_on is not None and (batch.tokens == self.fail_on).any():
             raise RuntimeError("the model broke")
-        flat = self.cache.reshape(-1, 2)
+        flat = self.cache.reshape(-1, 3)
         slots = batch.slots.numpy()
-        assert len(set(slots.tolist())) == len(slots), "two tokens in one slot"
+        assert len(set(slots.ravel().tolist())) == slots.size, "two tokens in one slot"
         flat[slots, 0] = batch.tokens.numpy()
         flat[slots, 1] = batch.positions.numpy()
         wanted, out = set(batch.rows.tolist()), []
         starts = batch.starts.tolist()
-        for place, context in enumerate(batch.contexts.tolist()):
-            table = batch.block_tables[place].numpy()
-            read = self.cache[table].reshape(-1, 2)[:context]
-            assert (read[:, 1] == np.arange(context)).all(), "a position read is not its own"
+        for place in range(len(batch.contexts)):
             for row in range(starts[place], starts[place + 1]):
-                position = int(batch.positions[row])
-                assert int(read[position, 0]) == int(batch.tokens[row])
+                number = self._read(batch, place, row)
+                flat[slots[:, row], 2] = number
                 if row in wanted:
-                    out.append(self.logits_of(read[: position + 1, 0].tolist()))
+                    out.append(self.logits_of(list(self.texts[number])))
         return torch.stack(out) if out else torch.empty(0, self.vocab_size)
+
+    def _read(self, batch: Batch, place: int, row: int) -> int:
+        """Look at what each group of layers sees from a token; the number of its prefix."""
+        position, token = int(batch.positions[row]), int(batch.tokens[row])
+        found = set()
+        for table, window in zip(batch.block_tables.numpy(), self.layout.windows, strict=True):
+            first = 0 if window is None else max(0, position - window + 1)
+            places = np.arange(first, position + 1)
+            blocks = table[place][places // self.block_size]
+            read = self.cache[blocks, places % self.block_size]
+            assert (read[:, 1] == places).all(), "a position read is not its own"
+            assert int(read[-1, 0]) == token
+            found.add(int(read[-2, 2]) if position else -1)
+        assert len(found) == 1, "groups of layers hold different texts"
+        before = found.pop()
+        text = (*(self.texts[before] if position else ()), token)
+        if text not in self.prefixes:
+            self.prefixes[text] = len(self.texts)
+            self.texts.append(text)
+        return self.prefixes[text]
 
 
 class FakeAsyncModel(FakeModel):
@@ -134,11 +164,12 @@ def check_layout(batch: Batch) -> None:
     for name in ("starts", "contexts", "block_tables"):
         assert getattr(batch, name).dtype == torch.int32
         assert getattr(batch, name).is_contiguous()
-    assert len(batch.positions) == len(batch.slots) == count
+    assert len(batch.positions) == count
+    assert batch.slots.shape == (len(batch.block_tables), count)
     assert len(batch.starts) == sequences + 1
     assert batch.starts[0] == 0
     assert batch.starts[-1] == count
-    assert len(batch.block_tables) == sequences
+    assert batch.block_tables.shape[1] == sequences
     ends = batch.positions[batch.starts[1:].long() - 1] + 1
     assert torch.equal(ends.int(), batch.contexts)
     assert torch.equal(batch.rows.sort().values, batch.rows)

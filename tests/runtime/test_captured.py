@@ -45,16 +45,18 @@ def test_every_step_of_decodes_has_a_size(most_sequences: int, lookahead: int) -
             assert smallest(sizes, [1 + lookahead] * sequences) == expected
 
 
-def batch_of(counts: list[int], blocks: int) -> Batch:
+def batch_of(counts: list[int], blocks: int, groups: int = 1) -> Batch:
     starts = np.cumsum([0, *counts])
     total = int(starts[-1])
     return Batch(
         tokens=torch.arange(100, 100 + total),
         positions=torch.arange(200, 200 + total),
-        slots=torch.arange(300, 300 + total),
+        slots=torch.arange(300, 300 + groups * total).view(groups, total),
         starts=torch.from_numpy(starts).int(),
         contexts=torch.tensor([20 + count for count in counts]).int(),
-        block_tables=torch.arange(1, 1 + len(counts) * blocks).view(-1, blocks).int(),
+        block_tables=torch.arange(1, 1 + groups * len(counts) * blocks)
+        .view(groups, -1, blocks)
+        .int(),
         rows=torch.arange(total),
     )
 
@@ -62,7 +64,7 @@ def batch_of(counts: list[int], blocks: int) -> Batch:
 @pytest.mark.parametrize("counts", [[1], [3], [1, 1, 3], [2, 3, 1, 1], [1, 1, 1, 1]])
 @pytest.mark.parametrize("size", [Size(4, 8, 3), Size(8, 24, 3), Size(4, 12, 3)])
 def test_padding_belongs_to_nobody(counts: list[int], size: Size) -> None:
-    batch, total = batch_of(counts, 2), sum(counts)
+    batch, total = batch_of(counts, 2, groups=3), sum(counts)
     numbers = np.linspace(0.1, 0.9, total)
     draws = Draws(np.arange(total), *(numbers.astype(np.float32) for _ in SETTINGS))
     places = draws_at(batch, draws)
@@ -72,7 +74,8 @@ def test_padding_belongs_to_nobody(counts: list[int], size: Size) -> None:
     )
     for array, given in ((tokens, batch.tokens), (positions, batch.positions)):
         assert array[:total].tolist() == given.tolist()
-    assert slots.tolist() == [*batch.slots.tolist(), *[-1] * (size.tokens - total)]
+    for group, given in zip(slots, batch.slots, strict=True):
+        assert group.tolist() == [*given.tolist(), *[-1] * (size.tokens - total)]
     assert order[:total].tolist() == list(range(total))
     assert all(array[:total] == pytest.approx(numbers, rel=1e-6) for array in settings[:2])
     sequences = len(counts)
@@ -81,8 +84,8 @@ def test_padding_belongs_to_nobody(counts: list[int], size: Size) -> None:
     new = np.diff(starts)
     assert 0 <= new.min() <= new.max() <= size.most_new
     assert starts[-1] <= size.tokens
-    assert tables.shape == (2, size.sequences)
-    assert tables[:, :sequences].T.tolist() == batch.block_tables.tolist()
+    assert tables.shape == (2, 3, size.sequences)
+    assert tables[:, :, :sequences].transpose(1, 2, 0).tolist() == batch.block_tables.tolist()
     for array in vars(batch).values():  # what is sent has the dtypes that kernels take
         assert array.dtype in (torch.int64, torch.int32)
     assert [array.dtype for array in settings] == [

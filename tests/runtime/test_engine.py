@@ -174,8 +174,8 @@ def breaking(kind, ill):
     class Breaks(kind):
         def forward(self, batch):
             logits = super().forward(batch)
-            slots = batch.slots[batch.rows]
-            before = self.cache.reshape(-1, 2)[slots.numpy(), 0]
+            slots = batch.slots[0, batch.rows]
+            before = self.cache.reshape(-1, 3)[slots.numpy(), 0]
             if self.ill:
                 logits[before == ill] = math.nan
             return logits

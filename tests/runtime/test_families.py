@@ -25,8 +25,9 @@ def changed(folder, out, changes):
 @pytest.mark.parametrize("family", ["gemma2", "phi3", "mixtral", "granite"])
 def test_other_classes_are_refused(family, model_folder):
     message = (
-        "ForCausalLM; the runtime serves classes LlamaForCausalLM, MistralForCausalLM, "
-        "Qwen2ForCausalLM, Qwen3ForCausalLM; for others use compress eval --engine transformers"
+        "ForCausalLM; the runtime serves classes CwmForCausalLM, LlamaForCausalLM, "
+        "MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM; for others use compress eval "
+        "--engine transformers"
     )
     with pytest.raises(InputError, match=message):
         load_weights(source_of(model_folder(family)))

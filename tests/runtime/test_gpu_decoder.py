@@ -150,10 +150,10 @@ def test_padding_touches_no_cache(model_folder):
     batch = Batch(
         tokens=torch.tensor([7, 8, 9]),
         positions=torch.zeros(3, dtype=torch.int64),
-        slots=16 * blocks,
+        slots=16 * blocks[None],
         starts=torch.arange(4, dtype=torch.int32),
         contexts=torch.ones(3, dtype=torch.int32),
-        block_tables=blocks[:, None].int(),
+        block_tables=blocks[None, :, None].int(),
         rows=torch.arange(3),
     )
     states = [(SamplingState(GREEDY, 0, 0, array("q"), frozenset(), 128), 0)] * 3
@@ -186,10 +186,10 @@ def test_drafts_of_several_lengths_in_one_captured_step(model_folder):
     batch = Batch(
         tokens=torch.tensor([7, 8, 9, 10, 11, 12]),
         positions=torch.tensor([0, 1, 2, 0, 0, 1]),
-        slots=torch.tensor([48, 49, 50, 80, 96, 97]),
+        slots=torch.tensor([[48, 49, 50, 80, 96, 97]]),
         starts=torch.tensor([0, 3, 4, 6], dtype=torch.int32),
         contexts=torch.tensor([3, 1, 2], dtype=torch.int32),
-        block_tables=torch.tensor([[3], [5], [6]], dtype=torch.int32),
+        block_tables=torch.tensor([[[3], [5], [6]]], dtype=torch.int32),
         rows=torch.tensor([1, 2, 3, 4, 5]),
     )
     logits = decoder.forward(batch)
@@ -253,6 +253,20 @@ def test_scores_with_a_window(model_folder, tmp_path):
             rtol=0,
             atol=2e-4,
         )
+
+
+@pytest.mark.parametrize("blocks", [9, 60])
+def test_layers_of_two_windows_have_their_own_blocks(blocks, model_folder):
+    """The tokens that PyTorch's operations give, in captured steps, alone and preempted."""
+    folder = model_folder("cwm", layers=3)
+    asked = [prompt[:30] for prompt in prompts(4, seed=6)]
+    params = [GREEDY, SAMPLED, FILTERED, GREEDY]
+    expected, _ = answers(load(folder, EagerDecoder), asked, params, prefix_caching=False)
+    decoder = load(folder)
+    assert decoder.layout.windows == (None, 21, 21)
+    found, counts = answers(decoder, asked, params, blocks)
+    assert found == expected
+    assert bool(counts.preemptions) == (blocks == 9)
 
 
 def test_what_is_launched_was_compiled_ahead_of_time(quantized, model_folder):

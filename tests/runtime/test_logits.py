@@ -55,8 +55,10 @@ def decode(folder, chunks=CHUNKS, dtype=torch.float32):
     """Logits [T, V] of one sequence, in chunks, on a paged cache of blocks that lie anywhere."""
     weights = load_weights(ModelSource(str(folder), folder))
     decoder = make_decoder(weights, torch.device("cpu"), dtype, most_tokens=40)
-    decoder.allocate(BLOCKS)
-    blocks = torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(0))
+    groups = len(decoder.layout.windows)
+    decoder.allocate(groups * BLOCKS)
+    blocks = torch.randperm(groups * BLOCKS, generator=torch.Generator().manual_seed(0))
+    blocks = blocks.view(groups, BLOCKS)
     logits, done = [], 0
     for count in chunks:
         positions = torch.arange(done, done + count)
@@ -64,10 +66,10 @@ def decode(folder, chunks=CHUNKS, dtype=torch.float32):
         batch = Batch(
             tokens=TOKENS[positions],
             positions=positions,
-            slots=blocks[positions // BLOCK] * BLOCK + positions % BLOCK,
+            slots=blocks[:, positions // BLOCK] * BLOCK + positions % BLOCK,
             starts=torch.tensor([0, count], dtype=torch.int32),
             contexts=torch.tensor([done], dtype=torch.int32),
-            block_tables=blocks[None].int(),
+            block_tables=blocks[:, None].int(),
             rows=torch.arange(count),
         )
         logits.append(decoder.forward(batch))
@@ -102,7 +104,7 @@ def variant(model_folder, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "cwm"])
 def test_plain_folders(family, dtype, model_folder):
     assert_same_logits(model_folder(family, dtype))
 

@@ -37,13 +37,18 @@ def random_request(source, prefixes):
 
 
 @pytest.mark.parametrize("kind", [FakeModel, FakeAsyncModel])
-@pytest.mark.parametrize("seed", range(4))
-def test_random_requests(seed, kind):
+@pytest.mark.parametrize(
+    ("seed", "windows"),
+    [*((seed, (None,)) for seed in range(4)), (4, (6, 6)), (5, (None, 5)), (6, (5, None, 9, 9))],
+)
+def test_random_requests(seed, windows, kind):
     source = random.Random(seed)
     prefixes = [[source.randrange(VOCAB) for _ in range(30)] for _ in range(4)]
+    model = kind(windows=windows)
     engine = Engine(
-        kind(),
-        num_blocks=source.choice([17, 24, 40]),
+        model,
+        num_blocks=model.layout.blocks_for(66)
+        + source.choice([0, 7, 23] if None in windows else [3, 9, 40]),
         max_tokens_per_step=source.choice([8, 19, 64]),
         max_sequences=8,
     )
@@ -79,6 +84,7 @@ def test_random_requests(seed, kind):
     now = engine.statistics()
     assert now.running == now.waiting == now.blocks_in_use == 0
     assert now.blocks_cached + now.blocks_free == engine.pool.num_blocks
-    assert now.preemptions > 0
-    assert now.cached_prompt_tokens > 0
+    if windows[0] is None:  # the other caches hold all sequences, or little for later ones
+        assert now.preemptions > 0
+        assert now.cached_prompt_tokens > 0
     assert aborted

@@ -113,10 +113,10 @@ def logits_of(decoder):
         batch = Batch(
             tokens=TOKENS[positions],
             positions=positions,
-            slots=positions,
+            slots=positions[None],
             starts=torch.tensor([0, count], dtype=torch.int32),
             contexts=torch.tensor([done], dtype=torch.int32),
-            block_tables=torch.tensor([[0, 1]], dtype=torch.int32),
+            block_tables=torch.tensor([[[0, 1]]], dtype=torch.int32),
             rows=torch.arange(count),
         )
         found.append(decoder.forward(batch))

@@ -30,7 +30,7 @@ class Part:
 
     def __init__(self, tokens: list[int], first_block: int) -> None:
         self.tokens = array("q", tokens)
-        self.blocks = array("i", range(first_block, first_block + 6))
+        self.tables = [array("i", range(first_block, first_block + 6))]
         self.computed, self.count = 0, len(tokens)
 
     @property

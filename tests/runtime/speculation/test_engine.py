@@ -161,7 +161,7 @@ def test_room_that_was_not_used_is_free_after_the_step() -> None:
     for _ in range(20):
         engine.step()
         (sequence,) = engine.requests["a"].sequences
-        assert len(sequence.blocks) == -(-sequence.computed // engine.model.block_size)
+        assert sequence.length == -(-sequence.computed // engine.model.block_size)
         assert len(sequence.tokens) == sequence.computed + 1
 
 

@@ -48,10 +48,10 @@ def one_batch(count: int) -> Batch:
     return Batch(
         tokens=TOKENS[places],
         positions=places,
-        slots=places,
+        slots=places[None],
         starts=torch.tensor([0, count], dtype=torch.int32),
         contexts=torch.tensor([count], dtype=torch.int32),
-        block_tables=torch.arange(-(-count // 16), dtype=torch.int32)[None],
+        block_tables=torch.arange(-(-count // 16), dtype=torch.int32)[None, None],
         rows=places,
     )
 
@@ -124,7 +124,7 @@ def test_it_leaves_no_trace_in_the_cache(model_folder):
         (sequence,) = engine.requests["a"].sequences
         while sequence.produced < 35:
             engine.step()
-        full = sequence.blocks[: (len(PROMPTS[0]) + 30) // 16].tolist()
+        full = sequence.tables[0][: (len(PROMPTS[0]) + 30) // 16].tolist()
         caches.append([tensor[full] for pair in decoder._cache for tensor in pair])
         counts = engine.statistics()
     assert 0 < counts.accepted_tokens < counts.drafted_tokens

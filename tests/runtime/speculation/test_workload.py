@@ -77,7 +77,7 @@ class Knows:
         assert sequence.draft is None
         assert count <= sequence.request.limit - sequence.produced - 1
         assert min(sequence.tokens) >= 0, "a token to come, or a draft, is still among them"
-        room = len(sequence.blocks) * 4
+        room = sequence.length * 4
         assert sequence.computed == len(sequence.tokens) - 1
         assert len(sequence.tokens) + count <= room, "no block for a proposed position"
         key = sequence.request.id, sequence.index
@@ -108,10 +108,10 @@ class Knows:
         assert new[:-1] == tokens[:accepted]
         assert accepted == drafted or new[-1] != tokens[accepted]
         blocks = -(-sequence.computed // 4)
-        assert len(sequence.blocks) == blocks, "blocks past what was accepted are kept"
+        assert sequence.length == blocks, "blocks past what was accepted are kept"
 
     def forget(self, sequence):
-        assert not sequence.blocks
+        assert not sequence.tables
 
     def seconds(self, counts):
         return 0.0
@@ -395,7 +395,7 @@ def test_nan_after_an_accepted_token_ends_that_sequence_alone(setting):
     assert reason == "error"
     assert "NaN" in error
     assert served.engine.pool.in_use == 0
-    assert len(served.engine.pool.match(array("q", [0, 5, *got, 1]))[0]) == 0, (
+    assert len(served.engine.pool.match(array("q", [0, 5, *got, 1]))[0][0]) == 0, (
         "the poisoned cache can be found"
     )
 

@@ -6,6 +6,8 @@ import time
 import numpy as np
 import torch
 
+from compress.runtime.cache_layout import CacheLayout
+
 USER, ANSWER, END, SYSTEM = range(256, 260)
 VOCAB = 260
 
@@ -50,6 +52,7 @@ class ScriptedModel:
     vocab_size = VOCAB
     max_context = 4096
     block_size = 16
+    layout = CacheLayout.of([None], 16)
     bytes_per_block = 16
 
     def __init__(self):
@@ -67,10 +70,10 @@ class ScriptedModel:
 
     def forward(self, batch):
         time.sleep(self.delay)
-        self.cache.reshape(-1)[batch.slots.numpy()] = batch.tokens.numpy()
+        self.cache.reshape(-1)[batch.slots[0].numpy()] = batch.tokens.numpy()
         wanted, rows = set(batch.rows.tolist()), []
         for place, context in enumerate(batch.contexts.tolist()):
-            table = batch.block_tables[place].numpy()
+            table = batch.block_tables[0, place].numpy()
             read = self.cache[table].reshape(-1)[:context].tolist()
             for row in range(batch.starts[place], batch.starts[place + 1]):
                 if row in wanted:
