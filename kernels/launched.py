@@ -90,10 +90,16 @@ class Launched:
         packed = pack_for_triton(weight, *place, silu_mul)
         return _Linear(packed, silu_mul and isinstance(packed, DenseLinear))
 
-    def new_cache(self, num_blocks: int, kv_heads: int, head_dim: int) -> tuple[Blocks, Blocks]:
-        """Keys and values of a layer, not filled: [blocks, kv_heads, block_size, head_dim] each."""
+    def new_cache(
+        self, num_blocks: int, kv_heads: int, key_dim: int, value_dim: int
+    ) -> tuple[Blocks, Blocks]:
+        """Keys and values of a layer, not filled: [blocks, kv_heads, block_size, dim] each."""
         rows = (num_blocks, kv_heads, BLOCK_SIZE)
-        return new_blocks((*rows, head_dim), rows, self.dtype, self.device, self.codes)
+        keys, values = (
+            new_blocks((*rows, dim), rows, self.dtype, self.device, self.codes)
+            for dim in (key_dim, value_dim)
+        )
+        return keys, values
 
     def embed(self, table: Tensor) -> Tensor:
         """Look up the tokens' embeddings: the residual stream [tokens, D]."""

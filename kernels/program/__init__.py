@@ -239,11 +239,22 @@ class Recorder:
         self._add("TakeRows", width=hidden.shape[1], source=hidden, delta=delta, out=out)
         return out
 
-    def new_cache(self, num_blocks: int, kv_heads: int, head_dim: int) -> tuple[Blocks, Blocks]:
-        """Keys and values of one layer, [blocks, ...], not filled; rope/avx512.h has the layout."""
-        size = (num_blocks, kv_heads * _padded(head_dim) * BLOCK_SIZE)
+    def new_cache(
+        self, num_blocks: int, kv_heads: int, key_dim: int, value_dim: int
+    ) -> tuple[Blocks, Blocks]:
+        """Keys and values of one layer, [blocks, ...], not filled.
+
+        rope/avx512.h and latent_attention/avx512.h have the layouts.
+        """
         scales = (num_blocks, kv_heads, BLOCK_SIZE)
-        return new_blocks(size, scales, self.dtype, torch.device("cpu"), self.codes)
+        keys, values = (
+            new_blocks(
+                (num_blocks, kv_heads * _padded(dim) * BLOCK_SIZE), scales, self.dtype,
+                torch.device("cpu"), self.codes,
+            )
+            for dim in (key_dim, value_dim)
+        )  # fmt: skip
+        return keys, values
 
     def run(self, batch: Any) -> Tensor:
         """Carry the recorded operations out on a `Batch`: logits float32 [rows, V]."""
