@@ -21,6 +21,4 @@ def latent_attention(
 ) -> Tensor:
     """See reference.py; computed by cpu.py on a CPU."""
     chosen = cpu if q.device.type == "cpu" else reference
-    return chosen.latent_attention(
-        q, keys, latents, up, starts, contexts, block_tables, scale
-    )
+    return chosen.latent_attention(q, keys, latents, up, starts, contexts, block_tables, scale)

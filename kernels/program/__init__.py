@@ -359,9 +359,7 @@ class Recorder:
         )
 
 
-def _cache_arguments(
-    keys: Blocks, values: Blocks, *names: str
-) -> dict[str, Tensor | None]:
+def _cache_arguments(keys: Blocks, values: Blocks, *names: str) -> dict[str, Tensor | None]:
     """The tensors of a layer's cache, by the names of the arguments; `names` are the values'."""
     arguments: dict[str, Tensor | None] = {}
     for called, blocks in (("keys", "key_scales"), keys), (names, values):
