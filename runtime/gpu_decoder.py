@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from compress.core.progress import track
-from compress.kernels.launched import DeviceBatch, Launched
 from compress.kernels.latent_attention.shapes import head_blocks
+from compress.kernels.launched import DeviceBatch, Launched
 from compress.kernels.lowbit_matmul import LinearWeight
 from compress.kernels.paged_attention.cache import Codes
 from compress.kernels.paged_attention.plan import splits_of, tiles_of

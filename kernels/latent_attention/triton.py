@@ -195,7 +195,7 @@ def _attend_latents(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, RANK_PAD], tl.float32)
     unit = tl.full([], 2.0**-126, tl.float32)  # no scale is below
-    for block in range(0, tl.cdiv(high - low, BLOCK_N)):
+    for block in range(tl.cdiv(high - low, BLOCK_N)):
         columns = low + block * BLOCK_N + tl.arange(0, BLOCK_N)
         following = _pages(table, table_column, low + (block + 1) * BLOCK_N, high, BLOCK_N, PAGE)
         inside = columns < high

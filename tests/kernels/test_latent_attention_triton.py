@@ -41,7 +41,7 @@ def on_device(x):
 
 
 def check(sequences, sizes, dtype, splits=1, tiled=False, codes=None) -> None:
-    """Run, compare with float64 sequence by sequence, and run again: who arrives last is the same."""
+    """Run, compare with float64 sequence by sequence, and run again: no matter who arrives last."""
     heads, nope, *_ = sizes
     batch, contiguous = make(sequences, sizes, dtype, codes)
     q, keys, latents, up, starts, contexts, tables = batch

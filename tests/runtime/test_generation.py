@@ -54,9 +54,7 @@ def load(folder: Any, dtype: str, kv_cache_dtype: str = "auto") -> Decoder:
 
 
 @pytest.mark.parametrize("operations", ["program", "torch"])
-@pytest.mark.parametrize(
-    "family", ["llama", "qwen2", "qwen3", "mistral", "deepseek_v3", "youtu"]
-)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "deepseek_v3", "youtu"])
 def test_greedy_text_is_that_of_transformers(family, operations, model_folder, monkeypatch):
     """In float32 two ways of summing differ by 1e-6; no two logits here are as close as that."""
     if operations == "torch":

@@ -112,7 +112,8 @@ def test_copying_blocks_copies_scales(way, compute, model_folder):
 
 
 @pytest.mark.parametrize(
-    ("draft", "family"), [("ngram", "qwen3"), ("self", "qwen3"), ("ngram", "youtu"), ("self", "youtu")]
+    ("draft", "family"),
+    [("ngram", "qwen3"), ("self", "qwen3"), ("ngram", "youtu"), ("self", "youtu")],
 )
 def test_drafts_change_nothing(draft, family, compute, model_folder):
     """On the program, whose rows have the same bits alone and beside proposed tokens."""
