@@ -56,33 +56,34 @@ def architecture_of(skeleton: Any, ref: str) -> Architecture:
     windows = _checked_windows(FAMILIES[name](config), ref)
     if hasattr(config, "kv_lora_rank"):
         latent = _latent(skeleton, ref)
-        sizes = {"kv_heads": 1, "head_dim": latent.query_dim, "latent": latent}
-        turned = latent.rope_dim
+        kv_heads, head_dim, turned = 1, latent.query_dim, latent.rope_dim
     else:
-        sizes = _grouped(config, ref)
-        turned = sizes["head_dim"]
+        latent, kv_heads = None, config.num_key_value_heads
+        head_dim = turned = _head_dim(config, ref)
     inv_freq, rope_scaling = _rotary(skeleton, turned, ref)
     return Architecture(
         heads=config.num_attention_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         norm_eps=config.rms_norm_eps,
         max_context=config.max_position_embeddings,
         vocab_size=config.vocab_size,
         windows=windows,
         inv_freq=inv_freq,
         rope_scaling=rope_scaling,
-        **sizes,
+        latent=latent,
     )
 
 
-def _grouped(config: Any, ref: str) -> dict[str, int]:
-    """Sizes of attention with grouped queries."""
+def _head_dim(config: Any, ref: str) -> int:
+    """Dimensions of a head of grouped queries."""
     head_dim = getattr(config, "head_dim", None)
     if head_dim is None:
         head_dim = config.hidden_size // config.num_attention_heads
     if config.num_attention_heads % config.num_key_value_heads:
         heads = f"{config.num_attention_heads} heads on {config.num_key_value_heads} KV heads"
         raise _refusal(ref, f"has {heads}", "a whole number of heads for each KV head")
-    return {"kv_heads": config.num_key_value_heads, "head_dim": head_dim}
+    return head_dim
 
 
 def _latent(skeleton: Any, ref: str) -> LatentShape:

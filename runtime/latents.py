@@ -1,4 +1,4 @@
-"""The weights of multi-head latent attention (DeepSeek's MLA), in the form the runtime computes with.
+"""The weights of multi-head latent attention (DeepSeek's MLA), as the runtime computes with them.
 
     q = q_proj x,  or  q_b_proj norm(q_a_proj x)        heads of P dimensions, and d that are turned
     c, k = kv_a_proj_with_mqa x                         a latent of R numbers, a shared key of d
@@ -50,7 +50,7 @@ class LatentLayer:
 def latent_layer(
     stored: StoredModel, name: str, shape: LatentShape
 ) -> tuple[dict[str, LinearWeight], LatentLayer]:
-    """The linears that read a layer's input, by name, and the rest of the attention of this name."""
+    """The linears that read a layer's input, by name, and the rest of its attention, `name`."""
     module = stored.skeleton.get_submodule(name)
     interleaved = stored.skeleton.config.rope_interleave
     of_queries = _order(shape.heads, shape.nope_dim, shape.rope_dim, interleaved)

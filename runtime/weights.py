@@ -153,7 +153,7 @@ def _layer(stored: StoredModel, index: int, facts: Architecture) -> LayerWeights
     else:
         entering, latent = latent_layer(stored, f"{name}.self_attn", facts.latent)
         # transformers' cache holds latents in the keys' place, ours in the values'
-        kv_scales = kv_scales and kv_scales[::-1]
+        kv_scales = kv_scales and (kv_scales[1], kv_scales[0])
     return LayerWeights(
         input_norm=stored.tensor(f"{name}.input_layernorm.weight", torch.float32),
         post_norm=stored.tensor(f"{name}.post_attention_layernorm.weight", torch.float32),

@@ -1,9 +1,9 @@
 """Programs of triton.py: how many heads share one, and their shapes, by rows, rank and device.
 
 All heads share the cache, so a program takes as many as fit beside each other: a latent that was
-read once serves them all.  Rows are heads times new tokens.  What bounds them are the sums, a latent
-for each row: 64 rows of rank 256, or 32 of 512, are 64 registers a thread in 8 warps; twice that
-spills on every generation.  So prefill has no taller programs either.
+read once serves them all.  Rows are heads times new tokens.  What bounds them are the sums, a
+latent for each row: 64 rows of rank 256, or 32 of 512, are 64 registers a thread in 8 warps; twice
+that spills on every generation.  So prefill has no taller programs either.
 
 A block of positions is at most 16,384 numbers of latents: of rank 512 it has 32 positions, 36 KiB
 with their keys in 16 bits, and two stages of it beside the queries fit on every device.

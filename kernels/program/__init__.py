@@ -56,8 +56,8 @@ _ARGUMENTS = {
         "Angles", half=_INT, attention_scaling=_FLOAT, inverse_frequency=_POINTER, out=_POINTER
     ),
     "RmsNorm": _struct(
-        "RmsNorm", width=_INT, stride=_INT, over_rows=_INT, eps=_FLOAT, delta=_POINTER, gain=_POINTER,
-        residual=_POINTER, out=_POINTER,
+        "RmsNorm", width=_INT, stride=_INT, over_rows=_INT, eps=_FLOAT, delta=_POINTER,
+        gain=_POINTER, residual=_POINTER, out=_POINTER,
     ),
     "Linear": _struct(
         "Linear", kind=_INT, scale_kind=_INT, n=_INT, k=_INT, chunk=_INT, silu_mul=_INT,

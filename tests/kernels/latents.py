@@ -54,7 +54,7 @@ def make(sequences, sizes, dtype, codes=None, seed=0):
 
 
 def plain(q, keys, latents, up, scale):
-    """One sequence in float64, keys and values made of its latents: q [t, N, P + d] -> [t, N, v]."""
+    """One sequence in float64, keys and values made of latents: q [t, N, P + d] -> [t, N, v]."""
     k = torch.einsum("npr,jr->njp", up.keys.double(), latents.double())
     k = torch.cat([k, keys.double().expand(len(k), -1, -1)], dim=-1)
     v = torch.einsum("nvr,jr->njv", up.values.double(), latents.double())

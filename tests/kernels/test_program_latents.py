@@ -71,7 +71,8 @@ def test_attention(sizes, dtype, codes) -> None:
 
     The program's own turns and norms differ from ours by float32's last bits, so a few codes are a
     step away.  float32: 2e-5 of the largest value.  bfloat16: queries round before they are
-    absorbed and after it, by up to 2^-9 each, which moves a score of 10 by 0.03, and its weight by as much.
+    absorbed and after it, by up to 2^-9 each, which moves a score of 10 by 0.03, and its weight by
+    as much.
     """
     final = batch_of(MIXED)
     program, joint, out, weights, inv_freq, cache = program_of(
