@@ -43,8 +43,8 @@ from compress.core.source import cache_root
 from compress.kernels.entry import INTERPRETED, Entry
 
 OPERATIONS = (
-    "embed", "lowbit_matmul", "paged_attention", "rms_norm", "rope", "sampling", "silu_mul",
-    "w8a8_matmul",
+    "embed", "latent_attention", "lowbit_matmul", "paged_attention", "rms_norm", "rope", "sampling",
+    "silu_mul", "w8a8_matmul",
 )  # fmt: skip
 # What one program may have of a multiprocessor's shared memory (CUDA C Programming Guide, table
 # "Technical Specifications per Compute Capability"); beyond it, a launch fails.

@@ -5,12 +5,13 @@ Here they compute at once, on the batch of the moment; each chooses its implemen
 and dtype (the `__init__.py` of its folder).  Activations are in the model's dtype throughout.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compress.kernels.latent_attention import LatentShape, LatentWeights, latent_attention
 from compress.kernels.lowbit_matmul import LinearWeight, PackedLinear, pack
 from compress.kernels.paged_attention import paged_attention, write_kv
 from compress.kernels.paged_attention.cache import Blocks, Codes, new_blocks
@@ -57,10 +58,16 @@ class Eager:
         packed = pack_rounding(weight, self.dtype, self.device, self._surplus)
         return _Linear(packed, silu_mul)
 
-    def new_cache(self, num_blocks: int, kv_heads: int, head_dim: int) -> tuple[Blocks, Blocks]:
-        """Keys and values of a layer, not filled: [blocks, kv_heads, block_size, head_dim] each."""
+    def new_cache(
+        self, num_blocks: int, kv_heads: int, key_dim: int, value_dim: int
+    ) -> tuple[Blocks, Blocks]:
+        """Keys and values of a layer, not filled: [blocks, kv_heads, block_size, dim] each."""
         rows = (num_blocks, kv_heads, BLOCK_SIZE)
-        return new_blocks((*rows, head_dim), rows, self.dtype, self.device, self.codes)
+        keys, values = (
+            new_blocks((*rows, dim), rows, self.dtype, self.device, self.codes)
+            for dim in (key_dim, value_dim)
+        )
+        return keys, values
 
     def embed(self, table: Tensor) -> Tensor:
         """Look up the tokens' embeddings: the residual stream [tokens, D]."""
@@ -105,6 +112,42 @@ class Eager:
             head_dim**-0.5, window,
         )  # fmt: skip
         return out.reshape(len(qkv), heads * head_dim)
+
+    def pack_latent(self, weights: LatentWeights) -> LatentWeights:
+        """Lay out what `latent_attention` has beside the linears."""
+        return replace(
+            weights,
+            gain=weights.gain.to(self.device),
+            up=weights.up.to(self.device, self.dtype),
+        )
+
+    def norm_part(self, joint: Tensor, width: int, gain: Tensor, eps: float) -> Tensor:
+        """The norm of the first `width` columns, times `gain`."""
+        return rms_norm(joint[:, :width], gain, eps)[1]
+
+    def latent_attention(
+        self, queries: Tensor, joint: Tensor, angles: Any, keys: Blocks, latents: Blocks,
+        weights: LatentWeights, shape: LatentShape,
+    ) -> Tensor:  # fmt: skip
+        """Turn queries and keys, write keys and normed latents into the cache, attend.
+
+        queries  [tokens, >= N (P + d)], heads of P dimensions without a position and d with one
+        joint    [tokens, >= R + d], whose last columns are the latents and the keys
+
+        Returns [tokens, N v].
+        """
+        batch, tokens = self.batch, len(joint)
+        q = queries[:, : shape.heads * shape.query_dim].view(tokens, shape.heads, -1)
+        nope, turned = q.split([shape.nope_dim, shape.rope_dim], dim=-1)
+        latent, key = joint[:, -shape.cached_dim :].split([shape.rank, shape.rope_dim], dim=-1)
+        latent = rms_norm(latent.float(), weights.gain, weights.eps)[1].to(self.dtype)
+        turned, key = apply_rope(turned, key[:, None], *angles)
+        write_kv(keys, latents, key, latent[:, None], batch.slots[0])
+        out = latent_attention(
+            torch.cat([nope, turned], dim=-1), keys, latents, weights.up, batch.starts,
+            batch.contexts, batch.block_tables[0], shape.scale,
+        )  # fmt: skip
+        return out.flatten(1)
 
     def take_rows(self, hidden: Tensor, delta: Tensor) -> Tensor:
         """The residual stream of the tokens whose logits are wanted."""

@@ -6,13 +6,15 @@ what tensors hold, so a step can be captured in a CUDA graph: shapes alone decid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from compress.kernels.eager import BLOCK_SIZE
 from compress.kernels.embed.triton import embed
+from compress.kernels.latent_attention import LatentShape, LatentWeights
+from compress.kernels.latent_attention.triton import latent_attention, latent_write
 from compress.kernels.lowbit_matmul import LinearWeight, pack_for_triton
 from compress.kernels.lowbit_matmul.dense import DenseLinear
 from compress.kernels.lowbit_matmul.triton import TritonLinear
@@ -90,10 +92,16 @@ class Launched:
         packed = pack_for_triton(weight, *place, silu_mul)
         return _Linear(packed, silu_mul and isinstance(packed, DenseLinear))
 
-    def new_cache(self, num_blocks: int, kv_heads: int, head_dim: int) -> tuple[Blocks, Blocks]:
-        """Keys and values of a layer, not filled: [blocks, kv_heads, block_size, head_dim] each."""
+    def new_cache(
+        self, num_blocks: int, kv_heads: int, key_dim: int, value_dim: int
+    ) -> tuple[Blocks, Blocks]:
+        """Keys and values of a layer, not filled: [blocks, kv_heads, block_size, dim] each."""
         rows = (num_blocks, kv_heads, BLOCK_SIZE)
-        return new_blocks((*rows, head_dim), rows, self.dtype, self.device, self.codes)
+        keys, values = (
+            new_blocks((*rows, dim), rows, self.dtype, self.device, self.codes)
+            for dim in (key_dim, value_dim)
+        )
+        return keys, values
 
     def embed(self, table: Tensor) -> Tensor:
         """Look up the tokens' embeddings: the residual stream [tokens, D]."""
@@ -134,6 +142,32 @@ class Launched:
             splits=batch.splits, workspace=self._workspace,
         )  # fmt: skip
         return out.view(len(qkv), heads * head_dim)
+
+    def pack_latent(self, weights: LatentWeights) -> LatentWeights:
+        """Lay out what `latent_attention` has beside the linears."""
+        gain, up = weights.gain.to(self.device), weights.up.to(self.device, self.dtype)
+        return replace(weights, gain=gain, up=up)
+
+    def norm_part(self, joint: Tensor, width: int, gain: Tensor, eps: float) -> Tensor:
+        """The norm of the first `width` columns, times `gain`."""
+        return rms_norm(joint[:, :width], gain, eps)[1]
+
+    def latent_attention(
+        self, queries: Tensor, joint: Tensor, angles: Tensor, keys: Blocks, latents: Blocks,
+        weights: LatentWeights, shape: LatentShape,
+    ) -> Tensor:  # fmt: skip
+        """Turn queries and keys, write keys and normed latents into the cache, attend."""
+        batch = self.batch
+        turned = latent_write(
+            queries, joint, angles, keys, latents, batch.slots[0], weights, shape
+        )  # fmt: skip
+        heads = queries[:, : shape.heads * shape.query_dim].unflatten(1, (shape.heads, -1))
+        out = latent_attention(
+            heads[..., : shape.nope_dim], turned, keys, latents, weights.up, batch.starts,
+            batch.contexts, batch.block_tables[0], shape.scale, tiles=batch.tiles,
+            most_new=batch.most_new, splits=batch.splits, workspace=self._workspace,
+        )  # fmt: skip
+        return out.flatten(1)
 
     def take_rows(self, hidden: Tensor, delta: Tensor) -> Tensor:
         """The residual stream of the tokens whose logits are wanted."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -27,6 +27,7 @@ from compress.kernels.paged_attention.cache import Blocks, Codes, tensors_of, wi
 from compress.kernels.program import Recorder
 from compress.runtime.batch import Batch
 from compress.runtime.cache_layout import CacheLayout
+from compress.runtime.latents import LatentLayer
 from compress.runtime.weights import DecoderWeights
 
 
@@ -44,6 +45,15 @@ class _Layer:
     down: Any
     window: int | None
     kv_scales: tuple[float, float] | None  # calibrated ones
+    latent: LatentLayer | None
+
+    @property
+    def weight_bytes(self) -> int:
+        """What a step reads of the layer's matrices."""
+        packed = [self.qkv, self.out, self.gate_up, self.down]
+        if self.latent is not None:
+            packed += [self.latent.weights.up, *([self.latent.q_up] if self.latent.q_up else [])]
+        return sum(part.bytes for part in packed)
 
 
 class Decoder(ABC):
@@ -66,6 +76,7 @@ class Decoder(ABC):
             "head_dim": weights.head_dim,
             "eps": weights.norm_eps,
         }
+        self._latent = weights.latent
         pack = self._operations.pack
         self._embedding = weights.embedding.to(device, operations.dtype).contiguous()
         self._final_norm = weights.final_norm.to(device)
@@ -87,6 +98,7 @@ class Decoder(ABC):
                     pack(layer.down),
                     layer.window,
                     layer.kv_scales,
+                    self._packed_latent(layer.latent),
                 )
             )
         self._layout = CacheLayout.of(self._seen(), self.block_size)
@@ -94,6 +106,16 @@ class Decoder(ABC):
         self._cache: list[tuple[Blocks, Blocks]] = []  # of each layer
         self._groups: list[int] = []  # of each layer: whose blocks it has
         self._whole: tuple[Decoder, list[int]] | None = None  # whose layers these are, and which
+
+    def _packed_latent(self, layer: LatentLayer | None) -> LatentLayer | None:
+        if layer is None:
+            return None
+        return replace(
+            layer,
+            q_gain=None if layer.q_gain is None else layer.q_gain.to(self._device),
+            q_up=None if layer.q_up is None else self._operations.pack(layer.q_up),
+            weights=self._operations.pack_latent(layer.weights),
+        )
 
     def without(self, layers: Collection[int], head: LinearWeight | None = None) -> Self:
         """This model with some layers left out: the same weights, and the same cache.
@@ -165,14 +187,7 @@ class Decoder(ABC):
     @property
     def weight_bytes(self) -> int:
         """What a step reads of the weights, whatever the batch: all linears, and the head."""
-        return (
-            sum(
-                packed.bytes
-                for layer in self._layers
-                for packed in (layer.qkv, layer.out, layer.gate_up, layer.down)
-            )
-            + self._head.bytes
-        )
+        return sum(layer.weight_bytes for layer in self._layers) + self._head.bytes
 
     @property
     def surplus_outliers(self) -> int:
@@ -194,9 +209,11 @@ class Decoder(ABC):
         ]
 
     def _new_cache(self, num_blocks: int) -> tuple[Blocks, Blocks]:
-        return self._operations.new_cache(
-            num_blocks, self._shape["kv_heads"], self._shape["head_dim"]
-        )
+        """Keys and values of a layer, or the keys and latents."""
+        dims = (self._shape["head_dim"],) * 2
+        if self._latent is not None:
+            dims = (self._latent.rope_dim, self._latent.rank)
+        return self._operations.new_cache(num_blocks, self._shape["kv_heads"], *dims)
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy each (source, target) in turn, in all places."""
@@ -215,17 +232,32 @@ class Decoder(ABC):
         hidden, delta = do.embed(self._embedding), None
         angles = do.angles(self._inv_freq, self._rope_scaling)
         layers = zip(self._layers, self._cache, self._groups, strict=True)
-        for layer, (keys, values), group in layers:
+        for layer, cache, group in layers:
             hidden, x = do.rms_norm(hidden, delta, layer.input_norm, eps)
-            attended = do.attention(
-                do.linear("qkv", x, layer.qkv), angles, keys, values, **self._shape,
-                q_gain=layer.q_norm, k_gain=layer.k_norm, window=layer.window, group=group,
-            )  # fmt: skip
+            joint = do.linear("qkv", x, layer.qkv)
+            if layer.latent is None:
+                attended = do.attention(
+                    joint, angles, *cache, **self._shape, q_gain=layer.q_norm,
+                    k_gain=layer.k_norm, window=layer.window, group=group,
+                )  # fmt: skip
+            else:
+                attended = self._attend_latents(do, joint, angles, cache, layer.latent)
             delta = do.linear("out", attended, layer.out)
             hidden, x = do.rms_norm(hidden, delta, layer.post_norm, eps)
             delta = do.linear("down", do.linear("gate_up", x, layer.gate_up), layer.down)
         hidden = do.take_rows(hidden, delta)
         return do.logits(do.rms_norm(hidden, None, self._final_norm, eps)[1], self._head)
+
+    def _attend_latents(
+        self, do: Any, joint: Any, angles: Any, cache: tuple[Blocks, Blocks], layer: LatentLayer
+    ) -> Any:
+        """Attention on latents; `joint` has the queries, or what they are made of, in front."""
+        queries = joint
+        if layer.q_gain is not None:
+            width = layer.q_gain.numel()
+            normed = do.norm_part(joint, width, layer.q_gain, layer.q_eps)
+            queries = do.linear("q_up", normed, layer.q_up)
+        return do.latent_attention(queries, joint, angles, *cache, layer.weights, self._latent)
 
 
 class EagerDecoder(Decoder):

@@ -1,6 +1,7 @@
 """The model classes that the runtime serves, and what it needs to know of a config.
 
-They share one computation: RMSNorm, rotary attention with grouped queries, a gated SiLU network.
+They share one computation: RMSNorm, rotary attention, a gated SiLU network.  Attention is that of
+grouped queries, or on latents (`Architecture.latent`).
 Biases, and norms on queries and keys, are there where transformers' class has parameters for them;
 which layers see a sliding window is the one thing that differs by class, and `FAMILIES` says how.
 """
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.core.errors import InputError, shown
+from compress.kernels.latent_attention import LatentShape
 
 Windows = Callable[[Any], list[int | None]]
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # frequencies do not depend on the length
@@ -25,6 +27,7 @@ class Architecture:
     windows       of each layer: tokens that a query sees, itself included; None for all
     inv_freq      float32 [rotary_dim / 2], radians a position
     rope_scaling  factor on cosines and sines
+    latent        sizes of attention on latents, whose cache has one head; None for grouped queries
     """
 
     heads: int
@@ -36,6 +39,7 @@ class Architecture:
     windows: list[int | None]
     inv_freq: Tensor
     rope_scaling: float
+    latent: LatentShape | None = None
 
 
 def architecture_of(skeleton: Any, ref: str) -> Architecture:
@@ -49,23 +53,59 @@ def architecture_of(skeleton: Any, ref: str) -> Architecture:
         raise _refusal(ref, f"is a {name}", f"classes {', '.join(FAMILIES)}")
     if config.hidden_act != "silu":
         raise _refusal(ref, f"has hidden_act = {shown(config.hidden_act)}", "silu")
+    windows = _checked_windows(FAMILIES[name](config), ref)
+    if hasattr(config, "kv_lora_rank"):
+        latent = _latent(skeleton, ref)
+        kv_heads, head_dim, turned = 1, latent.query_dim, latent.rope_dim
+    else:
+        latent, kv_heads = None, config.num_key_value_heads
+        head_dim = turned = _head_dim(config, ref)
+    inv_freq, rope_scaling = _rotary(skeleton, turned, ref)
+    return Architecture(
+        heads=config.num_attention_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm_eps=config.rms_norm_eps,
+        max_context=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+        windows=windows,
+        inv_freq=inv_freq,
+        rope_scaling=rope_scaling,
+        latent=latent,
+    )
+
+
+def _head_dim(config: Any, ref: str) -> int:
+    """Dimensions of a head of grouped queries."""
     head_dim = getattr(config, "head_dim", None)
     if head_dim is None:
         head_dim = config.hidden_size // config.num_attention_heads
     if config.num_attention_heads % config.num_key_value_heads:
         heads = f"{config.num_attention_heads} heads on {config.num_key_value_heads} KV heads"
         raise _refusal(ref, f"has {heads}", "a whole number of heads for each KV head")
-    inv_freq, rope_scaling = _rotary(skeleton, head_dim, ref)
-    return Architecture(
+    return head_dim
+
+
+def _latent(skeleton: Any, ref: str) -> LatentShape:
+    """Sizes of attention on latents, and its softmax scale, by transformers' own code."""
+    config = skeleton.config
+    if any(hasattr(layer.mlp, "experts") for layer in skeleton.model.layers):
+        found = f"first_k_dense_replace = {shown(config.first_k_dense_replace)}"
+        allowed = f"dense layers, all {config.num_hidden_layers} of them"
+        raise _refusal(ref, f"has layers with experts ({found})", allowed)
+    if config.num_key_value_heads != config.num_attention_heads:
+        heads = f"{config.num_attention_heads} heads on {config.num_key_value_heads} KV heads"
+        raise _refusal(ref, f"has {heads}", "as many of both on latents")
+    if config.qk_rope_head_dim < 2 or config.qk_nope_head_dim < 1:
+        sizes = f"{config.qk_rope_head_dim} turned dimensions and {config.qk_nope_head_dim} others"
+        raise _refusal(ref, f"has heads of {sizes}", "at least 2 and 1")
+    return LatentShape(
         heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
-        norm_eps=config.rms_norm_eps,
-        max_context=config.max_position_embeddings,
-        vocab_size=config.vocab_size,
-        windows=_checked_windows(FAMILIES[name](config), ref),
-        inv_freq=inv_freq,
-        rope_scaling=rope_scaling,
+        nope_dim=config.qk_nope_head_dim,
+        rope_dim=config.qk_rope_head_dim,
+        value_dim=config.v_head_dim,
+        rank=config.kv_lora_rank,
+        scale=float(skeleton.model.layers[0].self_attn.scaling),
     )
 
 
@@ -92,6 +132,8 @@ FAMILIES: Mapping[str, Windows] = {
     "MistralForCausalLM": _one_window,
     "Qwen2ForCausalLM": _windows_by_layer,
     "Qwen3ForCausalLM": _windows_by_layer,
+    "DeepseekV3ForCausalLM": _no_windows,
+    "YoutuForCausalLM": _no_windows,
 }
 
 
@@ -107,9 +149,12 @@ def _checked_windows(windows: list[int | None], ref: str) -> list[int | None]:
 
 def _rotary(skeleton: Any, head_dim: int, ref: str) -> tuple[Tensor, float]:
     """Inverse frequencies and the factor on cosines and sines, by transformers' own code."""
-    kind = skeleton.config.rope_parameters["rope_type"]
-    if kind not in ROPE_TYPES:
-        raise _refusal(ref, f"has rope_type = {shown(kind)}", ", ".join(ROPE_TYPES))
+    settings = skeleton.config.rope_parameters
+    kind = settings["rope_type"]
+    constant = kind == "longrope" and settings["short_factor"] == settings["long_factor"]
+    if kind not in ROPE_TYPES and not constant:
+        allowed = f"{', '.join(ROPE_TYPES)}, and longrope with short_factor equal to long_factor"
+        raise _refusal(ref, f"has rope_type = {shown(kind)}", allowed)
     with torch.device("cpu"):
         rotary = type(skeleton.model.rotary_emb)(skeleton.config)
     inv_freq = rotary.inv_freq.float()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from compress.core.progress import track
+from compress.kernels.latent_attention.shapes import head_blocks
 from compress.kernels.launched import DeviceBatch, Launched
 from compress.kernels.lowbit_matmul import LinearWeight
 from compress.kernels.paged_attention.cache import Codes
@@ -58,6 +59,10 @@ class GpuDecoder(Decoder):
         codes: Codes | None = None,
     ) -> None:
         super().__init__(weights, Launched(dtype, device, codes), device)
+        # what the heads of a token are shared out to: programs of attention
+        self._head_groups = self._shape["kv_heads"]
+        if self._latent is not None:
+            self._head_groups = head_blocks(self._latent.heads, self._latent.rank)
         self._uploads = Uploads(device)
         self._drawn = torch.zeros(max(most_tokens, MOST_TOKENS), dtype=torch.int64, device=device)
         self._captured: dict[tuple[Size, bool], CapturedStep] = {}  # by size, and whether filtered
@@ -118,7 +123,7 @@ class GpuDecoder(Decoder):
     def _logits(self, batch: Batch, others: Items[np.ndarray] = ()) -> list[Tensor]:
         """The logits of a step, and `others` on the device, sent in the same copy."""
         starts = batch.starts.numpy()
-        tiles = tiles_of(starts, self._shape["heads"], self._shape["kv_heads"])
+        tiles = tiles_of(starts, self._shape["heads"], self._head_groups)
         arrays = [tensor.numpy() for tensor in vars(batch).values()]
         if tiles is not None:
             others = [*others, tiles]
@@ -146,7 +151,7 @@ class GpuDecoder(Decoder):
         self._drawn[: len(tokens)] = tokens if order is None else tokens[order]
 
     def _splits(self, tiles: int, most_context: int) -> int:
-        return splits_of(tiles, self._shape["kv_heads"], most_context, self._processors)
+        return splits_of(tiles, self._head_groups, most_context, self._processors)
 
     def _step_for(self, batch: Batch, filtered: bool) -> CapturedStep | None:
         """The smallest captured step that has room for a batch."""

@@ -5,7 +5,7 @@ scales stay as they are stored.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,9 +14,11 @@ from torch import Tensor
 from compress.core.errors import InputError
 from compress.core.progress import say
 from compress.core.source import ModelSource
+from compress.kernels.latent_attention import LatentShape
 from compress.kernels.lowbit_matmul import LinearWeight
 from compress.kernels.lowbit_matmul.weight import InputRounding
 from compress.runtime.families import Architecture, architecture_of
+from compress.runtime.latents import LatentLayer, latent_layer
 from compress.runtime.stored import StoredModel, with_groups_of
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -36,6 +38,8 @@ class LayerWeights:
     down                   [D, F]
     window                 tokens that a query sees, itself included; None for all
     kv_scales              calibrated scales of keys and values in 8 bits, or None
+    latent                 the rest of attention on latents (latents.py), and then `qkv` has rows of
+                           queries, latents and keys; None for grouped queries
     """
 
     input_norm: Tensor
@@ -48,6 +52,7 @@ class LayerWeights:
     down: LinearWeight
     window: int | None
     kv_scales: tuple[float, float] | None = None
+    latent: LatentLayer | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class DecoderWeights:
     inv_freq      float32 [rotary_dim / 2], radians a position
     rope_scaling  factor on cosines and sines
     kv_cache_dtype  what `kv_scales` of the layers are for, int8 or fp8; None where there are none
+    latent        sizes of attention on latents, or None
     """
 
     embedding: Tensor
@@ -75,6 +81,7 @@ class DecoderWeights:
     inv_freq: Tensor
     rope_scaling: float
     kv_cache_dtype: str | None = None
+    latent: LatentShape | None = None
 
 
 def check_served(source: ModelSource) -> None:
@@ -96,7 +103,7 @@ def load_weights(source: ModelSource, lm_head_bits: int | None = None) -> Decode
     stored = StoredModel(source)
     facts = architecture_of(stored.skeleton, source.ref)
     embedding = stored.tensor("model.embed_tokens.weight")
-    layers = [_layer(stored, index, window) for index, window in enumerate(facts.windows)]
+    layers = [_layer(stored, index, facts) for index in range(len(facts.windows))]
     final_norm = stored.tensor("model.norm.weight", torch.float32)
     head = stored.head(embedding)
     stored.finish()
@@ -127,27 +134,38 @@ def _decoder(
         inv_freq=facts.inv_freq,
         rope_scaling=facts.rope_scaling,
         kv_cache_dtype=kv_cache_dtype,
+        latent=facts.latent,
     )
 
 
-def _layer(stored: StoredModel, index: int, window: int | None) -> LayerWeights:
+def _layer(stored: StoredModel, index: int, facts: Architecture) -> LayerWeights:
     name = f"model.layers.{index}"
 
-    def joined(parts: Sequence[str]) -> LinearWeight:
-        linears = [stored.linear(f"{name}.{part}") for part in parts]
-        return join(linears, f"{name}: {' and '.join(parts)}")
+    def joined(parts: Mapping[str, LinearWeight]) -> LinearWeight:
+        return join(list(parts.values()), f"{name}: {' and '.join(parts)}")
 
+    def read(names: Sequence[str]) -> dict[str, LinearWeight]:
+        return {part: stored.linear(f"{name}.{part}") for part in names}
+
+    kv_scales, latent = stored.kv_scales(f"{name}.self_attn"), None
+    if facts.latent is None:
+        entering = read(QKV)
+    else:
+        entering, latent = latent_layer(stored, f"{name}.self_attn", facts.latent)
+        # transformers' cache holds latents in the keys' place, ours in the values'
+        kv_scales = kv_scales and (kv_scales[1], kv_scales[0])
     return LayerWeights(
         input_norm=stored.tensor(f"{name}.input_layernorm.weight", torch.float32),
         post_norm=stored.tensor(f"{name}.post_attention_layernorm.weight", torch.float32),
-        qkv=joined(QKV),
+        qkv=joined(entering),
         q_norm=stored.optional(f"{name}.self_attn.q_norm.weight", torch.float32),
         k_norm=stored.optional(f"{name}.self_attn.k_norm.weight", torch.float32),
         out=stored.linear(f"{name}.self_attn.o_proj"),
-        gate_up=joined(GATE_UP),
+        gate_up=joined(read(GATE_UP)),
         down=stored.linear(f"{name}.mlp.down_proj"),
-        window=window,
-        kv_scales=stored.kv_scales(f"{name}.self_attn"),
+        window=facts.windows[index],
+        kv_scales=kv_scales,
+        latent=latent,
     )
 
 

@@ -35,6 +35,14 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 2,
 }
+# Attention on latents; no two sizes are alike.
+LATENT = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+}
 # family -> (config class in transformers, what differs from SIZES)
 CONFIGS = {
     "llama": ("LlamaConfig", {"head_dim": 8, "tie_word_embeddings": True}),
@@ -54,6 +62,11 @@ CONFIGS = {
             "tie_word_embeddings": False,
         },
     ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        LATENT | {"q_lora_rank": None, "first_k_dense_replace": 99, "tie_word_embeddings": False},
+    ),
+    "youtu": ("YoutuConfig", LATENT | {"q_lora_rank": 28, "tie_word_embeddings": True}),
     "gemma2": ("Gemma2Config", {"head_dim": 8, "query_pre_attn_scalar": 8}),
     "cohere": ("CohereConfig", {}),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "query_pre_attn_scalar": 8}),

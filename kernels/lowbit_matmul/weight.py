@@ -6,7 +6,7 @@ Every integer format of a checkpoint becomes this one form: shift = offset - zer
 Where inputs are rounded too (`InputRounding`), x is what is left of it after that.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -83,6 +83,34 @@ class LinearWeight:
         stored = self.codes if self.dense is None else self.dense
         assert stored is not None
         return stored.shape[0], stored.shape[1]
+
+    def with_rows(self, order: Tensor, factor: Tensor | None = None) -> "LinearWeight":
+        """The rows of this weight that `order` names, in its order.
+
+        order   int64 [out'], rows of this weight
+        factor  float32 [out'], powers of two that they are multiplied with; None for 1
+        """
+
+        def taken(tensor: Tensor | None, scaled: bool = True) -> Tensor | None:
+            if tensor is None:
+                return None
+            part = tensor[order]
+            if factor is None or not scaled:
+                return part
+            return part * factor.to(part.dtype).view(-1, *[1] * (part.dim() - 1))
+
+        inputs = self.inputs
+        if inputs is not None:
+            inputs = replace(inputs, outlier_weight=taken(inputs.outlier_weight))
+        return replace(
+            self,
+            dense=taken(self.dense),
+            codes=taken(self.codes, scaled=False),
+            scale=taken(self.scale),
+            shift=taken(self.shift),
+            bias=taken(self.bias),
+            inputs=inputs,
+        )
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in `dtype`: computed in float32, rounded once.

@@ -76,19 +76,15 @@ def new_blocks(
     dtype: torch.dtype,
     device: torch.device,
     codes: Codes | None,
-) -> tuple[Blocks, Blocks]:
-    """Keys and values of a layer, not filled: `shape` in `dtype`, or in `codes` with `scales`."""
-
-    def new() -> Blocks:
-        if codes is None:
-            return torch.empty(shape, dtype=dtype, device=device)
-        return QuantizedBlocks(
-            codes,
-            torch.empty(shape, dtype=codes.dtype, device=device),
-            torch.empty(scales, dtype=torch.float32, device=device),
-        )
-
-    return new(), new()
+) -> Blocks:
+    """Keys or values of a layer, not filled: `shape` in `dtype`, or in `codes` with `scales`."""
+    if codes is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return QuantizedBlocks(
+        codes,
+        torch.empty(shape, dtype=codes.dtype, device=device),
+        torch.empty(scales, dtype=torch.float32, device=device),
+    )
 
 
 def with_scales(

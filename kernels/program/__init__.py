@@ -7,6 +7,7 @@ which all layers share: the value of an operation lasts until the same operation
 """
 
 import ctypes
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from compress.core.errors import InputError
 from compress.kernels.eager import BLOCK_SIZE
+from compress.kernels.latent_attention import LatentShape, LatentWeights
+from compress.kernels.latent_attention.avx512 import pack_up, sizes_of
 from compress.kernels.lowbit_matmul.avx512 import PackedLinear, pack
 from compress.kernels.lowbit_matmul.weight import LinearWeight
 from compress.kernels.paged_attention.cache import (
@@ -41,7 +44,10 @@ def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
 
 
 _CODES = (None, INT8, FP8)  # as HeadShape in rope/avx512.h counts them
-_HEADS = dict.fromkeys(("heads", "kv_heads", "head_dim", "padded_dim", "codes", "group"), _INT)
+_HEADS = dict.fromkeys(("codes", "heads", "kv_heads", "head_dim", "padded_dim", "group"), _INT)
+_LATENT = dict.fromkeys(
+    ("codes", "heads", "nope", "rope", "value", "rank", "padded_rank", "padded_rope"), _INT
+)
 # The arguments of each operation, field by field as its header has them; program.cpp knows an
 # operation by its place here.
 _ARGUMENTS = {
@@ -50,8 +56,8 @@ _ARGUMENTS = {
         "Angles", half=_INT, attention_scaling=_FLOAT, inverse_frequency=_POINTER, out=_POINTER
     ),
     "RmsNorm": _struct(
-        "RmsNorm", width=_INT, over_rows=_INT, eps=_FLOAT, delta=_POINTER, gain=_POINTER,
-        residual=_POINTER, out=_POINTER,
+        "RmsNorm", width=_INT, stride=_INT, over_rows=_INT, eps=_FLOAT, delta=_POINTER,
+        gain=_POINTER, residual=_POINTER, out=_POINTER,
     ),
     "Linear": _struct(
         "Linear", kind=_INT, scale_kind=_INT, n=_INT, k=_INT, chunk=_INT, silu_mul=_INT,
@@ -75,6 +81,20 @@ _ARGUMENTS = {
         weight=_POINTER, scale=_POINTER, bias=_POINTER, rounded=_POINTER, outlier_index=_POINTER,
         outlier_weight=_POINTER, surplus=_POINTER, x=_POINTER, codes=_POINTER, tokens=_POINTER,
         y=_POINTER,
+    ),
+    "LatentWrite": _struct(
+        "LatentWrite", **_LATENT, queries_width=_INT, joint_width=_INT, eps=_FLOAT,
+        softmax_scale=_FLOAT, key_fixed=_FLOAT, latent_fixed=_FLOAT, angles=_POINTER,
+        queries=_POINTER, joint=_POINTER, gain=_POINTER, up=_POINTER, absorbed=_POINTER,
+        keys=_POINTER, latents=_POINTER, key_scales=_POINTER, latent_scales=_POINTER,
+    ),
+    "LatentAttention": _struct(
+        "LatentAttention", **_LATENT, absorbed=_POINTER, keys=_POINTER, latents=_POINTER,
+        key_scales=_POINTER, latent_scales=_POINTER, parts=_POINTER, attended=_POINTER,
+    ),
+    "LatentValues": _struct(
+        "LatentValues", heads=_INT, rank=_INT, padded_rank=_INT, value=_INT, up=_POINTER,
+        attended=_POINTER, out=_POINTER,
     ),
 }  # fmt: skip
 _BATCH = _struct(
@@ -149,10 +169,19 @@ class Recorder:
         """Add `delta` to the residual stream in place; return it, and its norm times `gain`."""
         out = self._buffer("normed", hidden.shape[1], self.dtype)
         self._add(
-            "RmsNorm", width=hidden.shape[1], over_rows=self._over_rows, eps=eps, delta=delta,
-            gain=gain.float().contiguous(), residual=hidden, out=out,
+            "RmsNorm", width=hidden.shape[1], stride=hidden.shape[1], over_rows=self._over_rows,
+            eps=eps, delta=delta, gain=gain.float().contiguous(), residual=hidden, out=out,
         )  # fmt: skip
         return hidden, out
+
+    def norm_part(self, joint: Tensor, width: int, gain: Tensor, eps: float) -> Tensor:
+        """The norm of the first `width` columns, times `gain`."""
+        out = self._buffer("normed part", width, self.dtype)
+        self._add(
+            "RmsNorm", width=width, stride=joint.shape[1], over_rows=False, eps=eps, delta=None,
+            gain=gain.float().contiguous(), residual=joint, out=out,
+        )  # fmt: skip
+        return out
 
     def linear(self, name: str, x: Tensor, weight: AnyPacked) -> Tensor:
         """Return x Wᵀ + bias in float32; with gate and up in one weight, silu(gate) * up."""
@@ -215,7 +244,7 @@ class Recorder:
             "codes": _CODES.index(self.codes),
             "group": group,
         }
-        cache = _cache_arguments(keys, values)
+        cache = _cache_arguments(keys, values, "values", "value_scales")
         fixed = {"key_fixed": _fixed(keys), "value_fixed": _fixed(values)}
         queries = self._buffer("queries", heads * padded, self.dtype)
         out = self._buffer("attended", heads * head_dim, self.dtype)
@@ -236,6 +265,39 @@ class Recorder:
         )  # fmt: skip
         return out
 
+    def pack_latent(self, weights: LatentWeights) -> LatentWeights:
+        """Lay out what `latent_attention` has beside the linears."""
+        return replace(weights, up=pack_up(weights.up, self.dtype))
+
+    def latent_attention(
+        self, queries: Tensor, joint: Tensor, angles: Tensor, keys: Blocks, latents: Blocks,
+        weights: LatentWeights, shape: LatentShape,
+    ) -> Tensor:  # fmt: skip
+        """Turn queries and keys, write keys and normed latents into the cache, attend."""
+        sizes = sizes_of(shape) | {"codes": _CODES.index(self.codes)}
+        rank, heads = sizes["padded_rank"], shape.heads
+        cache = _cache_arguments(keys, latents, "latents", "latent_scales")
+        absorbed = self._buffer("queries", heads * (rank + sizes["padded_rope"]), self.dtype)
+        attended = self._buffer("attended latents", heads * rank, torch.float32)
+        out = self._buffer("attended", heads * shape.value_dim, self.dtype)
+        if self._parts is None:
+            self._parts = torch.zeros(MOST_PARTS, heads * (rank + 2))
+        self._add(
+            "LatentWrite", **sizes, queries_width=queries.shape[1], joint_width=joint.shape[1],
+            eps=weights.eps, softmax_scale=shape.scale, key_fixed=_fixed(keys),
+            latent_fixed=_fixed(latents), angles=angles, queries=queries, joint=joint,
+            gain=weights.gain.float().contiguous(), up=weights.up.keys, absorbed=absorbed, **cache,
+        )  # fmt: skip
+        self._add(
+            "LatentAttention", **sizes, absorbed=absorbed, **cache, parts=self._parts,
+            attended=attended,
+        )  # fmt: skip
+        self._add(
+            "LatentValues", heads=heads, rank=shape.rank, padded_rank=rank, value=shape.value_dim,
+            up=weights.up.values, attended=attended, out=out,
+        )  # fmt: skip
+        return out
+
     def take_rows(self, hidden: Tensor, delta: Tensor) -> Tensor:
         """The residual stream of the tokens whose logits are wanted; later operations see these."""
         self._over_rows = True
@@ -243,11 +305,22 @@ class Recorder:
         self._add("TakeRows", width=hidden.shape[1], source=hidden, delta=delta, out=out)
         return out
 
-    def new_cache(self, num_blocks: int, kv_heads: int, head_dim: int) -> tuple[Blocks, Blocks]:
-        """Keys and values of one layer, [blocks, ...], not filled; rope/avx512.h has the layout."""
-        size = (num_blocks, kv_heads * _padded(head_dim) * BLOCK_SIZE)
+    def new_cache(
+        self, num_blocks: int, kv_heads: int, key_dim: int, value_dim: int
+    ) -> tuple[Blocks, Blocks]:
+        """Keys and values of one layer, [blocks, ...], not filled.
+
+        rope/avx512.h and latent_attention/avx512.h have the layouts.
+        """
         scales = (num_blocks, kv_heads, BLOCK_SIZE)
-        return new_blocks(size, scales, self.dtype, torch.device("cpu"), self.codes)
+        keys, values = (
+            new_blocks(
+                (num_blocks, kv_heads * _padded(dim) * BLOCK_SIZE), scales, self.dtype,
+                torch.device("cpu"), self.codes,
+            )
+            for dim in (key_dim, value_dim)
+        )  # fmt: skip
+        return keys, values
 
     def run(self, batch: Any) -> Tensor:
         """Carry the recorded operations out on a `Batch`: logits float32 [rows, V]."""
@@ -290,11 +363,11 @@ class Recorder:
         )
 
 
-def _cache_arguments(keys: Blocks, values: Blocks) -> dict[str, Tensor | None]:
-    """The tensors of a layer's cache, by the names of the arguments."""
+def _cache_arguments(keys: Blocks, values: Blocks, *names: str) -> dict[str, Tensor | None]:
+    """The tensors of a layer's cache, by the names of the arguments; `names` are the values'."""
     arguments: dict[str, Tensor | None] = {}
-    for names, blocks in (("keys", "key_scales"), keys), (("values", "value_scales"), values):
-        arguments |= dict.fromkeys(names) | dict(zip(names, tensors_of(blocks), strict=False))
+    for called, blocks in (("keys", "key_scales"), keys), (names, values):
+        arguments |= dict.fromkeys(called) | dict(zip(called, tensors_of(blocks), strict=False))
     return arguments
 
 

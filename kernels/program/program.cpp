@@ -8,6 +8,7 @@
 
 #include <memory>
 
+#include "../latent_attention/avx512.h"
 #include "../lowbit_matmul/avx512.h"
 #include "../paged_attention/avx512.h"
 #include "../rms_norm/avx512.h"
@@ -37,7 +38,7 @@ struct Program {
     in_float ? add<Op<float>>(arguments) : add<Op<bf16>>(arguments);
   }
 
-  // Of an operation on the cache, whose arguments begin with the shape of its heads.
+  // Of an operation on the cache, whose arguments begin with the kind of its codes.
   template <template <class, class> class Op>
   void add_cached(bool in_float, const void* arguments) {
     in_float ? add_coded<Op, float>(arguments) : add_coded<Op, bf16>(arguments);
@@ -45,7 +46,7 @@ struct Program {
 
   template <template <class, class> class Op, class T>
   void add_coded(const void* arguments) {
-    switch (static_cast<const HeadShape*>(arguments)->codes) {
+    switch (*static_cast<const int32_t*>(arguments)) {
       case 0: return add<Op<T, T>>(arguments);
       case 1: return add<Op<T, int8_t>>(arguments);
       case 2: return add<Op<T, e4m3>>(arguments);
@@ -73,6 +74,9 @@ void program_add(void* program, int operation, int in_float, const void* argumen
     case 5: return to.add_cached<PagedAttention>(in_float, arguments);
     case 6: return to.add<TakeRows>(arguments);
     case 7: return to.add<RoundingLinear>(arguments);
+    case 8: return to.add_cached<LatentWrite>(in_float, arguments);
+    case 9: return to.add_cached<LatentAttention>(in_float, arguments);
+    case 10: return to.add<LatentValues>(in_float, arguments);
   }
 }
 

@@ -22,7 +22,8 @@ inline float inverse_rms(const float* x, int width, float eps) {
 
 template <class T>
 struct RmsNormArguments {
-  int32_t width, over_rows;  // over_rows: rows are batch.rows, the tokens whose logits are wanted
+  int32_t width, stride;  // of a row of the residual: numbers that are normed, and all
+  int32_t over_rows;      // rows are batch.rows, the tokens whose logits are wanted
   float eps;
   const float *delta, *gain;  // delta may be null
   float* residual;
@@ -38,7 +39,7 @@ struct RmsNorm : Operation, RmsNormArguments<T> {
   void run(const Batch& batch, Worker worker, int) override {
     int m = int(this->over_rows ? batch.rows_count : batch.tokens_count);
     for (int row = worker.begin(m); row < worker.end(m); row++) {
-      float* x = this->residual + int64_t(row) * width;
+      float* x = this->residual + int64_t(row) * this->stride;
       if (delta) add(x, delta + int64_t(row) * width);
       __m512 factor = _mm512_set1_ps(inverse_rms(x, width, eps));
       for (int i = 0; i < width; i += LANES) {

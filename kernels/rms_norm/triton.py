@@ -21,12 +21,13 @@ from compress.kernels.entry import Entry
 
 @triton.jit
 def _rms_norm(
-    x, residual, weight, total, out, width, eps, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, residual, weight, total, out, width, stride, eps, RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * width
     column = tl.arange(0, BLOCK)
     inside = column < width
-    h = tl.load(x + row + column, mask=inside, other=0.0)
+    h = tl.load(x + tl.program_id(0).to(tl.int64) * stride + column, mask=inside, other=0.0)
     gain = tl.load(weight + column, mask=inside, other=0.0)
     if RESIDUAL:
         added = tl.load(residual + row + column, mask=inside, other=0.0)
@@ -41,13 +42,17 @@ def _rms_norm(
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See reference.py; tensors are contiguous, D is up to 65536; models' gains are float32."""
+    """See reference.py; D is up to 65536; models' gains are float32.
+
+    Tensors are contiguous, but for an x of two dimensions, whose rows alone are.
+    """
     width = x.shape[-1]
-    out = torch.empty_like(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(x)
     block, num_warps = choose(width)
+    stride = x.stride(0) if x.dim() == 2 else width
     _rms_norm[(x.numel() // width,)](
-        x, residual, weight, total, out, width, eps,
+        x, residual, weight, total, out, width, stride, eps,
         RESIDUAL=residual is not None, BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
     return total, out
@@ -77,10 +82,10 @@ def entries(capability: int) -> list[Entry]:
                         f"rms_norm {block}{' residual' if with_residual else ''} {kind}",
                         _rms_norm,
                         dict.fromkeys(pointers, f"*{kind}")
-                        | {"weight": "*fp32", "width": "i32", "eps": "fp32"},
+                        | {"weight": "*fp32", "width": "i32", "stride": "i32", "eps": "fp32"},
                         constants,
                         num_warps,
-                        aligned=frozenset([*pointers, "width"]),
+                        aligned=frozenset([*pointers, "width", "stride"]),
                     )
                 )
     return found

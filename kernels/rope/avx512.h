@@ -20,8 +20,8 @@ constexpr int BLOCK = 16;     // tokens of a cache block
 constexpr int WIDEST = 512;  // dimensions of a head
 
 struct HeadShape {
-  int32_t heads, kv_heads, head_dim, padded_dim;
   int32_t codes;  // of keys and values: 0 none, 1 int8, 2 fp8
+  int32_t heads, kv_heads, head_dim, padded_dim;
   int32_t group;  // of layers, whose slots and block tables these are
 };
 

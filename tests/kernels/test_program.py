@@ -221,7 +221,7 @@ def attention_program(dtype, sizes, window, gains, blocks):
     heads, kv_heads, head_dim = sizes
     program = recorder(dtype)
     qkv = torch.randn(256, (heads + 2 * kv_heads) * head_dim)
-    keys, values = program.new_cache(blocks, kv_heads, head_dim)
+    keys, values = program.new_cache(blocks, kv_heads, head_dim, head_dim)
     keys.fill_(math.nan)  # as another request may have left them
     values.fill_(math.nan)
     inv_freq = 1.0 / 10000 ** (torch.arange(0, head_dim, 2) / head_dim)

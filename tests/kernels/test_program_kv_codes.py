@@ -29,7 +29,7 @@ def attention_program(dtype, sizes, window, blocks, codes, fixed=None):
     heads, kv_heads, head_dim = sizes
     program = Recorder(dtype, 256, 256, codes)
     qkv = torch.randn(256, (heads + 2 * kv_heads) * head_dim)
-    cache = program.new_cache(blocks, kv_heads, head_dim)
+    cache = program.new_cache(blocks, kv_heads, head_dim, head_dim)
     for part in cache:
         part.codes.view(torch.uint8).random_(0, 256)
         part.scales.fill_(math.nan)

@@ -54,7 +54,7 @@ def load(folder: Any, dtype: str, kv_cache_dtype: str = "auto") -> Decoder:
 
 
 @pytest.mark.parametrize("operations", ["program", "torch"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "deepseek_v3", "youtu"])
 def test_greedy_text_is_that_of_transformers(family, operations, model_folder, monkeypatch):
     """In float32 two ways of summing differ by 1e-6; no two logits here are as close as that."""
     if operations == "torch":
@@ -73,11 +73,16 @@ def test_greedy_text_is_that_of_transformers(family, operations, model_folder, m
         assert answer == expected
 
 
-@pytest.fixture(params=["float32", "bfloat16", "4 bits", "8 bits", "int8 cache", "fp8 cache"])
+KINDS = ["float32", "bfloat16", "4 bits", "8 bits", "int8 cache", "fp8 cache"]
+LATENTS = ["youtu", "int8 cache, youtu", "4 bits, deepseek_v3"]
+
+
+@pytest.fixture(params=[*KINDS, *LATENTS])
 def decoder(request, model_folder, tmp_path):
     if reason := reason_against():
         pytest.skip(f"not promised: {reason}")
-    folder = model_folder("llama", torch.bfloat16)
+    family = request.param.split()[-1] if request.param in LATENTS else "llama"
+    folder = model_folder(family, torch.bfloat16)
     if "bits" in request.param:
         stage = {"method": "rtn", "group_size": 16, "bits": int(request.param[0])}
         recipe = {"model": str(folder), "out": str(tmp_path / "out"), "stages": [stage]}

@@ -81,9 +81,10 @@ def quantized(model_folder, tmp_path):
     return make
 
 
-def test_greedy_text_of_a_quantized_model_is_that_of_transformers(quantized):
+@pytest.mark.parametrize("family", ["qwen3", "youtu"])
+def test_greedy_text_of_a_quantized_model_is_that_of_transformers(family, quantized):
     """In float32 two ways of summing differ by 1e-6; no two logits here are as close as that."""
-    folder = quantized("qwen3")
+    folder = quantized(family)
     asked = prompts(3)
     found, _ = answers(load(folder), asked, GREEDY)
     model = load_model(folder, "float32", torch.device("cpu"))
@@ -138,9 +139,10 @@ def test_captured_steps_give_what_single_launches_give(quantized, monkeypatch):
     assert counts.steps == same.steps
 
 
-def test_padding_touches_no_cache(model_folder):
+@pytest.mark.parametrize("family", ["llama", "youtu"])
+def test_padding_touches_no_cache(family, model_folder):
     """Three first tokens in a step of four, on a cache of NaN: nothing else is read or written."""
-    decoder = load(model_folder("llama"))
+    decoder = load(model_folder(family))
     decoder.allocate(8)
     decoder.capture(4)
     for keys, values in decoder._cache:
@@ -173,11 +175,12 @@ def written(decoder):
     return found[0]
 
 
-def test_drafts_of_several_lengths_in_one_captured_step(model_folder):
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_drafts_of_several_lengths_in_one_captured_step(family, model_folder):
     """Three, one and two tokens in a step of four sequences and eight tokens, the first and the
     last without a draw, as when a draft model catches up: draws are in their order, and of what
     was not written before, nothing is read."""
-    decoder = load(model_folder("llama"))
+    decoder = load(model_folder(family))
     decoder.allocate(8)
     decoder.capture(4, 2)
     for keys, values in decoder._cache:
@@ -269,9 +272,13 @@ def test_layers_of_two_windows_have_their_own_blocks(blocks, model_folder):
     assert bool(counts.preemptions) == (blocks == 9)
 
 
-def test_what_is_launched_was_compiled_ahead_of_time(quantized, model_folder):
+@pytest.mark.parametrize(
+    ("family", "kernels"),
+    [("qwen3", {"_attend", "_rope_and_write"}), ("youtu", {"_attend_latents", "_latent_write"})],
+)
+def test_what_is_launched_was_compiled_ahead_of_time(family, kernels, quantized, model_folder):
     """Types of the arguments of every launch, in float16 with float16 scales, as entries have."""
-    folder = quantized("qwen3", folder=model_folder("qwen3", torch.float16))
+    folder = quantized(family, folder=model_folder(family, torch.float16))
     source = ModelSource(str(folder), folder)
     decoder = load_decoder(source, DEVICE, "float16", most_tokens=48)
     compiled: dict[str, list[dict[str, str]]] = {}
@@ -297,14 +304,7 @@ def test_what_is_launched_was_compiled_ahead_of_time(quantized, model_folder):
     finally:
         for entry in all_entries(90):
             entry.kernel.pre_run_hooks.clear()
-    assert launched.keys() >= {
-        "_embed",
-        "product",
-        "_attend",
-        "_rope_and_write",
-        "_rms_norm",
-        "_draw",
-    }
+    assert launched.keys() >= {"_embed", "product", "_rms_norm", "_draw", *kernels}
     for name, every in launched.items():
         for types in every:
             assert types in compiled[name], f"{name}: launched with {types}"

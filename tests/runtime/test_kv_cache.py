@@ -80,7 +80,7 @@ def test_bytes_of_a_block(kind, way, compute, model_folder):
     assert plain.bytes_per_block == len(decoder.windows) * 2 * 16 * shape.kv_heads * dims * 4
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "youtu"])
 @pytest.mark.parametrize("kind", list(CODES))
 def test_all_ways_give_the_same_logits(kind, family, compute, model_folder):
     """In float32 ways differ by the order of sums, and where that puts a number on the other side
@@ -111,11 +111,14 @@ def test_copying_blocks_copies_scales(way, compute, model_folder):
         assert [tensor[block].float().mean() for block in range(4)] == [2, 3, 2, 3]
 
 
-@pytest.mark.parametrize("draft", ["ngram", "self"])
-def test_drafts_change_nothing(draft, compute, model_folder):
+@pytest.mark.parametrize(
+    ("draft", "family"),
+    [("ngram", "qwen3"), ("self", "qwen3"), ("ngram", "youtu"), ("self", "youtu")],
+)
+def test_drafts_change_nothing(draft, family, compute, model_folder):
     """On the program, whose rows have the same bits alone and beside proposed tokens."""
     compute("program")
-    folder = str(model_folder("qwen3", layers=6))
+    folder = str(model_folder(family, layers=6))
     settings = {"kv_cache_dtype": "int8", "kv_cache_memory": "2MiB", "max_sequences": 4}
     prompts = [TOKENS[:30].tolist() * 2, TOKENS[30:50].tolist()]
     several = SamplingParams(max_tokens=12, seed=3, n=3, ignore_eos=True)
@@ -144,9 +147,10 @@ def test_a_draft_models_cache_is_in_8_bits_too(compute, model_folder):
     assert sizes["int8"] < sizes["auto"] / 3
 
 
-def test_the_gpus_steps_give_the_tokens_of_plain_operations(compute, model_folder):
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_the_gpus_steps_give_the_tokens_of_plain_operations(family, compute, model_folder):
     """Prefill, decode and verified drafts of the Triton kernels, in the interpreter."""
-    folder = str(model_folder("llama"))
+    folder = str(model_folder(family))
     found = {}
     for way in ("torch", "triton"):
         compute(way)

@@ -19,6 +19,7 @@ from compress.runtime.batch import Batch
 from compress.runtime.loading import make_decoder
 from compress.runtime.weights import load_weights
 
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "cwm", "deepseek_v3", "youtu"]
 BLOCK, BLOCKS = 16, 8
 TOKENS = torch.randint(3, 120, (100,), generator=torch.Generator().manual_seed(3))
 CHUNKS = (37, 40, 20, 1, 1, 1)  # contexts over many blocks, prefill in pieces, then decode
@@ -34,6 +35,14 @@ YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
     "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [0.3, 1.7, 40.0, 2.0],
+    "long_factor": [0.3, 1.7, 40.0, 2.0],
+    "attention_factor": 1.0,
     "original_max_position_embeddings": 32,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
@@ -85,6 +94,11 @@ def assert_same_logits(folder, model=None):
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
 
 
+def turned(dims):
+    """Attention on latents with so many turned dimensions, which config.json says twice."""
+    return {"qk_rope_head_dim": dims, "head_dim": dims}
+
+
 @pytest.fixture
 def variant(model_folder, tmp_path):
     """A function that saves a tiny model of a family with some settings changed."""
@@ -96,6 +110,8 @@ def variant(model_folder, tmp_path):
         model = AutoModelForCausalLM.from_config(type(old)(**kept | changes))
         for parameter in model.parameters():
             parameter.data += torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.1)
+        with torch.no_grad():  # transformers makes this row zero whenever it loads a Youtu
+            model.get_input_embeddings().weight[old.pad_token_id] = 0
         folder = tmp_path / "variant"
         model.save_pretrained(folder)
         return folder
@@ -104,7 +120,7 @@ def variant(model_folder, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "cwm"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_plain_folders(family, dtype, model_folder):
     assert_same_logits(model_folder(family, dtype))
 
@@ -127,6 +143,16 @@ def test_plain_folders(family, dtype, model_folder):
         ("llama", {"num_key_value_heads": 6}),
         ("mistral", {"num_key_value_heads": 1, "head_dim": 24}),
         ("llama", {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 4}),
+        ("llama", {"rope_parameters": LONGROPE}),
+        ("deepseek_v3", {"rope_interleave": False, "tie_word_embeddings": True}),
+        ("deepseek_v3", {"rope_interleave": False, "rope_parameters": LONGROPE}),
+        ("deepseek_v3", {"q_lora_rank": 24, "attention_bias": True}),
+        ("deepseek_v3", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}}),
+        ("deepseek_v3", {"rope_parameters": LLAMA3, "attention_bias": True}),
+        ("deepseek_v3", {"kv_lora_rank": 128, "v_head_dim": 64, **turned(32)}),
+        ("deepseek_v3", {"kv_lora_rank": 5, "qk_nope_head_dim": 7, "v_head_dim": 7}),
+        ("youtu", {"q_lora_rank": None, "rope_interleave": False, "rope_parameters": LINEAR}),
+        ("youtu", {"num_attention_heads": 1, "num_key_value_heads": 1, **turned(2)}),
     ],
 )
 def test_switches(family, changes, variant):
@@ -142,7 +168,7 @@ def test_windows_are_felt(variant):
     assert (plain - windowed)[21:].abs().max() > 0.1
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16(family, model_folder):
     """bfloat16 rounds activations, whatever the order of sums.  transformers' own bfloat16 is that
     far from its float32; ours may be no further (times 1.5, since these are single maxima)."""
