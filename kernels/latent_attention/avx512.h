@@ -263,8 +263,10 @@ struct LatentAttention : Operation, LatentAttentionArguments<T, C> {
     own.clear(run.rows());
     int end = std::min(run.position + run.tokens, (p + 1) * PART);
     for (int begin = p * PART; begin < end; begin += Strip::TOKENS) {
-      if (begin + Strip::TOKENS <= run.position + 1) {  // all tokens see all of it
-        lay_out(run, begin, begin + Strip::TOKENS, own.strip);
+      int next = begin + Strip::TOKENS;
+      prefetch(run, next, std::min(next + Strip::TOKENS, run.position + run.tokens));
+      if (next <= run.position + 1) {  // all tokens see all of it
+        lay_out(run, begin, next, own.strip);
         attend(run, 0, run.rows(), Strip::TOKENS, own);
         continue;
       }
@@ -293,12 +295,12 @@ struct LatentAttention : Operation, LatentAttentionArguments<T, C> {
     }
   }
 
-  // Rows [from, to), all of which see the first `seen` positions of the strip.
+  // Rows [from, to), all of which see the first `seen` positions of the strip; in groups of about one
+  // size, since what bounds a few rows is how long each product waits for the one before it.
   void attend(const Run& run, int from, int to, int seen, LatentMemory<T>& own) const {
-    constexpr int AT_ONCE = 6;
-    for (int row = from; row < to; row += AT_ONCE) {
-      int count = std::min(AT_ONCE, to - row);
-      switch (count) {
+    int at_once = even_groups(to - from, 6);
+    for (int row = from; row < to; row += at_once) {
+      switch (std::min(at_once, to - row)) {
         case 6: weigh<6>(run, row, seen, own); break;
         case 5: weigh<5>(run, row, seen, own); break;
         case 4: weigh<4>(run, row, seen, own); break;
@@ -308,12 +310,31 @@ struct LatentAttention : Operation, LatentAttentionArguments<T, C> {
       }
     }
     int steps = (seen + BESIDE - 1) / BESIDE;
-    for (int row = from; row < to; row += 4) switch (std::min(4, to - row)) {
+    at_once = even_groups(to - from, 4);
+    for (int row = from; row < to; row += at_once) {
+      switch (std::min(at_once, to - row)) {
         case 4: own.template add_values<4>(row, steps); break;
         case 3: own.template add_values<3>(row, steps); break;
         case 2: own.template add_values<2>(row, steps); break;
         default: own.template add_values<1>(row, steps);
       }
+    }
+  }
+
+  static int even_groups(int rows, int most) {
+    int groups = (rows + most - 1) / most;
+    return (rows + groups - 1) / groups;
+  }
+
+  // Blocks lie anywhere, which the hardware cannot foresee.
+  void prefetch(const Run& run, int begin, int end) const {
+    for (int position = begin; position < end; position += BLOCK) {
+      int64_t row = int64_t(run.table[position / BLOCK]) * BLOCK;
+      for (int i = 0; i < BLOCK * shape.padded_rank; i += 64 / int(sizeof(C)))
+        _mm_prefetch(latents + row * shape.padded_rank + i, _MM_HINT_T0);
+      for (int i = 0; i < BLOCK * shape.padded_rope; i += 64 / int(sizeof(C)))
+        _mm_prefetch(this->keys + row * shape.padded_rope + i, _MM_HINT_T0);
+    }
   }
 
   // The weights of rows from `row` on, and the sum below the line of those as they are rounded.

@@ -74,12 +74,19 @@ struct LatentStrip {
   void put(const C* from, int count, int width, int b, int at, bool latents) {
     for (int d = 0; d < width; d += LANES * BESIDE) {
       __m512i row[BLOCK];
-      for (int t = 0; t < BLOCK; t++)
-        row[t] = t < count ? numbers_of<T>(from + t * width + d, width - d) : _mm512_setzero_si512();
+      if (count == BLOCK)
+        for (int t = 0; t < BLOCK; t++) row[t] = numbers_of<T>(from + t * width + d, width - d);
+      else
+        for (int t = 0; t < BLOCK; t++)
+          row[t] = t < count ? numbers_of<T>(from + t * width + d, width - d)
+                             : _mm512_setzero_si512();
       if (latents) put_values(row, b, d, width - d);
       transpose(row);
       __m512i* to = &keys[b * words + (at + d) / BESIDE];
-      for (int i = 0; i < std::min(LANES, (width - d) / BESIDE); i++) to[i] = row[i];
+      if (width - d >= LANES * BESIDE)
+        for (int i = 0; i < LANES; i++) to[i] = row[i];
+      else
+        for (int i = 0; i < (width - d) / BESIDE; i++) to[i] = row[i];
     }
   }
 

@@ -344,7 +344,7 @@ def attend_latents(
     splits: int,
     workspace: Workspace,
 ) -> Tensor:
-    """The weighted sums of latents [T, N, R] for queries absorbed [T, N, R] and turned [T, N, d]."""
+    """Weighted sums of latents [T, N, R], for queries absorbed [T, N, R] and turned [T, N, d]."""
     heads, rank = absorbed.shape[1:]
     (k_cache, k_scales), (c_cache, c_scales) = parts_of(keys), parts_of(latents)
     codes = latents.kind if isinstance(latents, QuantizedBlocks) else None
