@@ -27,7 +27,7 @@ from compress.runtime.sampling_params import SamplingParams
 from gpu.place import ROOT, Place
 from gpu.stages import Skip
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "deepseek_v3", "youtu")
 # bits and settings of `compress quantize`; None is the plain checkpoint
 GRIDS: tuple[dict[str, Any] | None, ...] = (
     None,
