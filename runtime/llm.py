@@ -99,12 +99,10 @@ class LLM:
             speculator = making.make_speculator(
                 choice, decoder, weights.head, place, dtype, most, kv_cache_dtype
             )
-        drafting = speculator.proposer.bytes_per_block if speculator else 0
         memory = cache_memory(place) if kv_cache_memory is None else parse_size(kv_cache_memory)
-        num_blocks = min(
-            memory // (decoder.bytes_per_block + drafting),
-            max_sequences * decoder.layout.blocks_for(decoder.max_context, max_tokens_per_step),
-        )
+        size = decoder.bytes_per_block + (speculator.proposer.bytes_per_block if speculator else 0)
+        longest = decoder.layout.blocks_for(decoder.max_context, max_tokens_per_step)
+        num_blocks = min(memory // size, max_sequences * longest)
         engine = Engine(
             decoder,
             num_blocks,

@@ -9,6 +9,7 @@ import torch
 from compress.kernels.program.build import reason_against
 from compress.loading import load_model
 from compress.runtime.engine import Engine
+from compress.runtime.llm import LLM
 from compress.runtime.sampling_params import SamplingParams
 from compress.runtime.speculation.draft_model import SelfDraft
 from compress.runtime.speculation.lengths import FixedLength
@@ -142,3 +143,29 @@ def test_a_window_that_no_context_outgrows_is_none(model_folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 128}))
     assert load(folder, "float32").layout.windows == (None,)
+
+
+def test_a_draft_model_of_its_own_keeps_all_blocks(operations, model_folder):
+    """Its cache has the model's block numbers, and it may have fallen behind any window."""
+    folder = str(model_folder("cwm", layers=5))
+    settings = {"dtype": "float32", "kv_cache_memory": "1MiB", "device": "cpu"}
+    asked = [prompt[:60] for prompt in prompts(3, seed=5)]
+    texts = []
+    for draft in (None, str(model_folder("llama"))):
+        tokens = 3 if draft else "auto"
+        with LLM(folder, draft=draft, num_speculative_tokens=tokens, **settings) as llm:
+            assert llm.engine.pool.layout.windows == ((None,) if draft else (None, *[WINDOW] * 4))
+            texts.append([output.outputs[0].token_ids for output in llm.generate(asked, GREEDY)])
+            llm.engine.check()
+    assert texts[0] == texts[1]
+
+
+def test_the_cache_is_described_by_kind(model_folder, monkeypatch):
+    """Two KV heads of 8 dimensions in float32: 128 bytes a token and layer."""
+    monkeypatch.setenv("COMPRESS_CPU_KERNELS", "torch")  # the program pads heads to 16
+    with LLM(str(model_folder("cwm", layers=5)), dtype="float32", kv_cache_memory="64KiB") as llm:
+        assert llm.cache_description == (
+            "Keys and values take 128 bytes a token of the whole text and 512 bytes a token in "
+            "windows of 21; room for 1.6 sequences of 128 tokens"
+        )
+        assert llm.statistics().cache_bytes_in_use == 0
