@@ -4,5 +4,6 @@ from collections.abc import Mapping
 
 from compress.prune.conversion_stage import ConversionConfig
 from compress.prune.gqa import GqaConfig
+from compress.prune.mla import MlaConfig
 
-CONVERSIONS: Mapping[str, type[ConversionConfig]] = {"gqa": GqaConfig}
+CONVERSIONS: Mapping[str, type[ConversionConfig]] = {"gqa": GqaConfig, "mla": MlaConfig}
