@@ -31,6 +31,7 @@ from compress.prune.latent import (
     unturned,
     weight_moments,
 )
+from compress.prune.mla_preflight import check, check_class
 from compress.prune.mla_sums import latent_moments, projections
 from compress.prune.mla_weights import Converted, Rope, Sizes, config_json, is_biased, tensors
 from compress.prune.sums import Sums
@@ -57,15 +58,29 @@ class MlaConfig(ConversionConfig):
     refit: bool = True
     refit_samples: int = Field(default=128, ge=1, le=1 << 20)
     damping: float = Field(default=0.01, gt=0, le=1)
-    balance: float = 1.0
-    nope: str = "fitted"
 
     def plan(self, original: Original) -> "MlaStage":
         """The stage for a model; InputError where it has no such form."""
-        from compress.prune.mla_preflight import check
-
-        pairs, rope = check(self, original)
+        pairs, rope = check(self.sizes(original), original)
+        check_class(original, lambda tiny: MlaStage(lossless(tiny, rope), tiny, pairs, rope))
         return MlaStage(self, original, pairs, rope)
+
+    def sizes(self, original: Original) -> Sizes:
+        """Of the attention that comes out."""
+        return Sizes(self.kv_rank, self.rope_dim, self.q_rank, original.shape.head_dim)
+
+
+def lossless(original: Original, rope: Rope) -> MlaConfig:
+    """The settings with which a model is converted without loss, and keeps as much."""
+    shape = original.shape
+    turned = 2 * len(rope.frequencies) * shape.kv_heads
+    return MlaConfig(
+        kv_rank=2 * shape.kv_heads * shape.head_dim - turned,
+        rope_dim=turned,
+        q_rank=shape.heads * shape.head_dim if is_biased(original) else None,
+        basis="weights",
+        refit=False,
+    )
 
 
 COLUMNS = {
@@ -76,8 +91,8 @@ COLUMNS = {
     "error": "refitted",
 }
 LEGEND = (
-    "Rotation kept: of what the logits would lose without RoPE, the share that the kept components "
-    "stand for. Lost: what the latent does not hold of the other keys and of the values, as a share "
+    "Rotation kept: of what the logits would lose without RoPE, the share of the components that "
+    "keep it. Lost: what the latent does not hold of the other keys and of the values, as a share "
     "of their energy in the attention's output. Error: the mean squared change of that output on "
     "the calibration text, over its mean square."
 )
@@ -114,7 +129,7 @@ class MlaStage:
         self.config, self.original = config, original
         self.shape, self.parts = original.shape, original.parts
         self.pairs, self.rope, self.biased = pairs, rope, is_biased(original)
-        self.sizes = Sizes(config.kv_rank, config.rope_dim, config.q_rank, self.shape.head_dim)
+        self.sizes = config.sizes(original)
         self.stock: Sequence[nn.Module] = ()
 
     @property
@@ -171,14 +186,6 @@ class MlaStage:
         weights = self._weights(block.module)
         if self.observes:
             moments = latent_moments(block.observed[0].sums, weights, self.rope.scale)
-            if self.config.nope == "identity":
-                c = block.observed[0].sums["turning"] / block.observed[0].sums["looked"]
-                loss = c[..., 0, 0] - 2 * c[..., 0, 1] + c[..., 1, 1]
-                moments = replace(
-                    moments,
-                    constant=torch.ones_like(moments.constant),
-                    loss=loss * self.rope.scale**2,
-                )
         else:
             moments = weight_moments(weights, self.pairs)
         return {"moments": vars(moments), "found": vars(concentrate(moments))}
@@ -246,7 +253,7 @@ class MlaStage:
         """The attention's tensors, and the shares of keys and values that are lost."""
         moments, found = LatentMoments(**plan["moments"]), Concentrated(**plan["found"])
         rest = unturned(found, plan["kept"])
-        made = latent(moments, rest, self.pairs, self.config.kv_rank, self.config.balance)
+        made = latent(moments, rest, self.pairs, self.config.kv_rank)
         kept = plan["kept"]
         slots = torch.tensor(_slots(kept))
         numbers = torch.cat([torch.arange(count) for count in kept])

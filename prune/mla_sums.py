@@ -61,12 +61,7 @@ def _without_rotation(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def projections(
-    block: nn.Module,
-    parts: Parts,
-    head_dim: int,
-    pairs: Pairs,
-    rope: Rope,
-    all_queries: bool,
+    block: nn.Module, parts: Parts, head_dim: int, pairs: Pairs, rope: Rope, all_queries: bool
 ) -> Iterator[list[Sums]]:
     """Sum over tokens what `latent_moments` asks for.
 
@@ -135,10 +130,7 @@ def _add(
     joint = torch.cat([centred, values], 1)
     seen.add("joint", joint.T @ joint)
 
-    def as_pairs(heads: Tensor) -> Tensor:
-        return torch.complex(heads[..., pairs.real], heads[..., pairs.imaginary])
-
-    queries, keys = as_pairs(q), as_pairs(k)
+    queries, keys = _as_pairs(q, pairs), _as_pairs(k, pairs)
     turned = keys * phase[:, :, None]
     moved = turned - turned.mean(1, keepdim=True)
     product = torch.einsum("bsjp,bslp->pjl", moved, moved.conj())
@@ -152,6 +144,10 @@ def _add(
     ]
     seen.add("turning", torch.stack(turning).sum(0))
     seen.add("looked", torch.tensor(len(q) * len(at), device=q.device))
+
+
+def _as_pairs(heads: Tensor, pairs: Pairs) -> Tensor:
+    return torch.complex(heads[..., pairs.real], heads[..., pairs.imaginary])
 
 
 def _turning(
@@ -179,15 +175,20 @@ def _turning(
         mean = (weight @ both.flatten(1)).view(group, queries, pairs, 20)
         first, second = mean[..., :4], mean[..., 4:].unflatten(-1, (4, 4))
         spread = second - first[..., :, None] * first[..., None, :]  # [g, T, P, 4, 4]
-        a, b = turned_q[:, own].transpose(0, 1), q[:, own].transpose(0, 1)
-        none = torch.zeros_like(a.real)
-        onto = torch.stack(
-            [
-                torch.stack([a.real, a.imag, none, none], -1),
-                torch.stack([none, none, b.real, b.imag], -1),
-                torch.stack([none, none, -b.imag, b.real], -1),
-            ],
-            -2,
-        )  # [g, T, P, 3, 4]
+        onto = _maps(turned_q[:, own].transpose(0, 1), q[:, own].transpose(0, 1))
         found.append((onto @ spread @ onto.mT).sum(1))
     return torch.cat(found)
+
+
+def _maps(a: Tensor, b: Tensor) -> Tensor:
+    """A, B and C from a key after and before RoPE, as four real numbers: [g, T, P, 3, 4].
+
+    a, b  queries after and before RoPE, complex [g, T, P]
+    """
+    none = torch.zeros_like(a.real)
+    rows = (
+        torch.stack([a.real, a.imag, none, none], -1),
+        torch.stack([none, none, b.real, b.imag], -1),
+        torch.stack([none, none, -b.imag, b.real], -1),
+    )
+    return torch.stack(rows, -2)

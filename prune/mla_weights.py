@@ -1,10 +1,10 @@
 """The class that multi-head latent attention is saved as: DeepseekV3ForCausalLM, dense.
 
-    kv_a_proj_with_mqa [R + d, D]      latent rows, then the shared key's, d / 2 real parts first
-    kv_a_layernorm     [R]             RMSNorm, epsilon 1e-6 whatever config.json says
-    kv_b_proj          [N (H + H), R]  for each head H rows of its key without RoPE, then of its value
-    q_proj             [N (H + d), D]  for each head the same H channels, then the d with RoPE
-    q_a_proj, q_a_layernorm, q_b_proj  in the place of q_proj with a rank of queries
+    kv_a_proj_with_mqa [R + d, D]     latent rows, then the shared key's, real parts first
+    kv_a_layernorm     [R]            RMSNorm, epsilon 1e-6 whatever config.json says
+    kv_b_proj          [N (H + H), R] for each head H rows of its key without RoPE, then its value
+    q_proj             [N (H + d), D] for each head the same H channels, then the d with RoPE
+    q_a_proj, q_a_layernorm, q_b_proj in the place of q_proj with a rank of queries
     o_proj             [D, N H]
 
 The norm of a latent is taken off by making it small: rows times 1e-3 / 2^14 leave a mean square
