@@ -260,3 +260,16 @@ def test_a_window_is_refused(model_folder, stage_values, tmp_path):
     given = stage_values(folder=folder, to="mla", kv_rank=8, rope_dim=4)
     with pytest.raises(InputError, match="with the same weights it gives other logits"):
         convert(given)
+
+
+def test_scales_of_latents_are_not_stored_as_zero(stage_values, tmp_path, text_file):
+    """A format with float16 scales is refused, unless the latents stay in float."""
+    convert(stage_values(to="mla", kv_rank=16, rope_dim=16, refit=False))
+    command = ["quantize", str(tmp_path / "out"), "--method", "rtn", "--group-size", "16"]
+    command += ["--format", "gptq", "--out", str(tmp_path / "gptq")]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 2
+    assert "too coarse for model.layers.0.self_attn.kv_a_proj_with_mqa" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    done = CliRunner().invoke(main, [*command, "--ignore", "kv_a_proj_with_mqa"])
+    assert done.exit_code == 0, done.output
