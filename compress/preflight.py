@@ -35,6 +35,10 @@ LOGIT_BYTES = 1 << 30  # what the losses hold of logits at once, about
 INTERPRETER_BYTES = 500_000_000  # Python, PyTorch and transformers, imported
 
 
+# Of multi-head latent attention: linears that give latents, and other rows beside them.
+LATENTS = ("kv_a_proj_with_mqa", "q_a_proj")
+
+
 @dataclass(frozen=True)
 class Job:
     """A recipe that can be carried out: its model and stage, and what `auto` became here.
@@ -91,6 +95,7 @@ def preflight(recipe: Recipe) -> Job:
         grids, remarks = config.grids({n: m.in_features for n, m in linears.items()})
     if reason := FORMATS[config.format].refusal(grids, shapes):
         raise InputError(f"format {config.format} cannot hold {reason}")
+    _check_latents(recipe, model, grids, dtype)
     stage = stage_of(recipe, grids)
     check_settings(recipe, stage)
     if recipe.kv_cache:
@@ -99,6 +104,26 @@ def preflight(recipe: Recipe) -> Job:
     for remark in remarks:
         say(remark)
     return Job(recipe, model, stage, grids, model.device, dtype, choices)
+
+
+def _check_latents(
+    recipe: Recipe, model: BlockModel, grids: dict[str, Grid], dtype: torch.dtype
+) -> None:
+    """Raise InputError where a format would store the scales of latents as zero: `compress convert
+    --to mla` makes their rows small (prune/mla_weights.py)."""
+    name = recipe.stages[0].format
+    stored = FORMATS[name].scale_dtype(dtype)
+    latents = [n for n in linears_of(model.meta_block(0)) if n.endswith(LATENTS)]
+    for full in (f"{model.block_name(0)}.{leaf}" for leaf in latents):
+        if full not in grids:
+            continue
+        rows = model.reader.load(model.stored_name(f"{full}.weight")).abs().amax(1)
+        if float(rows.float().median()) / 2 ** grids[full].bits < torch.finfo(stored).tiny:
+            raise InputError(
+                f"format {name} keeps scales in {str(stored).removeprefix('torch.')}, too coarse "
+                f"for {full}, whose rows are of {float(rows.float().median()):.0e}; give --format "
+                f"compressed-tensors, or leave it in float: --ignore {full.rpartition('.')[2]}"
+            )
 
 
 def stage_of(recipe: Recipe, grids: dict[str, Grid]) -> Stage:

@@ -324,7 +324,9 @@ def sweep(target: Tensor, codes: _Codes, moment: Tensor) -> None:
         steps = codes.steps[start:stop]
         curvature = (steps * (moment[start:stop, start:stop] @ steps)).sum(dim=0)
         scale = codes.scale[index] - (steps * pull[start:stop]).sum(dim=0) / curvature
-        scale = torch.where(usable(scale), codes.storable(scale), codes.scale[index])
+        scale = torch.where(
+            usable(scale, codes.scale[index]), codes.storable(scale), codes.scale[index]
+        )
         pull[stop:].addmm_(moment[stop:, start:stop], steps * (scale - codes.scale[index]))
         codes.scale[index] = scale
 

@@ -22,6 +22,7 @@ from compress.quant.weight import code_range
 
 AT_ONCE = 1 << 18  # weights; 2.5 times the speed of all of a large matrix at once
 LEAST_ROWS = 64
+LEAST_OF_FALLBACK = 0.1
 REFITS = 2  # least-squares refits of each group's scale; a third changes nothing
 
 
@@ -91,9 +92,11 @@ def fitted_scale(steps: Tensor, weight: Tensor, metric: Tensor, fallback: Tensor
     """argmin over s of (w - s c) M (w - s c)ᵀ for steps c [G, g, R]; `fallback` if unusable."""
     weighted = metric @ steps
     fitted = (weighted * weight).sum(dim=1) / (weighted * steps).sum(dim=1)
-    return torch.where(usable(fitted), fitted, fallback)
+    return torch.where(usable(fitted, fallback), fitted, fallback)
 
 
-def usable(scale: Tensor) -> Tensor:
-    """Where a scale is finite and a normal number in every dtype that scales are stored in."""
-    return torch.isfinite(scale) & (scale.abs() > torch.finfo(torch.float16).tiny)
+def usable(scale: Tensor, fallback: Tensor) -> Tensor:
+    """Where a scale is finite, and a normal number in every dtype that scales are stored in, or
+    not far below the one it would replace (rows of latents are of 1e-9, prune/mla_weights.py)."""
+    floor = (LEAST_OF_FALLBACK * fallback.abs()).clamp_max(torch.finfo(torch.float16).tiny)
+    return torch.isfinite(scale) & (scale.abs() > floor)

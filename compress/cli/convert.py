@@ -16,17 +16,27 @@ from compress.cli.options import (
 
 @click.command("convert")
 @click.argument("model")
-@click.option("--to", required=True, help="gqa: fewer KV heads; windows: sliding windows.")
+@click.option(
+    "--to", required=True, help="gqa: fewer KV heads; mla: latents; windows: sliding windows."
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Output folder.")
-@click.option("--kv-heads", type=int, help="KV heads to make; divides the number there is.")
+@click.option("--kv-heads", type=int, help="gqa: KV heads to make; divides the number there is.")
 @click.option(
     "--merge",
-    help="Of keys and values: pca, the best linear map, or mean.  [default: pca]",
+    help="gqa: of keys and values, pca, the best linear map, or mean.  [default: pca]",
 )
 @click.option(
     "--regroup/--no-regroup",
     default=None,
-    help="Put alike heads together, or neighbours.  [default: regroup]",
+    help="gqa: put alike heads together, or neighbours.  [default: regroup]",
+)
+@click.option("--kv-rank", type=int, help="mla: numbers of a token's latent.")
+@click.option("--rope-dim", type=int, help="mla: channels of the shared key, under RoPE; even.")
+@click.option("--q-rank", type=int, help="mla: numbers that queries are made from.  [default: all]")
+@click.option(
+    "--basis",
+    help="mla: principal components of activations, or plain SVD of weights.  "
+    "[default: activations]",
 )
 @click.option(
     "--refit/--no-refit",
@@ -76,6 +86,7 @@ def convert_command(
       compress convert smollm2 --to gqa --kv-heads 1 --calibration c4.txt --out smollm2-mqa
       compress convert meta-llama/Llama-2-7b-hf --to gqa --kv-heads 8 --out llama2-gqa8
       compress convert smollm2 --to gqa --kv-heads 1 --merge mean --no-refit --out baseline
+      compress convert smollm2 --to mla --kv-rank 96 --rope-dim 64 --out smollm2-mla
       compress convert smollm2 --to windows --window 512 --global-every 5 --out smollm2-windows
 
     A run that was interrupted or killed goes on when the same command is given again.
