@@ -43,15 +43,15 @@ from compress.cli.options import (
     default=None,
     help="Solve for the output projection.  [default: refit]",
 )
-@click.option("--window", type=int, help="Tokens that layers with a window see.")
+@click.option("--window", type=int, help="windows: tokens that a layer with one sees.")
 @click.option(
     "--global-every",
     type=int,
-    help="One layer in so many sees the whole text; 0 for none.  [default: 4]",
+    help="windows: one layer in so many sees the whole text; 0 for none.  [default: 4]",
 )
 @click.option(
     "--global-by",
-    help="Which: place, the last of each so many; mass, those with the most attention beyond the "
+    help="windows: which ones; place, the last of each so many; mass, those with the most attention beyond the "
     "window; error, those whose output loses most.  [default: place]",
 )
 @click.option(
