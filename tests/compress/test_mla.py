@@ -220,7 +220,7 @@ def test_what_is_reported(stage_values, tmp_path, text_file):
     assert list(tmp_path.iterdir()) == []
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output
-    assert "48 numbers a token, were 128 (62.5% fewer)" in done.stdout
+    assert "24 numbers a token, were 64 (62.5% fewer)" in done.stdout
     report = json.loads((tmp_path / "out" / "compress.json").read_text())
     assert json.loads(plan.stdout)["output_bytes"] == report["sizes"]["bytes"]
     card = (tmp_path / "out" / "README.md").read_text()
