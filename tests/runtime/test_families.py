@@ -26,8 +26,8 @@ def changed(folder, out, changes):
 def test_other_classes_are_refused(family, model_folder):
     message = (
         "ForCausalLM; the runtime serves classes LlamaForCausalLM, MistralForCausalLM, "
-        "Qwen2ForCausalLM, Qwen3ForCausalLM, DeepseekV3ForCausalLM, YoutuForCausalLM; for others use "
-        "compress eval --engine transformers"
+        "Qwen2ForCausalLM, Qwen3ForCausalLM, DeepseekV3ForCausalLM, YoutuForCausalLM; for others "
+        "use compress eval --engine transformers"
     )
     with pytest.raises(InputError, match=message):
         load_weights(source_of(model_folder(family)))
