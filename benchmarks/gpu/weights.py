@@ -70,6 +70,7 @@ def decoder_weights(shape: Shape, bits: int, group: int, place: Place) -> Decode
         k_norm=None,
         window=None,
         kv_scales=None,
+        latent=None,
         **linears,
     )
     generator = torch.Generator(device).manual_seed(0)
