@@ -47,7 +47,7 @@ def rms_norm(
     Tensors are contiguous, but for an x of two dimensions, whose rows alone are.
     """
     width = x.shape[-1]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(x)
     total = x if residual is None else torch.empty_like(x)
     block, num_warps = choose(width)
     stride = x.stride(0) if x.dim() == 2 else width
