@@ -36,6 +36,10 @@ class Pairs:
         first = torch.arange(0, head_dim, 2, device=device)
         return cls(first, first + 1)
 
+    def cpu(self) -> "Pairs":
+        """The same on the CPU."""
+        return Pairs(self.real.cpu(), self.imaginary.cpu())
+
     def to_complex(self, heads: Tensor) -> Tensor:
         """[..., H, X] as complex [..., P, X]; float64, or complex128 for weights in float64."""
         heads = heads.movedim(-2, -1)
@@ -79,6 +83,12 @@ class AttentionWeights:
         weight, bias = _weight_and_bias(block, parts.linear("o_proj"))
         out = weight.unflatten(1, (-1, head_dim)).transpose(0, 1).contiguous()
         return cls(**by_head, o=out, o_bias=bias, biased=biased)
+
+    def cpu(self) -> "AttentionWeights":
+        """The same on the CPU."""
+        bias = None if self.o_bias is None else self.o_bias.cpu()
+        heads = (self.q.cpu(), self.k.cpu(), self.v.cpu(), self.o.cpu())
+        return AttentionWeights(*heads, bias, self.biased)
 
     def tensors(self, parts: Parts) -> dict[str, Tensor]:
         """Parameters by name in the block, float32."""

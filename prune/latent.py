@@ -113,14 +113,14 @@ def weight_moments(weights: AttentionWeights, pairs: Pairs) -> LatentMoments:
     group = heads // len(weights.k)
     own = moment.diagonal(dim1=1, dim2=2).real.T  # [K, P]
     return LatentMoments(
-        keys=moment.cpu(),
-        loss=(own / group).repeat_interleave(group, 0).cpu(),
+        keys=moment,
+        loss=(own / group).repeat_interleave(group, 0),
         constant=torch.ones(heads, len(moment), dtype=torch.complex128),
-        joint=(stacked @ stacked.T).cpu(),
+        joint=(stacked @ stacked.T),
         queries=(eye / group).expand(heads, head_dim, head_dim),
         spread=torch.ones(heads, dtype=torch.float64),
         metric=eye.expand(len(weights.k), head_dim, head_dim),
-        all_queries=(queries @ queries.T).cpu(),
+        all_queries=(queries @ queries.T),
     )
 
 

@@ -185,9 +185,10 @@ class MlaStage:
         """The moments, and the components of the keys."""
         weights = self._weights(block.module)
         if self.observes:
-            moments = latent_moments(block.observed[0].sums, weights, self.rope.scale)
+            sums = {name: total.cpu() for name, total in block.observed[0].sums.items()}
+            moments = latent_moments(sums, weights, self.rope.scale)
         else:
-            moments = weight_moments(weights, self.pairs)
+            moments = weight_moments(weights, self.pairs.cpu())
         return {"moments": vars(moments), "found": vars(concentrate(moments))}
 
     def decide(self, summaries: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
@@ -233,7 +234,7 @@ class MlaStage:
         if block.observed:
             name = f"{self.parts.linear('o_proj')}.weight"
             original = block.module.get_parameter(name).double()
-            start = made[name].double()
+            start = made[name].to(original)
             sums = block.observed[0].sums
             found, before, after = refit_output(original, start, sums, self.config.damping)
             made[name] = found.float()
@@ -245,7 +246,8 @@ class MlaStage:
         return kept_as_is | made, report
 
     def _weights(self, block: nn.Module) -> AttentionWeights:
-        return AttentionWeights.of(block, self.parts, self.shape.head_dim)
+        """On the CPU, where moments and decompositions are."""
+        return AttentionWeights.of(block, self.parts, self.shape.head_dim).cpu()
 
     def _converted(
         self, block: nn.Module, plan: dict[str, Any]
@@ -253,14 +255,14 @@ class MlaStage:
         """The attention's tensors, and the shares of keys and values that are lost."""
         moments, found = LatentMoments(**plan["moments"]), Concentrated(**plan["found"])
         rest = unturned(found, plan["kept"])
-        made = latent(moments, rest, self.pairs, self.config.kv_rank)
+        made = latent(moments, rest, self.pairs.cpu(), self.config.kv_rank)
         kept = plan["kept"]
         slots = torch.tensor(_slots(kept))
         numbers = torch.cat([torch.arange(count) for count in kept])
         scale = self.rope.scale * (self.shape.head_dim + self.config.rope_dim) ** 0.5
         rank = self.config.q_rank
         converted = Converted(
-            self.pairs,
+            self.pairs.cpu(),
             slots,
             found.key_in[slots, numbers],
             found.key_out[slots, numbers],

@@ -19,7 +19,7 @@ LOOKING = 64  # queries of a sequence whose attention is looked at
 def latent_moments(
     sums: Mapping[str, Tensor], weights: AttentionWeights, scale: float
 ) -> LatentMoments:
-    """The moments from sums over tokens, on the CPU, where small decompositions run."""
+    """The moments from sums over tokens, both on the CPU, where small decompositions run."""
     kv_heads, head_dim, _ = weights.k.shape
     heads, width = len(weights.q), kv_heads * head_dim
     tokens = sums["tokens"]
@@ -35,14 +35,14 @@ def latent_moments(
     joint[width:, width:] += torch.outer(value, value)
     constant, loss = _without_rotation(sums["turning"] / sums["looked"])
     return LatentMoments(
-        keys=torch.view_as_complex(means["keys"]).cpu(),
-        loss=loss.cpu() * scale**2,
-        constant=constant.cpu(),
-        joint=joint.cpu(),
-        queries=means["queries"].cpu() * scale**2,
-        spread=torch.einsum("nbc,nbc->n", out, cov).cpu(),
-        metric=out.view(kv_heads, -1, head_dim, head_dim).sum(1).cpu(),
-        all_queries=means["all queries"].cpu() * scale**2 if "all queries" in means else None,
+        keys=torch.view_as_complex(means["keys"]),
+        loss=loss * scale**2,
+        constant=constant,
+        joint=joint,
+        queries=means["queries"] * scale**2,
+        spread=torch.einsum("nbc,nbc->n", out, cov),
+        metric=out.view(kv_heads, -1, head_dim, head_dim).sum(1),
+        all_queries=means["all queries"] * scale**2 if "all queries" in means else None,
     )
 
 
