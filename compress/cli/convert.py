@@ -51,8 +51,8 @@ from compress.cli.options import (
 )
 @click.option(
     "--global-by",
-    help="windows: which ones; place, the last of each so many; mass, those with the most attention "
-    "beyond the window; error, those whose output loses most.  [default: place]",
+    help="windows: which ones; place, the last of each so many; mass, those with the most "
+    "attention beyond the window; error, those whose output loses most.  [default: place]",
 )
 @click.option(
     "--set", "changes", multiple=True, metavar="KEY=VALUE", help="Another setting. Repeatable."
