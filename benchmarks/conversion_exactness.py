@@ -6,9 +6,12 @@
 A model is first given more KV heads than it has: copies of each, their keys turned and scaled pair
 by pair, their values rotated, queries and outputs undoing it, and all of them shuffled.  That
 computes the same function.  `compress convert --to gqa` must find the copies, undo what was done
-and come back to as many heads as there were.  Weights are stored in float32, and the logits are
-transformers', in float32 and in float64: in float32 the order of sums alone changes them, which the
-first row of a model shows (benchmarks/llama2c.py makes folders of llama2.c files).
+and come back to as many heads as there were.  `--to mla` with a latent of all values and RoPE on
+all channels of keys has nothing to leave out.
+
+Weights are stored in float32, and the logits are transformers', in float32 and in float64: in
+float32 the order of sums alone changes them, which the first row of a model shows
+(benchmarks/llama2c.py makes folders of llama2.c files).
 """
 
 import argparse
@@ -62,17 +65,24 @@ def measured(ref: str, options: argparse.Namespace) -> list[tuple[str, ...]]:
     for path in source.folder.glob("*token*"):
         shutil.copy(path, expanded)
     converted = options.work / f"{name}-back"
-    asked = ("--to", "gqa", "--kv-heads", str(kv_heads), "--calibration", options.calibration)
-    compress(
-        *("convert", str(expanded), *asked, *CALIBRATION),
-        *("--dtype", "float32", "--out", str(converted), "--overwrite"),
-    )
+    latents = options.work / f"{name}-latents"
+    width = str(kv_heads * model.model.layers[0].self_attn.head_dim)
+    for path in source.folder.glob("*token*"):
+        shutil.copy(path, original)
+    for start, asked, made in (
+        (expanded, ("gqa", "--kv-heads", str(kv_heads)), converted),
+        (original, ("mla", "--kv-rank", width, "--rope-dim", width), latents),
+    ):
+        data = ("--calibration", options.calibration, *CALIBRATION)
+        target = ("--dtype", "float32", "--out", str(made), "--overwrite")
+        compress("convert", str(start), "--to", *asked, *data, *target)
     rounding = (expected[torch.float32] - expected[torch.float64]).abs().max()
     largest = f"{expected[torch.float64].abs().max():.0f}"
     rows = [(name, "nothing; float32 against float64", f"{rounding:.1e}", "0", largest)]
     for folder, what in (
         (expanded, f"{kv_heads} KV heads made {more}, turned, rotated, shuffled"),
         (converted, f"these {more} merged to {kv_heads}"),
+        (latents, f"latents of {width} and keys of {width}"),
     ):
         single, double = (
             f"{(logits_of(folder, dtype) - expected[dtype]).abs().max():.1e}" for dtype in DTYPES

@@ -33,8 +33,8 @@ from compress.roofline import Device, Mla, ModelShape, kv_bytes_per_token, shard
 from compress.shapes import known_models
 
 Objective = Literal["throughput", "latency"]
-Standing = Literal["ready", "unknown", "not in this version", "costly"]
-STANDINGS: tuple[Standing, ...] = ("ready", "unknown", "not in this version", "costly")
+Standing = Literal["ready", "unknown", "costly"]
+STANDINGS: tuple[Standing, ...] = ("ready", "unknown", "costly")
 
 TOP = 10  # recipes that are shown
 MOST_LOSS = 1.1  # perplexity over the original's
@@ -72,11 +72,6 @@ class Recipe:
         return found
 
     @property
-    def missing(self) -> list[str]:
-        """What this version has no command for."""
-        return [change for change in self.unmeasured if change == "MLA"]
-
-    @property
     def words(self) -> str:
         speculation = ["speculation"] if self.draft else []
         return " + ".join([self.weights, *self.unmeasured, *speculation])
@@ -105,12 +100,10 @@ class Recipe:
         return shape
 
     def commands(self, model: str, shape: ModelShape) -> list[str]:
-        """What makes it, on the command line; nothing for a recipe that cannot be made here.
+        """What makes it, on the command line.
 
         `shape` is what comes out.  Each command starts from what the one before it made.
         """
-        if self.missing:
-            return []
         made = re.sub(r"[^\w.-]", "-", model.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf"))
         found = []
         for command, flags, suffix in self._steps(shape):
@@ -130,6 +123,9 @@ class Recipe:
         if self.attention == "GQA":
             heads = str(shape.kv_heads)
             yield "convert", ["--to", "gqa", "--kv-heads", heads], f"-kv{heads}"
+        if self.attention == "MLA" and (latent := shape.mla):
+            rank, rope = str(latent.kv_rank), str(latent.rope_dim)
+            yield "convert", ["--to", "mla", "--kv-rank", rank, "--rope-dim", rope], f"-mla{rank}"
         if self.bits < 16:
             quality = measured(self.bits, self.group)
             flags = ["--method", quality.method if quality else "gptq", "--bits", str(self.bits)]
@@ -152,8 +148,6 @@ class Proposal:
         ratio = self.quality.perplexity_ratio if self.quality else None
         if ratio is not None and ratio > self.most_loss:
             return "costly"
-        if self.recipe.missing:
-            return "not in this version"
         if self.recipe.draft or self.recipe.unmeasured:
             return "unknown"
         return "ready" if ratio is not None or self.recipe.bits == 16 else "unknown"
@@ -178,7 +172,6 @@ class Proposal:
         return {
             "recipe": self.recipe.words,
             "standing": self.standing,
-            "missing": self.recipe.missing,
             "weights": self.recipe.weights,
             "kv": self.recipe.kv,
             "attention": self.recipe.attention,

@@ -122,21 +122,16 @@ def test_what_recipes_do_to_a_shape():
     assert plain.applied_to(grouped) is None
 
 
-def test_only_what_this_version_can_make_has_commands(tmp_path, monkeypatch):
+def test_every_change_has_its_command(tmp_path, monkeypatch):
     found = fitted("llama-2-7b", "--fit", "24GB", "--top", 1000)
     assert found["fitting"] == len(found["recipes"])
     monkeypatch.chdir(tmp_path)
     commands = 0
     for recipe in found["recipes"]:
         assert recipe["memory_bytes"] <= 24e9
-        changes = sum(
-            recipe[what] != same
-            for what, same in UNCHANGED.items()
-            if what != "attention" or recipe[what] == "GQA"
-        )  # a draft asks for nothing else to be made
-        assert bool(recipe["missing"]) == (recipe["attention"] == "MLA")
-        assert len(recipe["commands"]) == (0 if recipe["missing"] else changes)
-        assert (recipe["standing"] == "not in this version") <= bool(recipe["missing"])
+        # a draft asks for nothing else to be made
+        changes = sum(recipe[what] != same for what, same in UNCHANGED.items())
+        assert len(recipe["commands"]) == changes
         made = "meta-llama/Llama-2-7b-hf"
         for command in recipe["commands"]:
             commands += 1
@@ -166,7 +161,9 @@ def check_command(line, recipe, model):
         assert given[flag] == {"depth": 24, "ffn": 5504}[flag]  # of Llama 2's 32 and 11,008
         return str(given["out"])
     if name == "convert":
-        assert (given["to"], given["kv_heads"]) == ("gqa", 4)
+        asked = given["to"], given["kv_heads"], given["kv_rank"], given["rope_dim"]
+        sizes = {"GQA": ("gqa", 4, None, None), "MLA": ("mla", None, 512, 64)}
+        assert asked == sizes[recipe["attention"]]
         return str(given["out"])
     bits, group = re.fullmatch(r"int(\d)-g(\d+)", recipe["weights"]).groups()
     assert given["bits"] == int(bits)
@@ -248,7 +245,7 @@ def test_the_tables_say_it():
     lines = done.stdout.splitlines()
     assert max(len(line) for line in lines if line[:1] in "┃│┏") <= 80
     assert "1:  compress quantize meta-llama/Llama-2-7b-hf --method gptq --bits 4" in done.stdout
-    assert "not in this version" in done.stdout
+    assert "--to mla --kv-rank 512 --rope-dim 64" in " ".join(done.stdout.split())
     assert measurements()["results"] in done.stdout
 
 
