@@ -39,6 +39,7 @@ from compress.engines import load_predictor, settle_engine
 from compress.evaluate import ScoringConfig, interval, resampled_means
 
 DISTANCES = (128, 512, 2048, 8192)  # of which those are taken that fit into the model's context
+LEAST = 32  # tokens: a question has some 20
 BEFORE = 64  # tokens, about, before the answer: it is not the first thing in the text
 DIGITS = 5
 PAIRS = 4
@@ -56,8 +57,10 @@ class RecallConfig(ScoringConfig):
     def __post_init__(self) -> None:
         self._check_least(trials=2)
         super().__post_init__()
-        if wrong := [distance for distance in self.distances if distance < 32]:
-            raise InputError(f"distance {wrong[0]} is no more than a question; allowed is 32 or up")
+        if wrong := [distance for distance in self.distances if distance < LEAST]:
+            raise InputError(
+                f"distance {wrong[0]} is no more than a question; allowed is {LEAST} or up"
+            )
 
 
 @dataclass(frozen=True)
@@ -83,15 +86,7 @@ def evaluate_recall(model: ModelSource, config: RecallConfig) -> dict[str, Any]:
     Raises InputError for a distance that the model's context has no room for, before weights are
     read, and when the model cannot be loaded or gives NaN.
     """
-    tokenizer = load_tokenizer(model.folder)
-    context = read_config(model.folder).get("max_position_embeddings")
-    chosen = config.distances or tuple(d for d in DISTANCES if _fits(d, context))
-    if not chosen or not all(_fits(distance, context) for distance in chosen):
-        most = (context or 0) - 3 * BEFORE
-        raise InputError(
-            f"distance {max(config.distances or DISTANCES[:1])} with a context of {context} "
-            f"tokens: at most {most} leave room for the question"
-        )
+    tokenizer, chosen = load_tokenizer(model.folder), check_recall(model, config)
     trials = {
         (task, distance): list(make_trials(task, distance, config.trials, config.seed, tokenizer))
         for task in TASKS
@@ -113,6 +108,20 @@ def evaluate_recall(model: ModelSource, config: RecallConfig) -> dict[str, Any]:
     if config.kv_cache_dtype != "auto":
         told["kv_cache_dtype"] = config.kv_cache_dtype
     return told
+
+
+def check_recall(model: ModelSource, config: RecallConfig) -> tuple[int, ...]:
+    """The distances to ask for; InputError where a model's context has no room for one."""
+    context = read_config(model.folder).get("max_position_embeddings")
+    chosen = config.distances or tuple(d for d in DISTANCES if _fits(d, context))
+    if not chosen or not all(_fits(distance, context) for distance in chosen):
+        most = (context or 0) - 3 * BEFORE
+        room = f"at most {most} leave room" if most >= LEAST else "none leaves room"
+        raise InputError(
+            f"distance {max(config.distances or DISTANCES[:1])} with a context of {context} "
+            f"tokens: {room} for the question"
+        )
+    return chosen
 
 
 def _fits(distance: int, context: int | None) -> bool:

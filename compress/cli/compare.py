@@ -11,11 +11,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from compress.cli.eval import distances_of
 from compress.cli.output import print_json
 from compress.core.device import DTYPES
 from compress.core.progress import say
 from compress.engines import ENGINES
 from compress.evaluate import TextEvalConfig
+from compress.recall import RecallConfig
 
 COUNT = click.IntRange(min=1)
 
@@ -37,6 +39,11 @@ COUNT = click.IntRange(min=1)
     help="Folder with task files of your own.",
 )
 @click.option("--limit", type=COUNT, help="Questions to ask of each task.  [default: all]")
+@click.option("--recall", is_flag=True, help="Ask for numbers that stood some distance back.")
+@click.option(
+    "--distances", metavar="TOKENS,TOKENS,...",
+    help="Of --recall.  [default: those of 128,512,2048,8192 that fit into the context]",
+)  # fmt: skip
 @click.option(
     "--engine", type=click.Choice(ENGINES), default=TextEvalConfig.engine, show_default=True,
     help="What computes quality.",
@@ -75,6 +82,8 @@ def compare_command(
     tasks: str | None,
     include_path: Path | None,
     limit: int | None,
+    recall: bool,
+    distances: str | None,
     engine: str,
     dtype: str,
     repeat: int,
@@ -88,7 +97,7 @@ def compare_command(
     restart: bool,
     as_json: bool,
 ) -> None:
-    """Measure MODELS and ORIGINAL alike: size, cache, speed, perplexity, KL, tasks.
+    """Measure MODELS and ORIGINAL alike: size, cache, speed, perplexity, KL, tasks, recall.
 
     Each is a folder, a .gguf file, a Hugging Face id or an alias (smollm2); MODEL+int8 or MODEL+fp8
     is with keys and values in 8 bits.  Speed is measured in rounds, all models in turn in each.  A
@@ -99,7 +108,10 @@ def compare_command(
       compress compare smollm2-w4 smollm2-w3 --against smollm2 --text wiki.txt
       compress compare w4 w4+int8 --against smollm2 --text wiki.txt --seq-len 2048 --windows 8
       compress compare out/* --against smollm2 --tasks arc_easy,piqa --limit 200 --out table
+      compress compare mla windows --against smollm2 --recall --distances 128,1024
     """
+    if distances and not recall:
+        raise click.UsageError("--distances is for --recall; give that too")
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result alone
         from compress.comparing.comparison import (
             Comparison,
@@ -110,7 +122,7 @@ def compare_command(
         )
         from compress.comparing.page import write_all
 
-        scored = asked = timed = None
+        scored = asked = sought = timed = None
         if text is not None:
             scored = TextEvalConfig(
                 text, seq_len=seq_len, windows=windows, dtype=dtype, engine=engine, seed=seed
@@ -118,9 +130,11 @@ def compare_command(
         if tasks:
             names = tuple(name.strip() for name in tasks.split(",") if name.strip())
             asked = TaskConfig(names, include_path, limit, seed, dtype, engine)
+        if recall:
+            sought = RecallConfig(distances_of(distances), dtype=dtype, engine=engine, seed=seed)
         if repeat:
             timed = SpeedConfig(prompt_tokens, new_tokens, batch, speed_dtype, threads)
-        measures = Measures(scored, asked, timed, repeat)
+        measures = Measures(scored, asked, sought, timed, repeat)
         comparison = Comparison(entries_of(models, against), measures, out, restart)
         comparison.check()
         comparison.measure()

@@ -136,7 +136,7 @@ def eval_command(
     asked = None
     if recall:
         asked = RecallConfig(
-            _numbers(distances), **given(trials=trials), dtype=dtype, engine=engine, seed=seed,
+            distances_of(distances), **given(trials=trials), dtype=dtype, engine=engine, seed=seed,
             kv_cache_dtype=kv_cache_dtype,
         )  # fmt: skip
     from compress.core.source import resolve_model
@@ -169,7 +169,7 @@ def eval_command(
     keep_in_folder(source.folder, result)
 
 
-def _numbers(text: str | None) -> tuple[int, ...]:
+def distances_of(text: str | None) -> tuple[int, ...]:
     """Distances as a user writes them; InputError for what is no number."""
     try:
         return tuple(int(part) for part in text.split(",")) if text else ()

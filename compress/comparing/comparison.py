@@ -1,6 +1,6 @@
 """Models beside the original that they were made from, measured alike.
 
-    check all ─> quality of each ─> tasks of each ─> speed of all, in rounds ─> table, plot, page
+    check all ─> quality, tasks, recall of each ─> speed of all, in rounds ─> table, plot, page
 
 A run takes long, so what was measured is kept in the output folder after each measurement, with the
 settings and the files that it is of, and is not measured again while these are the same.  Speed
@@ -26,6 +26,7 @@ from compress.core.progress import say
 from compress.core.source import ModelSource, read_config, resolve_model
 from compress.evaluate import TextEvalConfig, check_models, check_text, evaluate_text
 from compress.inspection import inspect_folder
+from compress.recall import RecallConfig, check_recall, evaluate_recall
 from compress.tasks import evaluate_tasks
 
 KEPT = "comparison.json"
@@ -85,6 +86,7 @@ class Measures:
 
     text: TextEvalConfig | None = None
     tasks: TaskConfig | None = None
+    recall: RecallConfig | None = None
     speed: SpeedConfig | None = None
     rounds: int = 3
 
@@ -101,6 +103,11 @@ class Measures:
         if self.tasks is not None:
             questions = "all questions" if self.tasks.limit is None else f"{self.tasks.limit}"
             found.append(f"Tasks: {questions} of each; ± is 1.96 standard errors.")
+        if self.recall is not None:
+            found.append(
+                f"Recall: the share of {self.recall.trials} answers that were found again so many "
+                "tokens back; Wilson's 95% intervals."
+            )
         if (speed := self.speed) is not None:
             found.append(
                 f"Speed: prompts of {speed.prompt_tokens} tokens and {speed.new_tokens} new ones, "
@@ -151,6 +158,8 @@ class Comparison:
             check_models([entry.source.folder, original.folder], text.seq_len if text else 1)
             if text:
                 check_text(entry.source, text)
+            if self.measures.recall:
+                check_recall(entry.source, self.measures.recall)
         if self.measures.speed:
             self.entries = [_timed(entry, self.measures.speed) for entry in self.entries]
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,6 +170,8 @@ class Comparison:
             self._measure_quality(self.measures.text)
         if self.measures.tasks:
             self._measure_tasks(self.measures.tasks)
+        if self.measures.recall:
+            self._measure_recall(self.measures.recall)
         if self.measures.speed:
             self._measure_speed(self.measures.speed)
 
@@ -185,6 +196,13 @@ class Comparison:
 
         self._each("tasks", asdict(config), measured)
 
+    def _measure_recall(self, config: RecallConfig) -> None:
+        def measured(entry: Entry) -> dict[str, Any]:
+            own = replace(config, kv_cache_dtype=entry.kv_cache_dtype)
+            return evaluate_recall(entry.source, own)
+
+        self._each("recall", asdict(config), measured)
+
     def _measure_speed(self, config: SpeedConfig) -> None:
         settings = asdict(config)
         for number in range(self.measures.rounds):
@@ -208,6 +226,8 @@ class Comparison:
                 row |= kept["quality"]["found"]
             if self.measures.tasks:
                 row["tasks"] = kept["tasks"]["found"]["tasks"]
+            if self.measures.recall:
+                row["recall"] = kept["recall"]["found"]["recall"]
             if self.measures.speed and not entry.unserved:
                 rounds = kept["speed"]["found"][: self.measures.rounds]
                 row |= medians(rounds) | {"batch": self.measures.speed.batch}

@@ -37,13 +37,16 @@ def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     batch = next((row["batch"] for row in rows if "batch" in row), "")
     headings = ["model", *(heading.format(batch=batch) for heading, _, _ in columns)]
     tasks = _tasks(rows)
+    recall = _recall(rows)
     headings += [f"{task}, {metric}" for task, metric in tasks]
+    headings += [f"{task} {distance} back" for task, distance in recall]
     on_frontier = _on_frontier(rows)
     cells = []
     for row, best in zip(rows, on_frontier, strict=True):
         line = [f"{row['name']} *" if best else row["name"]]
         line += [_cell(row, key, write) for _, key, write in columns]
         line += [_accuracy(row["tasks"].get(task, {}), metric) for task, metric in tasks]
+        line += [_found(row["recall"], *of) for of in recall]
         cells.append(line)
     return headings, cells
 
@@ -80,6 +83,26 @@ def _accuracy(metrics: Row, name: str) -> str:
     metric, comma, filter_name = name.partition(",")
     error = metrics.get(f"{metric}_stderr{comma}{filter_name}")
     return f"{metrics[name]:.3f}" + (f" ± {1.96 * error:.3f}" if error is not None else "")
+
+
+def _recall(rows: Sequence[Row]) -> list[tuple[str, int]]:
+    """Tasks of recall and their distances."""
+    found = dict.fromkeys(
+        (task, asked["distance"])
+        for row in rows
+        for task, all_asked in row.get("recall", {}).items()
+        for asked in all_asked
+    )
+    return list(found)
+
+
+def _found(recall: Row, task: str, distance: int) -> str:
+    """The share of answers that were found, with its interval."""
+    for asked in recall[task]:
+        if asked["distance"] == distance:
+            low, high = asked["found_interval"]
+            return f"{asked['found']:.0%} ({low:.0%} to {high:.0%})"
+    return ""
 
 
 def write_all(out: Path, rows: Sequence[Row], facts: Sequence[str]) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from click.testing import CliRunner
@@ -134,6 +135,24 @@ def test_tasks_have_their_intervals():
     assert cells == [["m", "2.0", "0.500 ± 0.098"]]
 
 
+def test_recall_is_that_of_eval(models, tmp_path):
+    """On models whose context has room for a question."""
+    roomy = [shutil.copytree(folder, tmp_path / f"m{n}") for n, folder in enumerate(models[:2])]
+    for folder in roomy:
+        config = json.loads((folder / "config.json").read_text())
+        config["max_position_embeddings"] = 1024
+        (folder / "config.json").write_text(json.dumps(config))
+    asked = ("--recall", "--distances", "32")
+    options = ("--against", roomy[0], "--repeat", "0", "--out", tmp_path / "out", "--json")
+    rows = json.loads(run(roomy[1], *options, *asked).stdout)["rows"]
+    for row, folder in zip(rows, map(str, roomy), strict=True):
+        alone = CliRunner().invoke(main, ["eval", folder, *asked, "--json"])
+        assert row["recall"] == json.loads(alone.stdout)["recall"]
+    headings, cells = table_of(rows)
+    assert headings[-2:] == ["passkey 32 back", "key-value 32 back"]
+    assert all(re.fullmatch(r"\d+% \(\d+% to \d+%\)", line[-1]) for line in cells)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -141,6 +160,8 @@ def test_tasks_have_their_intervals():
         (("{w8}/nowhere",), "does not exist"),
         (("{w8}", "--prompt-tokens", "100000"), "allows at most"),
         (("{w8}", "--text", "{text}", "--seq-len", "100000"), "allows at most"),
+        (("{w8}", "--recall", "--distances", "100000"), "none leaves room"),
+        (("{w8}", "--distances", "64"), "is for --recall"),
         (("{w8}", "--out", "{text}"), "is a file"),
         (("{w8}", "--out", "{w8}"), "holds something else"),
     ],
