@@ -122,7 +122,7 @@ def test_what_is_wrong_in_a_pruning_is_named(change, message, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"kv_heads": 1}, "'to' is missing; allowed: gqa, windows"),
+        ({"kv_heads": 1}, "'to' is missing; allowed: gqa, mla, windows"),
         ({"to": "gpa", "kv_heads": 1}, "'to' = 'gpa' is unknown; .*did you mean 'gqa'"),
         ({"to": ["gqa"]}, "'to' = "),
         ({"to": "gqa", "kv_head": 1}, "recipe 'r.yaml': to gqa.*did you mean 'kv_heads'"),
