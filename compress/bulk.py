@@ -205,7 +205,7 @@ def identity_of(llm: LLM, folder: Path, bulk: Bulk, load: Mapping[str, Any]) -> 
         "chat": bulk.chat,
         "dtype": load["dtype"],
         "head bits": load.get("lm_head_bits"),
-        "draft": load.get("draft"),
+        "draft": llm.draft,
         "speculative tokens": load.get("num_speculative_tokens"),
         "kernels": getattr(llm.engine.model, "description", ""),
         "versions": checkpoint.versions(),

@@ -3,7 +3,9 @@
     model ─> stage 1 ─> .NAME.stages/1-prune/model ─> stage 2 ─> .NAME.stages/2-distill/model ─> ...
                           │ perplexity, KL from the original              │
                           └ commit                                        └ commit
-    last ─> the one report ─> NAME
+    one of them ─> the stages of a draft, in the same way ─> agreement with the last
+    original and all results ─> speed, in turn
+    last, and the draft in it ─> the one report ─> NAME
 
 Each stage is made by the runner that makes it alone, and goes on inside by that runner's commits.
 A stage that is done is not done again, as long as it and those before it are of the same recipe.
@@ -14,10 +16,11 @@ from functools import partial
 from typing import Any
 
 from compress.chain_preflight import check_chain
-from compress.chain_recipe import ChainRecipe
-from compress.chain_report import write_chain_report
+from compress.chain_recipe import DRAFT, ChainRecipe, Draft
+from compress.chain_report import place_draft, write_chain_report
 from compress.chain_stages import StagesFolder, identities
 from compress.conversion import run_conversion
+from compress.core.blocks import BlockModel
 from compress.core.errors import naming
 from compress.core.processes import processes
 from compress.core.progress import say
@@ -54,7 +57,26 @@ def run_chain(
                 _carry_out(recipe, index, activation_memory)
                 first(partial(folder.keep, index))
                 first(partial(folder.measure, index, original))
-        return first(lambda: write_chain_report(recipe, folder.results())) or {}
+        if recipe.draft is not None:
+            with naming(DRAFT):
+                first(partial(folder.start_draft, recipe.draft))
+                _make_draft(recipe.draft, activation_memory)
+                first(partial(folder.measure_draft, recipe.draft, original))
+        return first(lambda: _finished(recipe, folder, original)) or {}
+
+
+def _finished(recipe: ChainRecipe, folder: StagesFolder, original: BlockModel) -> dict[str, Any]:
+    """Time what was made, and put all of it into the output."""
+    timed = None
+    if recipe.speed is not None:
+        timing = folder.timing(original)
+        timing.check()
+        timing.measure()
+        timed = {"how": timing.measures.words[0], "rows": timing.rows()}
+    draft = folder.draft_result()
+    if recipe.draft is not None:
+        place_draft(recipe.draft, recipe.stages[-1].out)
+    return write_chain_report(recipe, folder.results(), draft, timed)
 
 
 def _carry_out(recipe: ChainRecipe, index: int, activation_memory: int | None) -> None:
@@ -64,6 +86,15 @@ def _carry_out(recipe: ChainRecipe, index: int, activation_memory: int | None) -
     say(f"Stage {index + 1} of {len(recipe.stages)}: {method_of(stage.stages[0])}{done}")
     if not done:
         _run(stage, activation_memory)
+    processes().wait()
+
+
+def _make_draft(draft: Draft, activation_memory: int | None) -> None:
+    """Make a draft that is not made, and wait until it is there for all processes."""
+    done = ", done before" if draft.recipe.out.is_dir() else ""
+    say(f"A draft for it, of {len(draft.recipe.stages)} stages{done}")
+    if not done:
+        run_chain(draft.recipe, activation_memory=activation_memory)
     processes().wait()
 
 

@@ -57,16 +57,16 @@ class Comparison:
         text = None if self.config.text == SELF else hashed_file(Path(self.config.text))
         return {"eval": asdict(self.config), "text file": text}
 
-    def measure(self, model: ModelSource) -> dict[str, Any]:
+    def measure(self, model: ModelSource, against: ModelSource | None = None) -> dict[str, Any]:
         """What `evaluate_text` finds; of sampled windows, `windows_sha256` in place of the text's.
 
-        Raises InputError as that does.
+        Against the original, or another model.  Raises InputError as `evaluate_text` does.
         """
-        settings, original = text_config(self.config), self.original.source
+        settings, against = text_config(self.config), against or self.original.source
         if self.config.text != SELF:
-            return evaluate_text(model, settings, original)
+            return evaluate_text(model, settings, against)
         windows = self._windows()
-        found = evaluate_windows(model, windows.numpy(), settings, original)
+        found = evaluate_windows(model, windows.numpy(), settings, against)
         return found | {"windows_sha256": fingerprint(windows)}
 
     def _windows(self) -> Tensor:

@@ -12,14 +12,15 @@ from compress import (
     prune_preflight,
 )
 from compress.chain_eval import SELF, sampling_config, text_config
-from compress.chain_recipe import ChainRecipe, EvalConfig
+from compress.chain_recipe import DRAFT, ORIGINAL, ChainRecipe, EvalConfig
+from compress.comparing.comparison import Entry, check_speed
 from compress.core.blocks import BlockModel
 from compress.core.device import default_device
 from compress.core.errors import naming
 from compress.core.progress import without_bars
 from compress.core.source import resolve_model
 from compress.evaluate import check_models, check_text
-from compress.recipe import ConvertRecipe, DistillRecipe, PruneRecipe, Recipe
+from compress.recipe import AnyRecipe, ConvertRecipe, DistillRecipe, PruneRecipe, Recipe
 
 
 def check_chain(recipe: ChainRecipe) -> BlockModel:
@@ -32,25 +33,40 @@ def check_chain(recipe: ChainRecipe) -> BlockModel:
     Raises InputError that names the stage.
     """
     original = BlockModel(resolve_model(recipe.model), default_device(), torch.float32)
-    made = {str(stage.out) for stage in recipe.stages}
-    changed = False
-    for name, stage in zip(recipe.names, recipe.stages, strict=True):
-        with naming(name):
-            if isinstance(stage, DistillRecipe):
-                _check_distillation(stage, recipe.model, made)
-            elif isinstance(stage, PruneRecipe | ConvertRecipe):
-                _check_shape(stage, recipe.model, changed)
-            else:
-                _check_quantization(stage, recipe.model, changed)
-        changed = changed or isinstance(stage, PruneRecipe | ConvertRecipe)
+    _check_stages(recipe, recipe.model, False)
     if recipe.eval is not None:
         with naming("eval"):
             _check_eval(recipe.eval, original)
+    if recipe.speed is not None:
+        with naming("speed"):
+            check_speed(Entry(ORIGINAL, original.source), recipe.speed)
+    if recipe.draft is not None:
+        before = recipe.stages[: recipe.draft.start]
+        with naming(DRAFT):
+            _check_stages(recipe.draft.recipe, recipe.model, any(map(_changes_shapes, before)))
     return original
 
 
+def _check_stages(recipe: ChainRecipe, model: str, changed: bool) -> None:
+    """Check stages as if each started from `model`, whose shapes are another's where `changed`."""
+    made = {recipe.model, *(str(stage.out) for stage in recipe.stages)}
+    for name, stage in zip(recipe.names, recipe.stages, strict=True):
+        with naming(name):
+            if isinstance(stage, DistillRecipe):
+                _check_distillation(stage, model, made)
+            elif isinstance(stage, PruneRecipe | ConvertRecipe):
+                _check_shape(stage, model, changed)
+            else:
+                _check_quantization(stage, model, changed)
+        changed = changed or _changes_shapes(stage)
+
+
+def _changes_shapes(stage: AnyRecipe) -> bool:
+    return isinstance(stage, PruneRecipe | ConvertRecipe)
+
+
 def _check_distillation(stage: DistillRecipe, model: str, made: set[str]) -> None:
-    """`made` are the places of what stages give, which have the original's vocabulary."""
+    """`made` are models with the vocabulary of `model`, most of which are not there yet."""
     (config,) = stage.stages
     if config.teacher in made:
         config = replace(config, teacher=model)

@@ -12,7 +12,21 @@
 `calibration`, `dtype`, `compute_dtype`, `propagate_error` and `kv_cache` hold for every stage that
 has them; a stage's own `calibration` is laid over the recipe's.  A distillation without a teacher
 learns from `model`; `teacher: stage 1` is what stage 1 gave.
+
+    speed: {rounds: 3}
+    draft:
+      start: stage 2
+      stages:
+        - {method: prune, depth: 10}
+        - {method: distill, train: {tokens: 200k}}
+
+`speed` times the original and what each stage gives, in turn.  `draft` is a smaller model that
+proposes tokens for the result (speculative decoding), made from what a stage gave, and taught by
+it unless a teacher is named; it becomes the folder `draft` of the output, where the runtime finds
+it.
 """
+
+from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
@@ -23,8 +37,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from compress.comparing.comparison import SpeedConfig
 from compress.core.config import build, check_keys
-from compress.core.errors import InputError
+from compress.core.errors import InputError, shown
 from compress.core.source import public_name
 from compress.quant.methods import METHODS
 from compress.recipe import (
@@ -58,6 +73,8 @@ KINDS = {
 SHARED = ("calibration", "dtype", "compute_dtype", "propagate_error", "kv_cache")
 STAGES = "stages"  # .NAME.stages beside the output NAME: the stages' folders
 RESULT = "model"  # in the folder of a stage: what it gave
+DRAFT = "draft"  # the folder of a draft, beside those of stages and in the output
+ORIGINAL = "original"
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -87,18 +104,33 @@ class ChainRecipe:
     stages  recipes of one stage each; the first starts from the original, and the others from what
             the one before gives
     eval    what is measured after each stage; None for nothing
+    speed   how the original and what the stages give are timed; None for not at all
+    draft   a smaller model that is made from what one of the stages gives
+    called  what reports call `model`, where the name of its folder says nothing
     """
 
     model: Annotated[str, Field(min_length=1)]
     out: Annotated[Path, AfterValidator(usable_output)]
     stages: tuple[AnyRecipe, ...] = ()
     eval: EvalConfig | None = EvalConfig()
+    speed: SpeedConfig | None = None
+    draft: Draft | None = None
+    called: str | None = None
 
     @property
     def names(self) -> list[str]:
         """Of the stages, as messages give them: `stage 2 (distill)`."""
         methods = (method_of(stage.stages[0]) for stage in self.stages)
         return [named(number, method) for number, method in enumerate(methods, start=1)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Draft:
+    """The stages of a draft, and the number of the stage whose result they start from, 0 for the
+    original."""
+
+    start: int
+    recipe: ChainRecipe
 
 
 def named(number: int, method: str) -> str:
@@ -109,6 +141,8 @@ def named(number: int, method: str) -> str:
 def described_chain(recipe: ChainRecipe) -> dict[str, Any]:
     """The recipe for compress.json, as a recipe file holds it; of all places only the names."""
     results = {str(stage.out): f"stage {n}" for n, stage in enumerate(recipe.stages, start=1)}
+    if recipe.called:
+        results[recipe.model] = recipe.called
     shared: dict[str, Any] = {}
     stages = []
     for stage in recipe.stages:
@@ -124,19 +158,31 @@ def described_chain(recipe: ChainRecipe) -> dict[str, Any]:
         shared |= {key: told[key] for key in SHARED if key in told and key != "calibration"}
         stages.append(settings)
     measured = recipe.eval and asdict(recipe.eval) | {"text": public_name(recipe.eval.text)}
-    names = {"model": public_name(recipe.model), "out": recipe.out.name}
-    return {**names, **shared, "eval": measured, "stages": stages}
+    names = {"model": recipe.called or public_name(recipe.model), "out": recipe.out.name}
+    told = {**names, **shared, "eval": measured, "stages": stages}
+    if recipe.speed:
+        told["speed"] = asdict(recipe.speed)
+    if draft := recipe.draft:
+        stages = described_chain(draft.recipe)["stages"]
+        for settings in stages:
+            if draft.recipe.called and settings.get("teacher") == draft.recipe.called:
+                settings["teacher"] = None  # who teaches unless another is named
+        told["draft"] = {"start": _stage_name(draft.start), "stages": stages}
+    return told
 
 
 def build_chain(values: Mapping[str, Any], where: str = "recipe") -> ChainRecipe:
     """Return a recipe of several stages from a mapping as read from YAML, or raise InputError."""
-    own = [field.name for field in fields(ChainRecipe)]
+    own = [field.name for field in fields(ChainRecipe) if field.name != "called"]
     check_keys(values, [*own, *SHARED], where)
     check_named(values, where)
     chain = build(ChainRecipe, {key: values[key] for key in ("model", "out")}, where)
     config = None
     if values.get("eval", {}) is not None:
         config = build(EvalConfig, mapping_in(values, "eval", where), f"{where}: eval")
+    speed = None
+    if values.get("speed") is not None:
+        speed = build(SpeedConfig, mapping_in(values, "speed", where), f"{where}: speed")
     mapping_in(values, "calibration", where)
     shared = {key: values[key] for key in SHARED if key in values}
     stages = stages_in(values, where)
@@ -150,8 +196,11 @@ def build_chain(values: Mapping[str, Any], where: str = "recipe") -> ChainRecipe
     for key in shared:
         if not any(hasattr(stage, key) for stage in built):
             raise InputError(f"{where}: no stage has '{key}'; leave it out")
-    chain = replace(chain, stages=tuple(built), eval=config)
+    chain = replace(chain, stages=tuple(built), eval=config, speed=speed)
     _check_seeds(chain, where)
+    if values.get("draft") is not None:
+        draft = _build_draft(chain, mapping_in(values, "draft", where), shared, f"{where}: draft")
+        chain = replace(chain, draft=draft)
     return chain
 
 
@@ -175,6 +224,40 @@ def _build_stage(
     values["out"] = chain.out.with_name(f".{chain.out.name}.{STAGES}") / folder / RESULT
     recipe = builder({**values, "stages": [stage]}, where)
     return _taught(recipe, chain, before, where) if isinstance(recipe, DistillRecipe) else recipe
+
+
+def _build_draft(
+    chain: ChainRecipe, values: Mapping[str, Any], shared: Mapping[str, Any], where: str
+) -> Draft:
+    """The draft's stages as a recipe that starts from what a stage of the chain gives."""
+    check_keys(values, ["start", "stages"], where)
+    methods = [method_of(stage.stages[0]) for stage in chain.stages]
+    dense = [n for n, method in enumerate(methods, start=1) if method not in METHODS]
+    allowed = [ORIGINAL, *map(_stage_name, dense)]
+    asked = values.get("start", allowed[-1])
+    if asked not in allowed:
+        raise InputError(
+            f"{where}: start = {shown(asked)} is nothing that a draft can be made from; allowed: "
+            f"{', '.join(allowed)}"
+        )
+    start = 0 if asked == ORIGINAL else dense[allowed.index(asked) - 1]
+    stages = stages_in(values, where)
+    methods = [method_in(stage, f"{where}: stage {n}") for n, stage in enumerate(stages, start=1)]
+    kinds = [KINDS.get(method, (Recipe,))[0] for method in methods]
+    known = {field.name for kind in kinds for field in fields(kind)}
+    place = chain.out.with_name(f".{chain.out.name}.{STAGES}") / DRAFT / DRAFT
+    model = str(chain.stages[start - 1].out) if start else chain.model
+    of_draft = {key: value for key, value in shared.items() if key in known}
+    recipe = build_chain(
+        {**of_draft, "model": model, "out": str(place), "eval": None, "stages": stages}, where
+    )
+    called = f"{_stage_name(start)} of {chain.out.name}" if start else None
+    return Draft(start, replace(recipe, called=called))
+
+
+def _stage_name(number: int) -> str:
+    """What a recipe file calls a stage's result."""
+    return f"stage {number}" if number else ORIGINAL
 
 
 def _taught(

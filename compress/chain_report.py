@@ -2,14 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from compress import checkpoint
 from compress.chain_eval import SELF, text_config
-from compress.chain_recipe import ChainRecipe, described_chain
+from compress.chain_recipe import DRAFT, ChainRecipe, Draft, described_chain
 from compress.chain_stages import StageResult
 from compress.core.files import write_text
 from compress.distill.preparation import TRACKED
@@ -28,19 +28,48 @@ EVALUATION = (  # of what was measured, what holds for all stages
     "text_sha256",
     "windows_sha256",
 )
+SPEED = (
+    "name",
+    "kv_bytes_per_token",
+    "time_to_first_token_s",
+    "seconds_per_token",
+    "tokens_per_s",
+    "weight_bytes",
+)
+AGREED = "top1_agreement_interval"
 MEASURED = ("perplexity", "perplexity_interval", "kl_mean", "kl_mean_interval", "top1_agreement")
 
 
-def write_chain_report(recipe: ChainRecipe, results: Sequence[StageResult]) -> dict[str, Any]:
+def place_draft(draft: Draft, folder: Path) -> None:
+    """Put a finished draft into the output, unless it is there."""
+    if not (place := folder / DRAFT).is_dir():
+        partial = folder / f".{DRAFT}.partial"  # removed by the next run, if this one is killed
+        shutil.copytree(draft.recipe.out, partial)
+        partial.rename(place)
+
+
+def write_chain_report(
+    recipe: ChainRecipe,
+    results: Sequence[StageResult],
+    draft: StageResult | None = None,
+    timed: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Write what stands beside the weights of the last stage's result; can be done again.
+
+    timed  `rows` of the original and all results, and `how` they were timed, in words
 
     Returns the report, with the times.
     """
     folder = recipe.stages[-1].out
     _carry_records(recipe, folder)
-    report = chain_report(recipe, results)
+    report = chain_report(recipe, results, draft)
     seconds = [result.run["seconds"] for result in results]
-    times = {"seconds": round(sum(seconds), 1), "stage_seconds": seconds}
+    times: dict[str, Any] = {"stage_seconds": seconds}
+    if draft is not None:
+        times["draft_seconds"] = draft.run["seconds"]
+    times = {"seconds": round(sum(seconds) + times.get("draft_seconds", 0), 1), **times}
+    if timed is not None:
+        times["speed"] = {"how": timed["how"], "rows": [_speed(row) for row in timed["rows"]]}
     write_text(folder / "compress.json", _json(report))
     host = {key: value for key, value in results[-1].run.items() if "seconds" not in key}
     write_text(folder / "run.json", _json({**times, **host}))
@@ -56,7 +85,14 @@ def write_chain_report(recipe: ChainRecipe, results: Sequence[StageResult]) -> d
     return {**report, **times, "out": str(recipe.out)}
 
 
-def chain_report(recipe: ChainRecipe, results: Sequence[StageResult]) -> dict[str, Any]:
+def _speed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a timed model what run.json keeps; nothing of one that the runtime does not serve."""
+    return {key: row[key] for key in SPEED if key in row}
+
+
+def chain_report(
+    recipe: ChainRecipe, results: Sequence[StageResult], draft: StageResult | None = None
+) -> dict[str, Any]:
     """What compress.json says: the last stage's report, and a row for each stage.
 
     What training, pruning, conversion and an allocation of bits report is in the rows.  Nothing
@@ -73,6 +109,10 @@ def chain_report(recipe: ChainRecipe, results: Sequence[StageResult]) -> dict[st
     report |= {"recipe": described_chain(recipe), "sizes": sizes}
     if measured := results[-1].measured:
         report["eval"] = {key: measured[key] for key in EVALUATION if key in measured}
+    if draft is not None:
+        report["draft"] = _sizes(draft)
+        if draft.measured is not None:
+            report["draft"] |= {key: draft.measured[key] for key in (*MEASURED, AGREED)}
     return report | {"stages": _rows(recipe, results)}
 
 
@@ -82,8 +122,7 @@ def _rows(recipe: ChainRecipe, results: Sequence[StageResult]) -> list[dict[str,
     for stage, result in zip(recipe.stages, results, strict=True):
         row = {
             "method": method_of(stage.stages[0]),
-            "parameters": result.report["sizes"]["parameters"],
-            "bytes": result.report["sizes"]["bytes"],
+            **_sizes(result),
             "calibration_sha256": result.report["calibration_sha256"],
         }
         if result.measured is not None:
@@ -93,6 +132,10 @@ def _rows(recipe: ChainRecipe, results: Sequence[StageResult]) -> list[dict[str,
         for before, row in pairwise([{"kl_mean": 0.0}, *rows]):
             row["kl_added"] = row["kl_mean"] - before["kl_mean"]
     return rows
+
+
+def _sizes(result: StageResult) -> dict[str, int]:
+    return {key: result.report["sizes"][key] for key in ("parameters", "bytes")}
 
 
 def _carry_records(recipe: ChainRecipe, folder: Path) -> None:

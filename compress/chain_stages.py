@@ -11,7 +11,18 @@ import torch
 
 from compress import checkpoint
 from compress.chain_eval import Comparison
-from compress.chain_recipe import RESULT, SHARED, STAGES, ChainRecipe, described_chain
+from compress.chain_recipe import (
+    DRAFT,
+    ORIGINAL,
+    RESULT,
+    SHARED,
+    STAGES,
+    ChainRecipe,
+    Draft,
+    described_chain,
+)
+from compress.comparing.comparison import Comparison as Timing
+from compress.comparing.comparison import Entry, Measures
 from compress.core.blocks import BlockModel
 from compress.core.commits import IDENTITY, Commits
 from compress.core.device import default_device
@@ -20,7 +31,7 @@ from compress.core.outfolder import WorkFolder
 from compress.core.shards import hashed_file
 from compress.core.source import ModelSource, resolve_model
 from compress.distillation import files_of
-from compress.recipe import AnyRecipe, DistillRecipe
+from compress.recipe import AnyRecipe, DistillRecipe, method_of
 
 Identity = dict[str, Any]
 COMMITS = "commits"
@@ -43,6 +54,10 @@ class StagesFolder(WorkFolder):
         .NAME.stages/1-prune/.model.progress   while it is made (outfolder.py)
         .NAME.stages/1-prune/model             its result
         .NAME.stages/eval                      the text that results are measured on
+        .NAME.stages/speed                     what was timed (comparing/comparison.py)
+        .NAME.stages/draft/commits             of a draft, the same
+        .NAME.stages/draft/.draft.stages       its stages while they are made, in a folder like this
+        .NAME.stages/draft/draft               its result
         .NAME.stages/lock
 
     The result of the last stage gets the name of the output at the end, and all else goes.
@@ -55,6 +70,7 @@ class StagesFolder(WorkFolder):
         self.output = recipe.stages[-1].out
         self.commits = [Commits(stage.out.parent / COMMITS) for stage in recipe.stages]
         self.eval = Commits(self.progress / "eval")
+        self.draft = Commits(self.progress / DRAFT / COMMITS)
         self._identities: Sequence[Identity] = ()
 
     @property
@@ -72,7 +88,7 @@ class StagesFolder(WorkFolder):
         self._identities = identities
         if restart:
             self.eval.clear()
-        keep = not restart
+        keep, kept = not restart, 0
         for expected, (number, folder) in enumerate(self._begun(), start=1):
             keep = keep and number == expected and _has_kept(folder)
             if not keep:  # nor what was made from it
@@ -83,6 +99,21 @@ class StagesFolder(WorkFolder):
                     f"another {difference}; to drop it and what follows remove '{folder}', to drop "
                     "all pass --restart, or give another name"
                 )
+            kept += keep
+        self._begin_draft(kept)
+
+    def _begin_draft(self, kept: int) -> None:
+        """Keep a draft that was made from one of so many stages; InputError for another draft."""
+        folder = self.progress / DRAFT
+        if not folder.is_dir() or self.recipe.draft is None:
+            return
+        if not (self.draft.folder / IDENTITY).is_file() or self.recipe.draft.start > kept:
+            shutil.rmtree(folder)
+        elif difference := self.draft.difference(_draft_identity(self.recipe.draft)):
+            raise InputError(
+                f"output '{self.out}' has a draft with another {difference}; to drop it remove "
+                f"'{folder}', to drop all pass --restart, or give another name"
+            )
 
     def start(self, index: int) -> None:
         """Write down what a stage is of, unless it is begun already."""
@@ -97,14 +128,34 @@ class StagesFolder(WorkFolder):
 
     def measure(self, index: int, original: BlockModel) -> None:
         """Measure what a finished stage gave against the original, unless that is done."""
+        self._measure(self.commits[index], _source(self.recipe.stages[index].out), original)
+
+    def start_draft(self, draft: Draft) -> None:
+        """Write down what the draft is of, unless it is begun already."""
+        self.draft.go_on(_draft_identity(draft))
+
+    def measure_draft(self, draft: Draft, original: BlockModel) -> None:
+        """Measure a finished draft against the result that it proposes tokens for."""
+        result = _source(self.recipe.stages[-1].out)
+        self._measure(self.draft, _source(draft.recipe.out), original, result)
+
+    def _measure(
+        self,
+        commits: Commits,
+        model: ModelSource,
+        original: BlockModel,
+        against: ModelSource | None = None,
+    ) -> None:
         if self.recipe.eval is None:
             return
-        commits, made = self.commits[index], self.recipe.stages[index].out
         identity = self._identities[0]["model"]
         comparison = Comparison(self.recipe.eval, original, self.eval, identity)
         settings = comparison.settings()
+        if against is not None:
+            shards = sorted(against.folder.glob("*.safetensors"))
+            settings["against"] = {path.name: hashed_file(path) for path in shards}
         if (commits.get(MEASURED) or {}).get("settings") != settings:
-            found = comparison.measure(ModelSource(str(made), made))
+            found = comparison.measure(model, against)
             commits.put(MEASURED, {"settings": settings, "found": found})
 
     def results(self) -> list[StageResult]:
@@ -115,6 +166,23 @@ class StagesFolder(WorkFolder):
             measured = self.recipe.eval and commits.get(MEASURED)["found"]
             found.append(StageResult(report, run, measured))
         return found
+
+    def draft_result(self) -> StageResult | None:
+        """Of the draft, when it is done; None without one."""
+        if self.recipe.draft is None:
+            return None
+        made = self.recipe.draft.recipe.out
+        files = (made / name for name in ("compress.json", "run.json"))
+        report, run = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+        measured = self.recipe.eval and self.draft.get(MEASURED)["found"]
+        return StageResult(report, run, measured)
+
+    def timing(self, original: BlockModel) -> Timing:
+        """Of the original and what the stages gave; goes on where a run was broken off."""
+        entries = [Entry(ORIGINAL, _source(original.source.folder))]
+        for number, stage in enumerate(self.recipe.stages, start=1):
+            entries.append(Entry(f"{number}. {method_of(stage.stages[0])}", _source(stage.out)))
+        return Timing(entries, Measures(speed=self.recipe.speed), self.progress / "speed")
 
     def _difference(self, number: int, folder: Path) -> str | None:
         if number > len(self._identities):
@@ -139,6 +207,17 @@ def identities(recipe: ChainRecipe, original: BlockModel) -> list[Identity]:
     Reads all weights of the original and of other teachers once, and refuses those with a NaN or
     an infinity.
     """
+    found = _stage_identities(recipe)
+    found[0]["model"] = files_of(original)
+    return found
+
+
+def _draft_identity(draft: Draft) -> Identity:
+    """What a draft must have been of; what its stages start from is known by its number."""
+    return {"start": draft.start, "stages": _stage_identities(draft.recipe)}
+
+
+def _stage_identities(recipe: ChainRecipe) -> list[Identity]:
     told = described_chain(recipe)
     made = {recipe.model, *(str(stage.out) for stage in recipe.stages)}
     found: list[Identity] = []
@@ -150,7 +229,6 @@ def identities(recipe: ChainRecipe, original: BlockModel) -> list[Identity]:
         if isinstance(stage, DistillRecipe) and (teacher := stage.stages[0].teacher) not in made:
             identity["teacher"] = teacher and files_of(_opened(teacher))
         found.append(identity)
-    found[0]["model"] = files_of(original)
     return found
 
 
@@ -158,6 +236,10 @@ def _text_of(stage: AnyRecipe) -> str:
     """Where the text of a stage comes from."""
     data = stage.stages[0].data if isinstance(stage, DistillRecipe) else stage.calibration
     return data.source
+
+
+def _source(folder: Path) -> ModelSource:
+    return ModelSource(str(folder), folder)
 
 
 def _opened(ref: str) -> BlockModel:

@@ -256,6 +256,7 @@ def chain_card(report: dict[str, Any]) -> str:
             "token.",
             "",
         ]
+    lines += _draft_lines(report)
     last = stages[-1]
     if "format" in last:
         inputs = next((layer.get("inputs") for layer in report["layers"] if layer["method"]), None)
@@ -266,6 +267,20 @@ def chain_card(report: dict[str, Any]) -> str:
         lines += _plain_loading(recipe["out"])
     lines += ["`report.html` shows each stage, `compress.json` has the settings.", ""]
     return "\n".join(lines)
+
+
+def _draft_lines(report: dict[str, Any]) -> list[str]:
+    """What a card says of a draft that comes with a model."""
+    if not (draft := report.get("draft")):
+        return []
+    agrees = ""
+    if "top1_agreement" in draft:
+        agrees = f", its first choice this model's {draft['top1_agreement']:.1%} of times"
+    return [
+        f"The folder `draft` has a model of {draft['parameters']:,} parameters that proposes tokens"
+        f"{agrees}. `compress serve {report['recipe']['out']}` uses it (speculative decoding).",
+        "",
+    ]
 
 
 def _stage_table(report: dict[str, Any]) -> list[str]:

@@ -31,6 +31,7 @@ from compress.core.source import read_config
 from compress.core.tokenizer import load_tokenizer
 from compress.distill.checkpoint import whole_weights
 from compress.distill.data import LARGE_ODD, PackedData, pack
+from compress.distill.latent_scale import LatentScale
 from compress.distill.loop import TrainResult, train
 from compress.distill.lora import add_lora, merge_lora
 from compress.distill.objective import Objective, Student
@@ -68,10 +69,12 @@ def run_distillation(
         first(lambda: folder.begin(_identity(job), restart))
         try:
             data = _data(job, folder)
-            student = _student(job, data, folder)
+            model = _model(job)
+            latents = LatentScale(model)
+            student = _student(job, model, data, folder)
             result = train(student, data, job.config.train, folder.training)
             model = merge_lora(student.model) if job.config.lora else student.model
-            weights = whole_weights(model)
+            weights = latents.restored(whole_weights(model))
             report = first(lambda: _finish(job, folder, model, weights, data, result))
             return report or {}
         except InputError:  # the same run would end here again
@@ -140,13 +143,16 @@ def _sampled(job: DistillJob, folder: OutputFolder) -> Iterator[list[int]]:
         yield from folder.commits.get(name).tolist()
 
 
-def _student(job: DistillJob, data: PackedData, folder: OutputFolder) -> Student:
+def _model(job: DistillJob) -> Any:
+    """The student's weights: of what is not trained, forward passes need no more than their own
+    precision."""
+    precision = job.precision if job.config.lora else "float32"
+    return load_model(job.student.source.folder, precision, job.device)
+
+
+def _student(job: DistillJob, model: Any, data: PackedData, folder: OutputFolder) -> Student:
     """The student and its objective, with the teacher or what was kept of it."""
     config = job.config
-    # of what is not trained, forward passes need no more than their own precision
-    model: Any = load_model(
-        job.student.source.folder, job.precision if config.lora else "float32", job.device
-    )
     model = add_lora(model, config.lora) if config.lora else model.requires_grad_(True)
     teacher = None
     if job.teacher_runs:

@@ -52,7 +52,8 @@ class LLM:
 
     `draft` proposes tokens that the model verifies several at a time, which changes no output but
     the time it takes: "ngram" copies from the text so far, "self" is the model with layers left
-    out ("self:3,7-12" says which), and anything else is a model of the same vocabulary.
+    out ("self:3,7-12" says which), "auto" a draft that came with the model (in its folder, `draft`;
+    none without), and anything else is a model of the same vocabulary.
     `num_speculative_tokens` is how many at once, 1 to 64; "auto" follows what pays.
 
     Raises InputError for a model that cannot be loaded.  Use it in a `with` statement, or `close`
@@ -117,6 +118,7 @@ class LLM:
         if choice is not None and speculator is not None:
             making.settle(speculator, choice, decoder, num_blocks, max_tokens_per_step)
         self._set_up(engine, tokenizer, max_queued_requests)
+        self.draft = choice.name if choice else None
 
     @classmethod
     def from_engine(
@@ -130,6 +132,7 @@ class LLM:
     def _set_up(self, engine: Engine, tokenizer: Any, max_queued_requests: int | None) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
+        self.draft: str | None = None  # what proposes tokens, in a user's words
         most = None
         if max_queued_requests is not None:
             if max_queued_requests < 0:

@@ -28,7 +28,7 @@ def chat_command(
     head_bits: str | None,
     kv_cache_memory: int | None,
     kv_cache_dtype: str,
-    draft: str | None,
+    draft: str,
     num_speculative_tokens: int | str | None,
     **options: Any,
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 from rich.console import Console
@@ -133,8 +133,10 @@ def compare_command(
         if recall:
             sought = RecallConfig(distances_of(distances), dtype=dtype, engine=engine, seed=seed)
         if repeat:
-            timed = SpeedConfig(prompt_tokens, new_tokens, batch, speed_dtype, threads)
-        measures = Measures(scored, asked, sought, timed, repeat)
+            timed = SpeedConfig(
+                prompt_tokens, new_tokens, batch, repeat, cast(Any, speed_dtype), threads
+            )
+        measures = Measures(scored, asked, sought, timed)
         comparison = Comparison(entries_of(models, against), measures, out, restart)
         comparison.check()
         comparison.measure()

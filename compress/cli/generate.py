@@ -60,7 +60,7 @@ def generate_command(
     head_bits: str | None,
     kv_cache_memory: int | None,
     kv_cache_dtype: str,
-    draft: str | None,
+    draft: str,
     num_speculative_tokens: int | str | None,
     as_json: bool,
     **options: Any,
@@ -109,7 +109,7 @@ def _answer_prompt(
         if streams:
             click.echo(start, nl=False)
         done = answer(llm, tokens, params, partial(click.echo, nl=False) if streams else None)
-        drafted = speculation(llm.statistics()) if choice.draft else None
+        drafted = speculation(llm.statistics()) if llm.draft else None
     if as_json:
         record = as_record(done.prompt_tokens, done.outputs) | done.timing
         more = {"speculation": drafted} if drafted else {}
@@ -155,7 +155,7 @@ def _answer_file(
     with choice.load(max_sequences=at_once) as llm:
         identity = identity_of(llm, folder, bulk, choice.settings)
         result = answer_lines(llm, bulk, output, identity, at_once, restart)
-        if choice.draft:
+        if llm.draft:
             result["speculation"] = speculation(llm.statistics())
     if as_json:
         print_json(result)

@@ -274,8 +274,32 @@ def print_chain(report: dict[str, Any]) -> None:
             cells += [f"{row['kl_mean']:.4f}", f"{row['kl_added']:+.4f}"]
         table.add_row(*cells, _duration(seconds))
     Console(highlight=False).print(table)
-    rows = {"output": report["out"], "report": f"{report['out']}/report.html"}
+    if "speed" in report:
+        _print_stage_speeds(report["speed"])
+    rows = {"output": report["out"]}
+    if draft := report.get("draft"):
+        rows["draft"] = f"{draft['parameters']:,} parameters, {in_words(draft['bytes'])}"
+        if "top1_agreement" in draft:
+            rows["draft"] += f", the same most likely token at {draft['top1_agreement']:.1%}"
+    rows["report"] = f"{report['out']}/report.html"
     print_pairs("Result", rows)
+
+
+def _print_stage_speeds(speed: dict[str, Any]) -> None:
+    """Print what the original and the results of stages were timed at."""
+    table = Table(title=speed["how"], title_justify="left")
+    columns = ("after", "KV of a token", "first token", "each token", "together")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "after" else "right")
+    for row in speed["rows"]:
+        cells = []
+        if "seconds_per_token" in row:
+            cells = [f"{row['kv_bytes_per_token']:,.0f} B"]
+            times = (row["time_to_first_token_s"], row["seconds_per_token"])
+            cells += [f"{1000 * times[0]:.1f} ms", f"{1000 * times[1]:.2f} ms"]
+            cells.append(f"{row['tokens_per_s']:,.0f} tokens/s")
+        table.add_row(row["name"], *cells)
+    Console(highlight=False).print(table)
 
 
 def _measured_on(report: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compress.runtime.sampling_params import SamplingParams
 
 Options = list[Callable[[Any], Any]]
+NO_DRAFT = "none"
 
 DTYPE = click.option(
     "--dtype",
@@ -67,10 +68,12 @@ MODEL: Options = [
     KV_CACHE_DTYPE,
     click.option(
         "--draft",
-        metavar="ngram|self[:LAYERS]|DRAFT",
+        default="auto",
+        show_default=True,
+        metavar="auto|none|ngram|self[:LAYERS]|DRAFT",
         help="Propose tokens, several of which one step verifies: ngram copies what followed the "
         "same tokens before, self is MODEL without some of its layers, DRAFT a smaller model with "
-        "the same vocabulary.  [default: none]",
+        "the same vocabulary, auto the one that MODEL came with, if it did.",
     ),
     click.option(
         "--num-speculative-tokens",
@@ -142,12 +145,12 @@ class ModelChoice:
     dtype: str
     head_bits: str | None
     kv_cache_memory: int | None = None
-    draft: str | None = None
+    draft: str = NO_DRAFT
     num_speculative_tokens: int | str | None = None
     kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.num_speculative_tokens is not None and self.draft is None:
+        if self.num_speculative_tokens is not None and self.draft == NO_DRAFT:
             raise click.UsageError("--num-speculative-tokens goes with --draft")
 
     @property
@@ -161,7 +164,7 @@ class ModelChoice:
         given = {
             "lm_head_bits": self.lm_head_bits,
             "kv_cache_memory": self.kv_cache_memory,
-            "draft": self.draft,
+            "draft": None if self.draft == NO_DRAFT else self.draft,
             "num_speculative_tokens": self.num_speculative_tokens,
         }
         settings = {"dtype": self.dtype, "kv_cache_dtype": self.kv_cache_dtype}

@@ -96,7 +96,7 @@ def serve_command(
     head_bits: str | None,
     kv_cache_memory: int | None,
     kv_cache_dtype: str,
-    draft: str | None,
+    draft: str,
     num_speculative_tokens: int | str | None,
     replicas: int,
     metrics: bool,
@@ -160,11 +160,12 @@ def serve_command(
             max_queued_requests=max_queued_requests,
         )
         say(llm.cache_description)
+        if llm.draft:
+            say(f"Tokens are proposed by {llm.draft}")
         return llm
 
     def announce() -> None:
-        drafts = f", drafts by {draft}" if draft else ""
-        say(f"Serving {settings.model_names[0]} at {url}{drafts}")
+        say(f"Serving {settings.model_names[0]} at {url}")
         if as_json:
             ready = {"url": url, "model": settings.model_names[0], "pid": os.getpid()}
             print(json.dumps(ready), file=output, flush=True)
@@ -189,6 +190,6 @@ def _replicated(
     # A wrong name is known before Ray has started.
     source = resolve_model(choice.model)
     tokens = choice.num_speculative_tokens or "auto"
-    choose(choice.draft, tokens, source, load_tokenizer(source.folder))
+    choose(choice.settings.get("draft"), tokens, source, load_tokenizer(source.folder))
     memory = choice.kv_cache_memory or cache_memory_of_each(replicas)
     return service, replace(choice, kv_cache_memory=memory)

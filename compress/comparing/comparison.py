@@ -17,7 +17,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 from compress.core.device import KV_CACHE_DTYPES
 from compress.core.errors import InputError, reason_of
@@ -48,6 +51,20 @@ class Entry:
     unserved: str = ""
 
     @property
+    def stored(self) -> Path:
+        """What its size and its speed are of: a .gguf file as it is, else the folder, which of an
+        alias has the weights that others are made from."""
+        path = Path(self.source.ref).expanduser()
+        return path if path.suffix == ".gguf" and path.is_file() else self.source.folder
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors, or of a .gguf file."""
+        if self.stored.is_file():
+            return self.stored.stat().st_size
+        return inspect_folder(self.stored)["bytes"]
+
+    @property
     def files(self) -> list[list[Any]]:
         """Name, size and time of change of every file that decides what it computes."""
         folder = self.source.folder
@@ -69,26 +86,31 @@ class TaskConfig:
     engine: str = "auto"
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class SpeedConfig:
-    """What is timed: one request, and `batch` of them, of `prompt_tokens` and `new_tokens` each."""
+    """What is timed: one request, and `batch` of them, of `prompt_tokens` and `new_tokens` each.
 
-    prompt_tokens: int = 512
-    new_tokens: int = 64
-    batch: int = 16
-    dtype: str = "auto"
-    threads: int | None = None
+    rounds   of all models in turn; the median is taken
+    dtype    of activations; auto is bfloat16 where the machine has it, else float32
+    threads  on a CPU; None leaves PyTorch's number
+    """
+
+    prompt_tokens: int = Field(default=512, ge=1)
+    new_tokens: int = Field(default=64, ge=2)
+    batch: int = Field(default=16, ge=1)
+    rounds: int = Field(default=3, ge=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: int | None = Field(default=None, ge=1)
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What is measured; None for what is not, and `rounds` of timing."""
+    """What is measured; None for what is not."""
 
     text: TextEvalConfig | None = None
     tasks: TaskConfig | None = None
     recall: RecallConfig | None = None
     speed: SpeedConfig | None = None
-    rounds: int = 3
 
     @property
     def words(self) -> list[str]:
@@ -112,7 +134,7 @@ class Measures:
             found.append(
                 f"Speed: prompts of {speed.prompt_tokens} tokens and {speed.new_tokens} new ones, "
                 f"one request and {speed.batch} together, dtype {speed.dtype}; the median of "
-                f"{self.rounds} rounds, all in turn in each."
+                f"{speed.rounds} rounds, all in turn in each."
             )
         if text is not None:
             found.append("A star: none is smaller, or quicker, and closer to the original.")
@@ -161,7 +183,7 @@ class Comparison:
             if self.measures.recall:
                 check_recall(entry.source, self.measures.recall)
         if self.measures.speed:
-            self.entries = [_timed(entry, self.measures.speed) for entry in self.entries]
+            self.entries = [check_speed(entry, self.measures.speed) for entry in self.entries]
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def measure(self) -> None:
@@ -204,12 +226,12 @@ class Comparison:
         self._each("recall", asdict(config), measured)
 
     def _measure_speed(self, config: SpeedConfig) -> None:
-        settings = asdict(config)
-        for number in range(self.measures.rounds):
+        settings = {key: value for key, value in asdict(config).items() if key != "rounds"}
+        for number in range(config.rounds):
             for entry in self.entries:
                 done = self._get(entry, "speed", settings) or []
                 if not entry.unserved and len(done) <= number:
-                    say(f"Timing {entry.name}, round {number + 1} of {self.measures.rounds}")
+                    say(f"Timing {entry.name}, round {number + 1} of {config.rounds}")
                     self._put(entry, "speed", settings, [*done, time_once(entry, config)])
 
     def rows(self) -> list[dict[str, Any]]:
@@ -220,7 +242,7 @@ class Comparison:
             row: dict[str, Any] = {
                 "name": entry.name,
                 "model": entry.source.ref,
-                "bytes": inspect_folder(entry.source.folder)["bytes"],
+                "bytes": entry.bytes,
             }
             if self.measures.text:
                 row |= kept["quality"]["found"]
@@ -229,7 +251,7 @@ class Comparison:
             if self.measures.recall:
                 row["recall"] = kept["recall"]["found"]["recall"]
             if self.measures.speed and not entry.unserved:
-                rounds = kept["speed"]["found"][: self.measures.rounds]
+                rounds = kept["speed"]["found"][: self.measures.speed.rounds]
                 row |= medians(rounds) | {"batch": self.measures.speed.batch}
             found.append(row)
         return found
@@ -252,7 +274,7 @@ class Comparison:
         write_text(self.path, json.dumps(self._kept, indent=1, default=str) + "\n")
 
 
-def _timed(entry: Entry, speed: SpeedConfig) -> Entry:
+def check_speed(entry: Entry, speed: SpeedConfig) -> Entry:
     """An entry, with the reason where it cannot be timed.
 
     Raises InputError where the requests are longer than its context.
@@ -310,7 +332,7 @@ def time_once(entry: Entry, config: SpeedConfig) -> dict[str, float]:
     from compress.bench.subject import Subject
 
     subject = Subject(
-        entry.source.ref, config.dtype, None, config.threads, kv_cache_dtype=entry.kv_cache_dtype
+        str(entry.stored), config.dtype, None, config.threads, kv_cache_dtype=entry.kv_cache_dtype
     )
     runs = []
     for batch in (1, config.batch):

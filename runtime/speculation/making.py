@@ -1,6 +1,6 @@
 """From what a user asks for to a speculator: which proposer, and how it decides its lengths.
 
-    draft = "ngram" | "self" | "self:3,7-12" | a checkpoint;  tokens = 1 to 64 | "auto"
+    draft = "auto" | "ngram" | "self" | "self:3,7-12" | a checkpoint;  tokens = 1 to 64 | "auto"
 
 `choose` finds out what can be wrong before any weights are read; `make_speculator` then makes
 the proposer beside the model, and `settle` what decides the lengths, on a cache to measure on.
@@ -34,6 +34,7 @@ NGRAM, SELF, AUTO = "ngram", "self", "auto"
 MOST_TOKENS = 64  # of one draft
 MOST_AUTO = {NGRAM: 16, SELF: 8, "model": 8}  # that `auto` goes to
 LEAST_LAYERS = 4  # of a model that can do with fewer
+OWN = "draft"  # the folder in a checkpoint of a draft that was made for it
 HEAD_BITS = 8  # of a draft's output layer, which is most of a small model's work
 
 
@@ -41,11 +42,13 @@ HEAD_BITS = 8  # of a draft's output layer, which is most of a small model's wor
 class Choice:
     """A proposer that a model can have.
 
+    name      what a user calls it
     tokens    of each draft; None lets them follow what pays
     left_out  layers of the model that a self-draft does without
     source    of a draft model
     """
 
+    name: str
     kind: str
     tokens: int | None
     left_out: tuple[int, ...] = ()
@@ -62,6 +65,8 @@ def choose(
 ) -> Choice | None:
     """What a user asks for, for the model of `source`; reads no weights.
 
+    A draft `auto` is the one in the model's folder, or none where there is none.
+
     InputError for a draft that is not found, not served, or has another vocabulary, for layers
     that the model lacks, and for a number of tokens that is not allowed.
     """
@@ -73,6 +78,11 @@ def choose(
         raise InputError(
             f"num_speculative_tokens = {shown(tokens)}; allowed is 1 to {MOST_TOKENS}, or auto"
         )
+    if draft == AUTO:
+        name, own = "its own draft", source.folder / OWN
+        draft = str(own) if (own / "config.json").is_file() else None
+    else:
+        name = draft or ""
     if draft is None:
         if number is None:
             return None
@@ -80,7 +90,7 @@ def choose(
             f"num_speculative_tokens = {number} without a draft; give one, such as draft = ngram"
         )
     if draft == NGRAM:
-        return Choice(NGRAM, number)
+        return Choice(name, NGRAM, number)
     if draft == SELF or draft.startswith(f"{SELF}:"):
         count = read_config(source.folder).get("num_hidden_layers")
         if not isinstance(count, int) or count < LEAST_LAYERS:
@@ -88,7 +98,7 @@ def choose(
                 f"draft '{draft}': '{source.ref}' has {shown(count)} layers, and a draft of its "
                 f"own takes a model of {LEAST_LAYERS} or more; give draft = ngram"
             )
-        return Choice(SELF, number, left_out=_left_out(draft, count))
+        return Choice(name, SELF, number, left_out=_left_out(draft, count))
     try:
         drafting = resolve_model(draft)
     except InputError as error:
@@ -96,7 +106,7 @@ def choose(
         raise InputError(f"draft: {error}{meant}") from None
     check_served(drafting)
     _check_vocabulary(drafting, source, tokenizer)
-    return Choice("model", number, source=drafting)
+    return Choice(name, "model", number, source=drafting)
 
 
 def make_speculator(

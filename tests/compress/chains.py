@@ -52,9 +52,9 @@ def noting_runs(monkeypatch: Any) -> list[str]:
         monkeypatch.setattr(chain, name, noted)
     measure = Comparison.measure
 
-    def measured(self, model):
+    def measured(self, *models):
         found.append("measure")
-        return measure(self, model)
+        return measure(self, *models)
 
     monkeypatch.setattr(Comparison, "measure", measured)
     return found

@@ -52,7 +52,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded():
         (["--drain-seconds", "-1"], "0<=x<=86400"),
         (["--drain-seconds", "inf"], "0<=x<=86400"),
         (["--max-queued-requests", "-1"], "x>=0"),
-        (["--num-speculative-tokens", "4"], "--num-speculative-tokens goes with --draft"),
+        (["--num-speculative-tokens", "4", "--draft", "none"], "-tokens goes with --draft"),
     ],
 )
 def test_bad_options(arguments, words):
@@ -150,8 +150,9 @@ def test_a_model_is_served(model_folder):
     lines = said.splitlines()
     # a key is set, so no warning
     assert re.fullmatch("Keys and values take 512 bytes a token; room for .* tokens", lines[0])
-    assert lines[1] == f"Serving tiny at {ready['url']}, drafts by ngram"
-    assert len(lines) == 5  # and one a request
+    assert lines[1] == "Tokens are proposed by ngram"
+    assert lines[2] == f"Serving tiny at {ready['url']}"
+    assert len(lines) == 6  # and one a request
     assert "environment" not in said
 
 
