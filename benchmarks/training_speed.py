@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 
 from compress.core.device import default_device, native_bfloat16
 from compress.core.source import resolve_model
@@ -61,6 +62,7 @@ def main() -> None:
             place = Path(folder) / str(turn)
             ours.append(_ours(source.folder, data, config, place))
             theirs.append(_trainer(source.folder, data, config, place))
+            AcceleratorState._reset_state(True)  # the Trainer's, of which a process has one
     _print(config, ours, theirs)
 
 

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from compress.chain_preflight import check_chain
+from compress.chain_preflight import look_ahead
 from compress.chain_recipe import DRAFT, ChainRecipe, Draft
 from compress.chain_report import place_draft, write_chain_report
 from compress.chain_stages import StagesFolder, identities
@@ -47,7 +47,7 @@ def run_chain(
     folder = StagesFolder(recipe, overwrite)
     first = processes().first
     first(folder.check)
-    original = check_chain(recipe)
+    original = look_ahead(recipe, activation_memory).original
     with ExitStack() as stack:
         first(lambda: stack.enter_context(folder))
         first(lambda: folder.begin(identities(recipe, original), restart))

@@ -18,7 +18,7 @@ from compress.distill.checkpoint import KEPT
 from compress.distill.lora import check_lora
 from compress.distill.preparation import check_trackers, settle_precision
 from compress.distill.teacher import CacheIdentity
-from compress.preflight import INTERPRETER_BYTES
+from compress.preflight import INTERPRETER_BYTES, Needs
 from compress.recipe import DistillConfig, DistillRecipe
 
 FLOAT32 = 4
@@ -136,8 +136,8 @@ def _check_context(model: BlockModel, seq_len: int) -> None:
         )
 
 
-def needs_of(job: DistillJob) -> dict[str, int]:
-    """Bytes that a run takes at least: `disk`, `memory` (of the device, without activations)."""
+def needs_of(job: DistillJob) -> Needs:
+    """What a run will take at least, from shapes: memory is without activations."""
     config, student = job.config, job.student
     parameters = student.num_parameters
     trained = _adapter_parameters(job) if config.lora else parameters
@@ -145,12 +145,15 @@ def needs_of(job: DistillJob) -> dict[str, int]:
     disk = parameters * job.dtype.itemsize + (KEPT + 1) * trained * kept + FLOAT32 * job.tokens
     width = 2 if job.precision == "bfloat16" else 4
     memory = parameters * (width if config.lora else FLOAT32) + trained * (kept + FLOAT32)
-    if job.teacher is not None and job.teacher_runs and config.loss.topk is None:
-        memory += job.teacher.num_parameters * width
+    if job.teacher is not None and job.teacher_runs:
+        beside = job.teacher.num_parameters * width
+        memory = memory + beside if config.loss.topk is None else max(memory, beside)
     if config.loss.topk is not None:
         sequences = -(-job.tokens // config.train.seq_len)
         disk += sequences * job.cache_identity("").bytes_per_sequence
-    return {"disk": disk, "memory": memory}
+    output, on_gpu = parameters * job.dtype.itemsize, job.device.type == "cuda"
+    host = INTERPRETER_BYTES + (0 if on_gpu else memory)
+    return Needs(output, disk, 0, host, memory if on_gpu else 0)
 
 
 def _adapter_parameters(job: DistillJob) -> int:
@@ -163,12 +166,13 @@ def _adapter_parameters(job: DistillJob) -> int:
 def check_resources(job: DistillJob, folder: OutputFolder) -> None:
     """Raise InputError where disk or memory will not do."""
     needs = needs_of(job)
-    folder.check_disk(needs["disk"])
+    folder.check_disk(needs.disk)
     on_gpu = job.device.type == "cuda"
-    free = torch.cuda.mem_get_info(job.device)[0] if on_gpu else free_memory() - INTERPRETER_BYTES
-    if needs["memory"] > free:
+    taken = needs.device if on_gpu else needs.host
+    free = torch.cuda.mem_get_info(job.device)[0] if on_gpu else free_memory()
+    if taken > free:
         raise InputError(
-            f"training takes at least {in_words(needs['memory'])} of memory besides activations, "
+            f"training takes at least {in_words(taken)} of memory besides activations, "
             f"and {in_words(free)} are free; train adapters with --lora 16, or shard over more "
             "GPUs with accelerate launch --use_fsdp --fsdp_version 2"
         )

@@ -69,9 +69,12 @@ def run_distillation(
         first(lambda: folder.begin(_identity(job), restart))
         try:
             data = _data(job, folder)
+            teacher = _teacher(job, data, folder)  # of a cache it is gone before the student comes
             model = _model(job)
             latents = LatentScale(model)
-            student = _student(job, model, data, folder)
+            if job.config.lora:
+                model = add_lora(model, job.config.lora)
+            student = Student(model, Objective(job.config.loss, model, teacher))
             result = train(student, data, job.config.train, folder.training)
             model = merge_lora(student.model) if job.config.lora else student.model
             weights = latents.restored(whole_weights(model))
@@ -147,17 +150,17 @@ def _model(job: DistillJob) -> Any:
     """The student's weights: of what is not trained, forward passes need no more than their own
     precision."""
     precision = job.precision if job.config.lora else "float32"
-    return load_model(job.student.source.folder, precision, job.device)
+    model = load_model(job.student.source.folder, precision, job.device)
+    return model if job.config.lora else model.requires_grad_(True)
 
 
-def _student(job: DistillJob, model: Any, data: PackedData, folder: OutputFolder) -> Student:
-    """The student and its objective, with the teacher or what was kept of it."""
-    config = job.config
-    model = add_lora(model, config.lora) if config.lora else model.requires_grad_(True)
-    teacher = None
-    if job.teacher_runs:
-        teacher = _live_teacher(job) if config.loss.topk is None else _cached(job, data, folder)
-    return Student(model, Objective(config.loss, model, teacher))
+def _teacher(
+    job: DistillJob, data: PackedData, folder: OutputFolder
+) -> LiveTeacher | TopKCache | None:
+    """The teacher, or what was kept of it."""
+    if not job.teacher_runs:
+        return None
+    return _live_teacher(job) if job.config.loss.topk is None else _cached(job, data, folder)
 
 
 def _live_teacher(job: DistillJob) -> LiveTeacher:

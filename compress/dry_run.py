@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from compress import calibration, convert_preflight, probe, prune_preflight
+from compress import calibration, convert_preflight, distill_preflight, probe, prune_preflight
+from compress.chain_preflight import Expected, look_ahead
+from compress.chain_recipe import ChainRecipe
 from compress.core.blocks import BlockModel, linears_of
 from compress.core.commits import Commits
 from compress.core.errors import InputError
@@ -28,7 +30,7 @@ from compress.preflight import (
     qat_config,
 )
 from compress.quant.formats import FORMATS
-from compress.recipe import ConvertRecipe, PruneRecipe, Recipe, method_of
+from compress.recipe import ConvertRecipe, DistillRecipe, PruneRecipe, Recipe, method_of
 from compress.walk import TOKENS_PER_BATCH, Clock, Walk
 
 FORWARDS = 4  # the original's forward pass, the student's, and a backward pass as long as two
@@ -125,6 +127,72 @@ def plan_conversion(
         "device": str(job.device),
         "compute_dtype": str(job.model.compute_dtype).removeprefix("torch."),
         **_taken(recipe.out, job.model, needs, memory),
+    }
+
+
+def plan_distillation(recipe: DistillRecipe, overwrite: bool = False) -> dict[str, Any]:
+    """What a distillation would take, from shapes; writes no output, and foretells no time.
+
+    Raises InputError where `run_distillation` would, but for what only reading weights and text
+    shows.
+    """
+    folder = _unwritten(recipe.out, overwrite)
+    job = distill_preflight.preflight(recipe)
+    distill_preflight.check_resources(job, folder)
+    student, train = job.student, job.config.train
+    return {
+        "model": recipe.model,
+        "blocks": student.num_blocks,
+        "parameters": student.num_parameters,
+        "teacher": job.config.teacher,
+        "steps": train.steps,
+        "tokens": train.steps * train.batch_size * train.seq_len,
+        "device": str(job.device),
+        "compute_dtype": job.precision,
+        **_taken(recipe.out, student, distill_preflight.needs_of(job), 0),
+    }
+
+
+def plan_chain(
+    recipe: ChainRecipe, overwrite: bool = False, activation_memory: int | None = None
+) -> dict[str, Any]:
+    """What a recipe of several stages would take, from shapes; writes no output, and foretells no
+    time.  What is not known before a shape was found is None.
+
+    Disk is at most: what stages gave stays until the end.  Raises InputError where `run_chain`
+    would, but for what only reading weights and text shows.
+    """
+    folder = _unwritten(recipe.out, overwrite)
+    outlook = look_ahead(recipe, activation_memory)
+    expected = [*outlook.stages, *outlook.draft]
+    needs = [stage.needs for stage in expected if stage.needs is not None]
+    disk = sum(one.output for one in needs) + max((one.disk for one in needs), default=0)
+    folder.check_disk(disk)
+    return {
+        "model": recipe.model,
+        "blocks": outlook.original.num_blocks,
+        "parameters": outlook.original.num_parameters,
+        "out": str(recipe.out),
+        "original_bytes": outlook.original.reader.total_bytes,
+        "stages": [_expected(stage) for stage in outlook.stages],
+        "draft": [_expected(stage) for stage in outlook.draft],
+        "disk_bytes": disk,
+        "disk_free_bytes": free_disk(recipe.out.absolute().parent),
+        "memory_bytes": max((one.host for one in needs), default=0),
+        "memory_free_bytes": free_memory(),
+        "gpu_memory_bytes": max((one.device for one in needs), default=0),
+    }
+
+
+def _expected(stage: Expected) -> dict[str, Any]:
+    """A row of a chain's plan."""
+    needs = stage.needs
+    return {
+        "method": stage.method,
+        "parameters": stage.parameters,
+        "bytes": needs and needs.output,
+        "memory_bytes": needs and needs.host,
+        "gpu_memory_bytes": needs and needs.device,
     }
 
 

@@ -195,9 +195,14 @@ def stock_config(model: BlockModel, target: Shape) -> Any:
     """
     from transformers import CONFIG_MAPPING
 
-    raw = read_config(model.source.folder)
-    wanted: dict[str, Any] = raw | config_entries(model.config, target, list(range(target.depth)))
+    wanted = stock_entries(model, target)
     return CONFIG_MAPPING[wanted["model_type"]].from_dict(wanted)
+
+
+def stock_entries(model: BlockModel, target: Shape) -> dict[str, Any]:
+    """The config.json of a shape, for as many layers from the first.  Raises InputError."""
+    raw = read_config(model.source.folder)
+    return raw | config_entries(model.config, target, list(range(target.depth)))
 
 
 def check_class(model: BlockModel, parts: Parts | None, shape: Shape, target: Shape) -> int:

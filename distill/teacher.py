@@ -184,7 +184,6 @@ class TopKCache:
             torch.cat([sequence[name] for sequence in sequences]).to(input_ids.device)
             for name in ("log_probs", "indices", "rest")
         )
-        log_probs = log_probs.float()
         log_probs += (torch.log1p(-rest) - log_probs.logsumexp(-1)).unsqueeze(-1)
         return TopK(log_probs, indices.long())
 
@@ -201,7 +200,9 @@ class TopKCache:
                 "made of; give the same data, tokenizer, sequence length and seed, or another "
                 "folder"
             )
-        return {name: file.get_slice(name)[row] for name in ("log_probs", "indices", "rest")}
+        found = {name: file.get_slice(name)[row] for name in ("log_probs", "indices", "rest")}
+        # under autocast to bfloat16 PyTorch joins no float16
+        return {n: v.float() if v.is_floating_point() else v for n, v in found.items()}
 
     def _open(self, path: Path) -> None:
         try:

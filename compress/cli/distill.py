@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from compress.cli.options import JSON, OVERWRITE, RESTART, carry_out, given
+from compress.cli.options import DRY_RUN, JSON, OVERWRITE, RESTART, carry_out, given
 from compress.core.errors import InputError
 
 
@@ -62,6 +62,7 @@ from compress.core.errors import InputError
 )
 @OVERWRITE
 @RESTART
+@DRY_RUN
 @JSON
 def distill_command(
     student: str,
@@ -78,6 +79,7 @@ def distill_command(
     dtype: str | None,
     overwrite: bool,
     restart: bool,
+    dry_run: bool,
     as_json: bool,
     **loop: Any,
 ) -> None:
@@ -115,7 +117,7 @@ def distill_command(
         },
         "distill",
     )
-    carry_out(recipe, overwrite, restart, None, False, as_json)
+    carry_out(recipe, overwrite, restart, None, dry_run, as_json)
 
 
 def _weights(losses: str | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import click
 from compress.cli.allocation_table import print_allocation
 from compress.cli.output import (
     print_chain,
+    print_chain_plan,
     print_conversion,
     print_json,
     print_plan,
@@ -41,6 +42,11 @@ class Size(click.ParamType):
 
 
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
+DRY_RUN = click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check all but the weights' values, print what it takes, write nothing.",
+)
 RESTART = click.option(
     "--restart", is_flag=True, help="Drop a broken-off run instead of going on with it."
 )
@@ -92,11 +98,7 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
         OVERWRITE,
         RESTART,
         ACTIVATION_MEMORY,
-        click.option(
-            "--dry-run",
-            is_flag=True,
-            help="Check all but the weights' values, print what it takes, write nothing.",
-        ),
+        DRY_RUN,
         JSON,
     ]
     for option in reversed(options):
@@ -122,7 +124,13 @@ def carry_out(
     from compress.conversion import run_conversion
     from compress.core.processes import processes
     from compress.distillation import run_distillation
-    from compress.dry_run import plan_conversion, plan_pruning, plan_recipe
+    from compress.dry_run import (
+        plan_chain,
+        plan_conversion,
+        plan_distillation,
+        plan_pruning,
+        plan_recipe,
+    )
     from compress.pipeline import run_recipe
     from compress.pruning import run_pruning
     from compress.recipe import ConvertRecipe, DistillRecipe, PruneRecipe
@@ -130,14 +138,16 @@ def carry_out(
     with redirect_stdout(sys.stderr):  # trackers and other libraries print
         if isinstance(recipe, ChainRecipe):
             if dry_run:
-                raise InputError("a recipe of several stages takes no --dry-run; leave it out")
-            result, show = run_chain(recipe, overwrite, restart, activation_memory), print_chain
+                result, show = plan_chain(recipe, overwrite, activation_memory), print_chain_plan
+            else:
+                result, show = run_chain(recipe, overwrite, restart, activation_memory), print_chain
         elif isinstance(recipe, DistillRecipe):
-            if dry_run or activation_memory is not None:
-                raise InputError(
-                    "a distillation takes neither --dry-run nor --activation-memory; leave them out"
-                )
-            result, show = run_distillation(recipe, overwrite, restart), print_training
+            if activation_memory is not None:
+                raise InputError("a distillation takes no --activation-memory; leave it out")
+            if dry_run:
+                result, show = plan_distillation(recipe, overwrite), print_plan
+            else:
+                result, show = run_distillation(recipe, overwrite, restart), print_training
         elif isinstance(recipe, PruneRecipe):
             if dry_run:
                 result = plan_pruning(recipe, overwrite, activation_memory)

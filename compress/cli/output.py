@@ -39,6 +39,9 @@ def print_plan(plan: dict[str, Any]) -> None:
             "method": f"{plan['method']}, on {plan['device']} in {plan['compute_dtype']}",
             "linears": f"{plan['linears']} to quantize, {len(plan['left_in_float'])} left in float",
         }
+    elif "steps" in plan:
+        teacher = f" from {plan['teacher']}" if plan["teacher"] else ""
+        rows["trained"] = f"{plan['tokens']:,} tokens in {plan['steps']:,} steps{teacher}"
     elif "conversion" in plan:
         rows["converted"] = f"to {plan['conversion']['words']}"
         rows["KV cache"] = _fewer(*plan["conversion"]["kv_values"])
@@ -67,6 +70,31 @@ def print_plan(plan: dict[str, Any]) -> None:
     if plan["gpu_memory_bytes"]:
         rows["GPU memory"] = f"about {sizes['gpu_memory_bytes']}"
     print_pairs("Plan (nothing was written; weights were not checked)", rows)
+
+
+def print_chain_plan(plan: dict[str, Any]) -> None:
+    """Print what `compress.dry_run.plan_chain` returned."""
+    title = "Plan (nothing was written; weights were not checked)"
+    table = Table(title=title, title_justify="left")
+    for column in ("after", "parameters", "size", "memory", "GPU memory"):
+        table.add_column(column, justify="left" if column == "after" else "right")
+    before = {"method": "original", "parameters": plan["parameters"]}
+    rows = [before | {"bytes": plan["original_bytes"]}, *plan["stages"]]
+    rows += [row | {"method": f"draft: {row['method']}"} for row in plan["draft"]]
+    for row in rows:
+        count = "" if row["parameters"] is None else f"{row['parameters']:,}"
+        sizes = (row.get(key) for key in ("bytes", "memory_bytes", "gpu_memory_bytes"))
+        table.add_row(row["method"], count, *(in_words(size) if size else "" for size in sizes))
+    Console(highlight=False).print(table)
+    sizes = {name: in_words(count) for name, count in plan.items() if name.endswith("_bytes")}
+    print_pairs(
+        "In all",
+        {
+            "output": plan["out"],
+            "disk": f"up to {sizes['disk_bytes']}, {sizes['disk_free_bytes']} free",
+            "memory": f"about {sizes['memory_bytes']}, {sizes['memory_free_bytes']} free",
+        },
+    )
 
 
 def _changed(before: dict[str, int], after: dict[str, int]) -> str:

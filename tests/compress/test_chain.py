@@ -17,9 +17,11 @@ from compress import chain
 from compress.chain import run_chain
 from compress.chain_recipe import build_chain
 from compress.cli import main
+from compress.core.errors import InputError
 from compress.core.shards import hashed_file
 from compress.core.source import ModelSource
 from compress.distillation import run_distillation
+from compress.dry_run import plan_chain
 from compress.evaluate import TextEvalConfig, evaluate_text
 from compress.pipeline import run_recipe
 from compress.pruning import run_pruning
@@ -230,12 +232,13 @@ def test_what_will_not_do_is_refused_before_any_work(stage, change, message, val
 def test_the_command(values, tmp_path):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
     command = ["run", str(tmp_path / "r.yaml")]
-    refused = CliRunner().invoke(main, [*command, "--dry-run"])
-    assert refused.exit_code == 2
-    assert refused.stderr == "Error: a recipe of several stages takes no --dry-run; leave it out\n"
+    plan = json.loads(CliRunner().invoke(main, [*command, "--dry-run", "--json"]).stdout)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.yaml"]
     shown = CliRunner().invoke(main, [*command, "--activation-memory", "1MB"])
     assert shown.exit_code == 0, shown.output
     report = json.loads((tmp_path / "out" / "compress.json").read_text())
+    planned = [(row["parameters"], row["bytes"]) for row in plan["stages"]]
+    assert planned == [(row["parameters"], row["bytes"]) for row in report["stages"]]
     for row in report["stages"]:
         assert f"{row['parameters']:,}" in shown.stdout
         assert f"{row['kl_added']:+.4f}" in shown.stdout
@@ -258,3 +261,45 @@ def test_two_processes(values, tmp_path):
     # order, and codes that lay on an edge moved
     assert two["stages"][-1]["kl_mean"] == pytest.approx(one["stages"][-1]["kl_mean"], rel=0.05)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out", "r.yaml"]
+
+
+@pytest.mark.parametrize(
+    "to", [{"to": "gqa", "kv_heads": 1}, {"to": "mla", "kv_rank": 10, "rope_dim": 6}]
+)
+def test_what_a_conversion_gives_is_known_beforehand(to, values, tmp_path):
+    """Size and parameters, and of all that comes after it."""
+    _, distill, gptq = values["stages"]
+    values["stages"] = [{"method": "convert", **to}, distill, gptq | {"group_size": 2}]
+    values["eval"] = None
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    command = ["run", str(tmp_path / "r.yaml"), "--json"]
+    plan = json.loads(CliRunner().invoke(main, [*command, "--dry-run"]).stdout)
+    report = json.loads(CliRunner().invoke(main, command).stdout)
+    for planned, row in zip(plan["stages"], report["stages"], strict=True):
+        assert (planned["parameters"], planned["bytes"]) == (row["parameters"], row["bytes"])
+
+
+def test_shapes_that_a_stage_gives_are_refused_before_any_work(values, tmp_path, ran):
+    """Of what comes after it: the second pruning would leave more blocks than there are."""
+    prune, _, gptq = values["stages"]
+    values["stages"] = [prune, {"method": "prune", "depth": 4}]
+    with pytest.raises(InputError, match=r"^stage 2 \(prune\): depth = 4 is not possible"):
+        run_chain(build_chain(values))
+    mla = {"method": "convert", "to": "mla", "kv_rank": 10, "rope_dim": 6}
+    values["stages"] = [mla, {"method": "prune", "heads": 3}, gptq]
+    with pytest.raises(InputError, match=r"^stage 2 \(prune\): .*its model"):
+        run_chain(build_chain(values))
+    assert ran == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_after_a_search_little_is_known(values, tmp_path):
+    values["stages"][PRUNE] = {"method": "prune", "target_params": "20k"}
+    plan = plan_chain(build_chain(values))
+    searched, *others = plan["stages"]
+    assert searched["parameters"] > 20_000  # at most
+    assert [row["parameters"] for row in others] == [None, None]
+    values["stages"][GPTQ]["cross_moment"] = True
+    values["propagate_error"] = False
+    with pytest.raises(InputError, match=r"stage 3 \(gptq\): cross_moment"):
+        plan_chain(build_chain(values))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from compress import chain
 from compress.chain import run_chain
-from compress.chain_preflight import check_chain
+from compress.chain_preflight import look_ahead
 from compress.chain_recipe import build_chain
 from compress.chain_stages import identities
 from compress.core.commits import Commits, numbered
@@ -198,9 +198,9 @@ def test_another_teacher_is_another_stage(values, model_folder, tmp_path):
     teacher = shutil.copytree(model_folder(layers=2), tmp_path / "teacher")
     values["stages"][DISTILL]["teacher"] = str(teacher)
     recipe = build_chain(values)
-    before = identities(recipe, check_chain(recipe))
+    before = identities(recipe, look_ahead(recipe).original)
     change_weight({"model": str(teacher)})
-    after = identities(recipe, check_chain(recipe))
+    after = identities(recipe, look_ahead(recipe).original)
     assert [one == two for one, two in zip(before, after, strict=True)] == [True, False, True]
 
 

