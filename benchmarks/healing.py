@@ -26,7 +26,6 @@ from statistics import mean
 from typing import Any
 
 from layers_removed import remove
-from runtime_cpu import processor
 from scored import Scored, add_options
 
 from compress.core.counts import parse_count
@@ -115,7 +114,7 @@ def page(options: argparse.Namespace, runs: list[Run], scored: Scored) -> str:
     lines = [
         "# What training wins back",
         "",
-        f"{options.model}, {processor()}; trained on {options.tokens} tokens of {trained}, scored "
+        f"{options.model}; trained on {options.tokens} tokens of {trained}, scored "
         f"on the first {options.windows} windows of 512 tokens of {text} in float32. KL is from "
         "the original, in nats a token; of several seeds the mean, and in brackets the least "
         "and the greatest.",

@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime_cpu import processor
 from scored import Scored, add_options, compress
 
 RANDOM = 20
@@ -136,7 +135,7 @@ def page(options: argparse.Namespace, scored: Scored, allocation: dict[str, Any]
     lines = [
         "# Mixed precision",
         "",
-        f"{options.model}, {processor()}; GPTQ calibrated on {options.samples} sequences of 512 "
+        f"{options.model}; GPTQ calibrated on {options.samples} sequences of 512 "
         f"tokens of {Path(options.train).name}, scored on the first {options.windows} windows of "
         f"512 tokens of {Path(options.text).name} in float32. KL is from the original, in nats a "
         "token; 4g32 is 4 bits with groups of 32; scales are bfloat16 and count as bits. An "

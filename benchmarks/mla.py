@@ -13,7 +13,6 @@ import argparse
 import re
 from pathlib import Path
 
-from runtime_cpu import processor
 from scored import Scored, add_options
 
 from compress.core.source import read_config, resolve_model
@@ -66,7 +65,7 @@ def page(options: argparse.Namespace, scored: Scored) -> str:
     lines = [
         "# What multi-head latent attention loses before training",
         "",
-        f"{options.model}, {processor()}; calibrated on {options.samples} sequences of 512 tokens "
+        f"{options.model}; calibrated on {options.samples} sequences of 512 tokens "
         f"of {Path(options.train).name}, scored on the first {options.windows} windows of 512 "
         f"tokens of {Path(options.text).name} in float32. KL is from the original, in nats a "
         f"token. The original keeps {2 * heads * dim} numbers of a token in each layer.",

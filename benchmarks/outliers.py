@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runtime_cpu import processor
 from safetensors.torch import save_file
 from scored import Scored, add_options
 from torch import Tensor
@@ -152,7 +151,7 @@ def page(options: argparse.Namespace, scored: Scored) -> str:
     lines = [
         "# 8 bits for weights and activations, with and without outliers",
         "",
-        f"{options.model}, {processor()}; calibrated on {options.samples} sequences of 512 tokens "
+        f"{options.model}; calibrated on {options.samples} sequences of 512 tokens "
         f"of {Path(options.train).name}, scored on the first {options.windows} windows of 512 "
         f"tokens of {Path(options.text).name} in float32. KL is from the original, in nats a "
         "token. Intervals are 95% bootstraps over windows.",

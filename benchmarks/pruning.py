@@ -66,7 +66,8 @@ def main() -> None:
             if name == "original":  # its dense weights: the runtime reads a .gguf file as it is
                 folder = resolve_model(options.model).folder
             found = json.loads(compress("bench", "latency", str(folder), *SPEED))
-            scored.put(f"speed-{name}", found | {"model": name})
+            told = {"model": name, "processor": processor()}
+            scored.put(f"speed-{name}", found | told)
     text = page(options, scored)
     (options.out or options.work / "pruning.md").write_text(text, encoding="utf-8")
     print(text)
@@ -118,7 +119,7 @@ def page(options: argparse.Namespace, scored: Scored) -> str:
     lines = [
         "# What pruning loses, and what training wins back",
         "",
-        f"{options.model}, {processor()}; calibrated on {options.samples} sequences of 512 tokens "
+        f"{options.model}; calibrated on {options.samples} sequences of 512 tokens "
         f"of {Path(options.train).name}, scored on the first {options.windows} windows of 512 "
         f"tokens of {Path(options.text).name} in float32. KL is from the original, in nats a "
         "token. Minitron is its activation scores without a refit; of blocks it is the default.",
@@ -186,7 +187,8 @@ def row(name: str, score: dict[str, Any]) -> str:
 
 def speed_lines(speeds: dict[str, dict[str, Any]]) -> list[str]:
     """A table of tokens per second, and as a ratio to the original's."""
-    lines = ["## Speed, batch 1, bfloat16, 512 tokens and 128 new ones", ""]
+    where = ", ".join(sorted({found["processor"] for found in speeds.values()}))
+    lines = [f"## Speed, batch 1, bfloat16, 512 tokens and 128 new ones, {where}", ""]
     lines += ["| | decoding, tokens/s | ratio | first token, ms |", "|---|---|---|---|"]
     base = speeds["original"]["decode_tokens_per_s"]
     for name, found in speeds.items():

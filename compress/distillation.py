@@ -169,17 +169,17 @@ def _live_teacher(job: DistillJob) -> LiveTeacher:
 
 
 def _cached(job: DistillJob, data: PackedData, folder: OutputFolder) -> TopKCache:
-    """The teacher's likeliest tokens for all sequences; it runs only if some are missing."""
+    """The teacher's likeliest tokens for the sequences that are used; it runs if some are missing."""
     assert job.teacher is not None
     place = job.config.cache or folder.training / "teacher"
-    identity = job.cache_identity(job.teacher.digest())
+    identity, train = job.cache_identity(job.teacher.digest()), job.config.train
+    used = data.used(train.steps, train.batch_size, train.seed)
     if (place / IDENTITY).is_file():
         cache = TopKCache(place, identity)
-        if all(index in cache for index in range(len(data))):
+        if all(index in cache for index in used.tolist()):
             return cache
-    share = processes().share(torch.arange(len(data)))
-    batches = (data.batch(part) for part in share.split(job.config.train.micro_batch))
-    return TopKCache.build(place, identity, _live_teacher(job), batches, len(data))
+    batches = (data.batch(part) for part in processes().share(used).split(train.micro_batch))
+    return TopKCache.build(place, identity, _live_teacher(job), batches, len(used))
 
 
 def _finish(

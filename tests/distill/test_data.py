@@ -155,3 +155,12 @@ def test_numpy_tokens(tmp_path):
     pack([np.array([4, 5], dtype=np.uint16), np.array([6, 7])], tmp_path / "tokens")
     batch = PackedData.read(tmp_path / "tokens", 4).batch(torch.tensor([0]))
     assert batch["input_ids"].tolist() == [[4, 5, 6, 7]]
+
+
+def test_the_windows_that_a_run_uses(tmp_path):
+    """Those held out, and whatever its steps draw, also over several passes."""
+    pack([list(range(100))], tmp_path / "tokens")
+    data = PackedData.read(tmp_path / "tokens", 4, held_out=3)
+    for steps in (1, 3, 20):
+        drawn = {int(place) for step in range(steps) for place in data.drawn(step, 2, 7)}
+        assert data.used(steps, 2, 7).tolist() == sorted({0, 1, 2} | drawn)
