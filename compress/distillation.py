@@ -169,7 +169,7 @@ def _live_teacher(job: DistillJob) -> LiveTeacher:
 
 
 def _cached(job: DistillJob, data: PackedData, folder: OutputFolder) -> TopKCache:
-    """The teacher's likeliest tokens for the sequences that are used; it runs if some are missing."""
+    """The teacher's likeliest tokens for the sequences that are used; it runs if one is missing."""
     assert job.teacher is not None
     place = job.config.cache or folder.training / "teacher"
     identity, train = job.cache_identity(job.teacher.digest()), job.config.train

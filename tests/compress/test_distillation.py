@@ -212,8 +212,13 @@ def test_merged_adapters_are_what_was_trained(recipe, tmp_path):
     )
 
 
+def sequences_in(cache):
+    return {int(n) for path in cache.glob("*.safetensors") for n in load_file(path)["index"]}
+
+
 def test_the_teacher_runs_once(recipe, teacher, tmp_path, monkeypatch):
-    """With a cache, a second run with another seed loads no teacher, and keeps the first loss."""
+    """With a cache, a second run with other settings loads no teacher, and keeps the first loss;
+    one with another seed runs it on the sequences that the first did not draw."""
     changes = {"loss": {"topk": 16}, "cache": str(tmp_path / "cache")}
     first = run_distillation(recipe(**changes))
     loaded = []
@@ -223,11 +228,15 @@ def test_the_teacher_runs_once(recipe, teacher, tmp_path, monkeypatch):
         "load_model",
         lambda folder, *rest: loaded.append(folder) or load(folder, *rest),
     )
-    second = run_distillation(recipe(train={"seed": 1}, out="second", **changes))
+    kept = sequences_in(tmp_path / "cache")
+    second = run_distillation(recipe(train={"learning_rate": 1e-2}, out="second", **changes))
     assert teacher not in loaded
     one, two = (report["training"]["evaluations"] for report in (first, second))
     assert one[0] == two[0]
     assert one[-1] != two[-1]
+    run_distillation(recipe(train={"seed": 1}, out="seed", **changes))
+    assert teacher in loaded
+    assert kept < sequences_in(tmp_path / "cache")
     with pytest.raises(InputError, match=r"cache .* was made with another k \(16, now 8\)"):
         run_distillation(recipe(out="third", loss={"topk": 8}, cache=str(tmp_path / "cache")))
 
