@@ -13,7 +13,7 @@ RECORDS = {
     "mixed": ["--samples", "16", "--windows", "16"],
     "mla": ["--samples", "64", "--windows", "16"],
     "outliers": [],
-    "pruning": [],
+    "pruning": ["--tokens", "50k"],
 }
 
 

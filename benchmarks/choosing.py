@@ -1,0 +1,198 @@
+"""What each way of making a model smaller costs and gives: the table of docs/choosing.md.
+
+    python benchmarks/choosing.py WORK_FOLDER --model smollm2 --text wikitext2_valid.txt \\
+        --scores RESULTS_FOLDER --out FILE.md [--only REGEX]
+
+Every checkpoint is made by the command in its row, in a process of its own and from nothing but the
+model, which writes the text to calibrate and train on; `compress compare` then measures all that
+are there alike, speed in rounds in turn.  What is made stays in the work folder, where a run that
+was broken off goes on, and what was measured stays beside it.  The page is of the last measurement.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime_cpu import processor
+from scored import compress
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+RESULT = "choosing.json"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A checkpoint: what it is in words, and the command that makes it.
+
+    cache  of keys and values, at run time, beside those of the checkpoint
+    """
+
+    name: str
+    words: str
+    command: tuple[str, ...]
+    cache: str = ""
+
+    @property
+    def entry(self) -> str:
+        """As `compress compare` takes it, in the work folder."""
+        return self.name + (f"+{self.cache}" if self.cache else "")
+
+
+def quantizing(*settings: str) -> tuple[str, ...]:
+    return ("quantize", "MODEL", "--method", *settings, "--dtype", "bfloat16")
+
+
+W4 = quantizing("gptq", "--bits", "4", "--group-size", "64")
+WAYS = (
+    Way("fp8", "weights and inputs in fp8", quantizing("fp8")),
+    Way("llm-int8", "weights and inputs in int8, outliers in 16 bits", quantizing("llm-int8")),
+    Way("w8", "weights in 8 bits", quantizing("rtn", "--bits", "8", "--group-size", "64")),
+    Way("w4", "weights in 4 bits", W4),
+    Way("w4", "weights in 4 bits, keys and values in 8", W4, "int8"),
+    Way("qat-w3", "weights in 3 bits, trained", ("run", "qat-w3.yaml")),
+    Way("w3", "weights in 3 bits", quantizing("gptq", "--bits", "3", "--group-size", "64")),
+    Way("pruned", "24 of 30 blocks, distilled", ("run", "minitron-depth.yaml")),
+    Way("gqa", "1 of 3 KV heads, distilled", ("run", "gqa-healed.yaml")),
+    Way("mla", "latent attention, 160 of 384 numbers, distilled", ("run", "mla.yaml")),
+    Way("full", "28 blocks, latent attention, 4 bits, distilled", ("run", "full-stack.yaml")),
+    Way("full", "the same, latents in 8 bits", ("run", "full-stack.yaml"), "int8"),
+)
+
+
+def main() -> None:
+    options = parse()
+    chosen = [way for way in WAYS if re.search(options.only, way.entry)]
+    for way in chosen:
+        if not (options.work / way.name).exists():
+            compress(*command(way, options.model), "--out", str(options.work / way.name))
+    scores = options.scores or options.work
+    if chosen:
+        found = measure(chosen, options)
+        scores.mkdir(parents=True, exist_ok=True)
+        (scores / RESULT).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    text = page(json.loads((scores / RESULT).read_text(encoding="utf-8")))
+    (options.out or options.work / "choosing.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--text", required=True, help="a text file to score on")
+    parser.add_argument("--windows", default="32")
+    parser.add_argument("--tasks", help="of lm-eval, with commas between")
+    parser.add_argument("--include-path", help="folder with task files")
+    parser.add_argument("--limit", default="200", help="questions of each task")
+    parser.add_argument("--distances", default="128,512,1536", help="of recall")
+    parser.add_argument("--repeat", default="3", help="rounds of timing")
+    parser.add_argument("--only", default="", help="ways whose name matches")
+    parser.add_argument("--scores", type=Path, help="[default: WORK_FOLDER]")
+    parser.add_argument("--out", type=Path, help="[default: choosing.md in WORK_FOLDER]")
+    return parser.parse_args()
+
+
+def command(way: Way, model: str) -> tuple[str, ...]:
+    """What makes it, but for the output."""
+    words = (model if word == "MODEL" else word for word in way.command)
+    return tuple(str(RECIPES / word) if word.endswith(".yaml") else word for word in words)
+
+
+def measure(chosen: Sequence[Way], options: argparse.Namespace) -> dict[str, Any]:
+    """What `compress compare` says of them, with the processor, and the command of each."""
+    folders = [str(options.work / way.entry) for way in chosen]
+    asked = ["--text", options.text, "--windows", options.windows, "--repeat", options.repeat]
+    asked += ["--recall", "--distances", options.distances]
+    if options.tasks:
+        asked += ["--tasks", options.tasks, "--limit", options.limit]
+        asked += ["--include-path", options.include_path] if options.include_path else []
+    out = str(options.work / "comparison")
+    said = compress("compare", *folders, "--against", options.model, *asked, "--out", out, "--json")
+    made = [
+        {"entry": way.entry, "words": way.words, "command": told(way, options.model)}
+        for way in chosen
+    ]
+    found = json.loads(said)
+    for row in found["rows"]:
+        row["model"] = Path(row["model"]).name
+    return found | {"processor": processor(), "ways": made}
+
+
+def told(way: Way, model: str) -> str:
+    """The command as a user writes it."""
+    words = (model if word == "MODEL" else word for word in way.command)
+    words = (f"recipes/{word}" if word.endswith(".yaml") else word for word in words)
+    served = f", serve with --kv-cache-dtype {way.cache}" if way.cache else ""
+    out = () if way.command[0] == "run" else ("--out", way.name)
+    return f"`{' '.join(('compress', *words, *out))}`{served}"
+
+
+def page(found: dict[str, Any]) -> str:
+    """The table, as docs/choosing.md has it."""
+    original, *rows = found["rows"]
+    tasks = [(task, name) for task, name in METRICS if task in original.get("tasks", {})]
+    distances = [row["distance"] for row in original["recall"]["passkey"]]
+    heads = ["", "weights, MB a step", "KV, bytes a token", "ms a token"]
+    heads += [f"tokens/s, batch {original['batch']}", "KL", "perplexity"]
+    heads += [label_of(task) for task, _ in tasks]
+    heads += [f"pass key, {distance:,} back" for distance in distances]
+    lines = [
+        "# What each way costs and gives",
+        "",
+        f"{original['name']} on {found['processor']}; factors are beside the original in bfloat16.",
+        "",
+        f"| {' | '.join(heads)} |",
+        f"|{'---|' * len(heads)}",
+        line("original, bfloat16", original, original, tasks, distances),
+    ]
+    ways = {way["entry"]: way for way in found["ways"]}
+    for row in rows:
+        lines.append(line(ways[row["name"]]["words"], row, original, tasks, distances))
+    lines += ["", *found["facts"], "", "| | made by |", "|---|---|"]
+    lines += [f"| {way['words']} | {way['command']} |" for way in found["ways"]]
+    return "\n".join([*lines, ""])
+
+
+METRICS = (("arc_easy", "acc_norm"), ("piqa", "acc_norm"), ("boolq", "acc"))
+METRICS += tuple((f"{task}_local", metric) for task, metric in METRICS)
+
+
+def label_of(task: str) -> str:
+    return task.removesuffix("_local")
+
+
+def line(
+    words: str,
+    row: dict[str, Any],
+    original: dict[str, Any],
+    tasks: Sequence[tuple[str, str]],
+    distances: Sequence[int],
+) -> str:
+    """A row of the table; costs with the factor that they are smaller, or rates larger, by."""
+
+    def with_factor(key: str, form: str, scale: float = 1.0, rate: bool = False) -> str:
+        factor = row[key] / original[key] if rate else original[key] / row[key]
+        shown = f"{row[key] * scale:{form}}"
+        return shown if row is original else f"{shown} ({factor:.2f}x)"
+
+    cells = [words, with_factor("weight_bytes", ",.0f", 1e-6)]
+    cells.append(with_factor("kv_bytes_per_token", ",.0f"))
+    cells.append(with_factor("seconds_per_token", ".2f", 1e3))
+    cells.append(with_factor("tokens_per_s", ",.0f", rate=True))
+    cells.append(f"{row['kl_mean']:.3f}" if "kl_mean" in row else "0")
+    cells.append(f"{row['perplexity']:.2f}")
+    for task, metric in tasks:
+        found = row["tasks"][task]
+        error = 1.96 * found[f"{metric}_stderr,none"]
+        cells.append(f"{found[f'{metric},none']:.3f} ± {error:.3f}")
+    recall = {asked["distance"]: asked["found"] for asked in row["recall"]["passkey"]}
+    cells += [f"{recall[distance]:.0%}" for distance in distances]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
