@@ -187,8 +187,8 @@ def line(
     cells.append(f"{row['perplexity']:.2f}")
     for task, metric in tasks:
         found = row["tasks"][task]
-        error = 1.96 * found[f"{metric}_stderr,none"]
-        cells.append(f"{found[f'{metric},none']:.3f} ± {error:.3f}")
+        error = 1.96 * found[f"{metric}_stderr"]
+        cells.append(f"{found[metric]:.3f} ± {error:.3f}")
     recall = {asked["distance"]: asked["found"] for asked in row["recall"]["passkey"]}
     cells += [f"{recall[distance]:.0%}" for distance in distances]
     return f"| {' | '.join(cells)} |"

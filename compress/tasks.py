@@ -88,6 +88,13 @@ def evaluate_tasks(
     } | ({} if kv_cache_dtype == "auto" else {"kv_cache_dtype": kv_cache_dtype})
 
 
+def check_tasks(tasks: list[str], include_path: Path | None, limit: int | None) -> None:
+    """Raise InputError where `evaluate_tasks` would for its tasks; reads their data."""
+    _check(tasks, include_path, limit, DEFAULT_BATCH_SIZE)
+    with contextlib.redirect_stdout(sys.stderr):
+        _load_tasks(_find_tasks(tasks, include_path), tasks)
+
+
 def _harness_model(
     engine: str, model: ModelSource, dtype: str, batch_size: int, seed: int, kv_cache_dtype: str
 ) -> Any:

@@ -10,13 +10,13 @@ from pathlib import Path
 import datasets
 
 FOLDER_VARIABLE = "COMPRESS_EVAL_DATA"
-DEFAULT_FOLDER = "../shared/data/eval"
+DEFAULT_FOLDER = "data"
 
 
 def load(name: str, **metadata: object) -> dict[str, datasets.Dataset]:
     """Read `<folder>/<name>.jsonl` as the split `test`.
 
-    The folder is $COMPRESS_EVAL_DATA, or `../shared/data/eval` beside the current directory.
+    The folder is $COMPRESS_EVAL_DATA, or `data` in the current one.
     `metadata` (version, and the model's arguments under lm-eval's own command) does not matter
     to the data; the harness insists on passing it.  Raises FileNotFoundError when the file is
     not there.

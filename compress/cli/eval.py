@@ -17,8 +17,8 @@ from compress.core.errors import InputError, reason_of, shown
 from compress.core.progress import say
 from compress.engines import ENGINES
 from compress.evaluate import TextEvalConfig, evaluate_text
-from compress.recall import RecallConfig, evaluate_recall
-from compress.tasks import DEFAULT_BATCH_SIZE, evaluate_tasks
+from compress.recall import RecallConfig, check_recall, evaluate_recall
+from compress.tasks import DEFAULT_BATCH_SIZE, check_tasks, evaluate_tasks
 
 
 @click.command("eval")
@@ -144,6 +144,11 @@ def eval_command(
     result: dict[str, Any] = {"model": model, "dtype": dtype, "seed": seed}
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result alone
         source = resolve_model(model)
+        names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+        if config is not None and asked is not None:  # else they are the first to be measured
+            check_recall(source, asked)
+        if tasks and (config is not None or asked is not None):
+            check_tasks(names, include_path, limit)
         if config is not None:
             original = None if against is None else resolve_model(against)
             result |= {"against": against, "text": str(text)}
@@ -152,7 +157,6 @@ def eval_command(
         if asked is not None:
             result |= evaluate_recall(source, asked)
         if tasks:
-            names = [name.strip() for name in tasks.split(",") if name.strip()]
             result |= evaluate_tasks(
                 source, names, include_path, limit, batch_size, seed, dtype, engine,
                 kv_cache_dtype,

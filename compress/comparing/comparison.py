@@ -30,7 +30,7 @@ from compress.core.source import ModelSource, read_config, resolve_model
 from compress.evaluate import TextEvalConfig, check_models, check_text, evaluate_text
 from compress.inspection import inspect_folder
 from compress.recall import RecallConfig, check_recall, evaluate_recall
-from compress.tasks import evaluate_tasks
+from compress.tasks import check_tasks, evaluate_tasks
 
 KEPT = "comparison.json"
 CACHES = tuple(name for name in KV_CACHE_DTYPES if name != "auto")
@@ -182,6 +182,8 @@ class Comparison:
                 check_text(entry.source, text)
             if self.measures.recall:
                 check_recall(entry.source, self.measures.recall)
+        if tasks := self.measures.tasks:
+            check_tasks(list(tasks.names), tasks.include_path, tasks.limit)
         if self.measures.speed:
             self.entries = [check_speed(entry, self.measures.speed) for entry in self.entries]
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Task scores against log-likelihoods computed by hand, on the project's own task files."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from compress.cli import main
 from compress.cli.eval import eval_command
 from compress.core.errors import InputError
 from compress.core.source import ModelSource
@@ -201,3 +203,26 @@ def test_without_lm_eval(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(InputError, match=r"compress-llm\[eval\]"):
         evaluate_tasks(source(model), ["piqa_local"], TASK_FILES, limit=None)
+
+
+@pytest.mark.parametrize("command", ["eval", "compare"])
+def test_tasks_are_looked_at_before_anything_is_measured(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("something was measured before the tasks were looked at")
+
+    monkeypatch.setattr("compress.cli.eval.evaluate_text", never)
+    monkeypatch.setattr("compress.comparing.comparison.evaluate_text", never)
+    monkeypatch.setenv("COMPRESS_EVAL_DATA", str(tmp_path / "nowhere"))
+    (tmp_path / "text.txt").write_text("word " * 400)
+    tasks = ["--tasks", "piqa_local", "--include-path", str(TASK_FILES)]
+    text = ["--text", str(tmp_path / "text.txt"), "--windows", "2", "--seq-len", "8"]
+    more = []
+    if command == "compare":
+        other = shutil.copytree(model, tmp_path / "other")
+        more = ["--against", str(other), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, [command, str(model), *text, *tasks, *more])
+    assert done.exit_code == 2, done.output
+    assert "COMPRESS_EVAL_DATA" in done.stderr
+    assert not (tmp_path / "out").exists()
