@@ -150,16 +150,37 @@ def compare_command(
 
 
 def print_comparison(rows: list[dict[str, Any]], facts: list[str]) -> None:
-    """Print the table on standard output."""
+    """Print the table on standard output, without intervals: a row for each model where that fits,
+    else a column for each, as many beside each other as fit."""
     from compress.comparing.page import table_of
 
-    headings, cells = table_of(rows)
-    table = Table()
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
-    for line in cells:
-        table.add_row(*line)
+    headings, cells = table_of(rows, intervals=False)
     console = Console(highlight=False)
-    console.print(table)
+    columns = [list(column) for column in zip(headings, *cells, strict=True)]
+    if _width(columns) <= console.width:
+        console.print(_table(columns))
+    else:
+        shown = [headings]
+        for line in cells:
+            if len(shown) > 1 and _width([*shown, line]) > console.width:
+                console.print(_table(shown))
+                shown = [headings]
+            shown.append(line)
+        console.print(_table(shown))
     for fact in facts:
         console.print(fact)
+
+
+def _width(columns: list[list[str]]) -> int:
+    """Of a table, in characters, with the lines between columns."""
+    return 1 + sum(3 + max(map(len, column)) for column in columns)
+
+
+def _table(columns: list[list[str]]) -> Table:
+    """A table of columns, each with its heading first."""
+    table = Table()
+    for number, (heading, *_) in enumerate(columns):
+        table.add_column(heading, justify="right" if number else "left")
+    for line in zip(*(column[1:] for column in columns), strict=True):
+        table.add_row(*line)
+    return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import re
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -31,7 +32,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 COSTS = {"bytes": "size, bytes", "seconds_per_token": "seconds a token, one request"}
 
 
-def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def table_of(rows: Sequence[Row], intervals: bool = True) -> tuple[list[str], list[list[str]]]:
     """Headings, and cells as text; a star marks who is on a frontier of cost and loss."""
     columns = [column for column in COLUMNS if any(column[1] in row for row in rows)]
     batch = next((row["batch"] for row in rows if "batch" in row), "")
@@ -47,6 +48,8 @@ def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         line += [_cell(row, key, write) for _, key, write in columns]
         line += [_accuracy(row["tasks"].get(task, {}), metric) for task, metric in tasks]
         line += [_found(row["recall"], *of) for of in recall]
+        if not intervals:
+            line[1:] = [re.sub(r" (\(.*\)|± .*)$", "", cell) for cell in line[1:]]
         cells.append(line)
     return headings, cells
 

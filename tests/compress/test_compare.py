@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from compress.cli import main
+from compress.cli.compare import print_comparison
 from compress.comparing import comparison as comparing
 from compress.comparing.comparison import mark_frontier, medians
 from compress.comparing.page import table_of
@@ -187,3 +188,24 @@ def test_another_vocabulary_is_refused(models, tmp_path):
     entries = comparing.entries_of([str(folder)], models[0])
     with pytest.raises(InputError, match="vocabulary"):
         comparing.Comparison(entries, comparing.Measures(), tmp_path / "out").check()
+
+
+def test_a_table_too_wide_for_the_terminal_is_turned(capsys):
+    """A column for each model, as many at once as fit; nothing is cut off, and intervals are left
+    to the files."""
+    row = {"bytes": 2_000_000, "kl_mean": 0.5, "kl_mean_interval": [0.4, 0.6], "perplexity": 9.0}
+    print_comparison([row | {"name": "small"}, row | {"name": "other"}], [])
+    assert [line.split("│")[1].strip() for line in lines_in(capsys)[3:5]] == ["small *", "other *"]
+    row |= {"seconds_per_token": 0.01, "time_to_first_token_s": 0.1, "kv_bytes_per_token": 3}
+    rows = [row | {"name": f"a model with a long name {number}"} for number in range(5)]
+    print_comparison(rows, ["How it was measured."])
+    lines = lines_in(capsys)
+    assert "…" not in "".join(lines)
+    assert max(map(len, lines)) <= 80
+    for shown in (*(row["name"] for row in rows), "KV, bytes a token", "How it was measured."):
+        assert any(shown in line for line in lines), shown
+    assert not any("0.4" in line for line in lines)
+
+
+def lines_in(capsys):
+    return capsys.readouterr().out.splitlines()
