@@ -185,7 +185,7 @@ def test_an_existing_output_stays_until_the_end(values, tmp_path):
     with pytest.raises(InputError, match=r"stage 3 \(gptq\): .* 60 .*words of 32 bits"):
         run_chain(build_chain(values), overwrite=True)
     assert [path.name for path in out.iterdir()] == ["mine"]
-    assert (finished(values) / "2-distill" / "model" / "config.json").is_file()
+    assert not finished(values).exists()  # known by the shapes that pruning will give
     del values["stages"][GPTQ]["format"]
     run_chain(build_chain(values), overwrite=True)
     assert not (out / "mine").exists()

@@ -129,11 +129,19 @@ def test_compare_with_transformers(model_folder):
     assert found["peer"]["dtype"] == found["dtype"] == "float32"
 
 
+def llama_cpp_crashes(path):
+    """Whether it ends by a signal on its own, without anything of ours."""
+    code = "import sys, llama_cpp; llama_cpp.Llama(sys.argv[1], n_ctx=32, verbose=False).eval([1])"
+    return subprocess.run([sys.executable, "-c", code, path], capture_output=True).returncode < 0
+
+
 def test_compare_with_llama_cpp(write_gguf, tmp_path):
     pytest.importorskip("llama_cpp")
     path = tmp_path / "tiny.gguf"
     kinds = dict.fromkeys(["attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"], "Q4_0")
     write_gguf(path, kinds)
+    if llama_cpp_crashes(path):
+        pytest.skip("this build of llama.cpp crashes on so small a model (seen with AMX)")
     same = bench("latency", path, *SMALL, "--compare", "llama-cpp", "--json")
     assert same.exit_code == 0, same.output
     found = json.loads(same.stdout)
