@@ -155,8 +155,9 @@ class _Ahead:
         model = self._shapes_of(stage.model)
         self._given[str(stage.out)] = model
         if config.teacher is not None:
-            config = replace(config, teacher=self._shapes_of(config.teacher) or self.original)
-            resolve_model(config.teacher)
+            teacher = self._shapes_of(config.teacher) or self.original
+            resolve_model(teacher)
+            config = replace(config, teacher=teacher)
         as_if = replace(stage, model=model or self.original, stages=(config,))
         job = distill_preflight.preflight(as_if)
         if model is None:
