@@ -6,7 +6,8 @@
 Every checkpoint is made by the command in its row, in a process of its own and from nothing but the
 model, which writes the text to calibrate and train on; `compress compare` then measures all that
 are there alike, speed in rounds in turn.  What is made stays in the work folder, where a run that
-was broken off goes on, and what was measured stays beside it.  The page is of the last measurement.
+was broken off goes on, and what was measured stays beside it.  The page and the picture are of the
+last measurement.  README and docs/choosing.md have their tables from it.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from typing import Any
 
 from runtime_cpu import processor
 from scored import compress
+
+from compress.comparing.page import write_plot
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 RESULT = "choosing.json"
@@ -74,6 +77,9 @@ def main() -> None:
         found = measure(chosen, options)
         scores.mkdir(parents=True, exist_ok=True)
         (scores / RESULT).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        # Of weights what a step reads, since the original's file may hold more than bfloat16.
+        rows = [row | {"bytes": row["weight_bytes"]} for row in found["rows"]]
+        write_plot(scores / "choosing.png", rows)
     text = page(json.loads((scores / RESULT).read_text(encoding="utf-8")))
     (options.out or options.work / "choosing.md").write_text(text, encoding="utf-8")
     print(text)
@@ -145,16 +151,21 @@ def page(found: dict[str, Any]) -> str:
         "",
         f"{original['name']} on {found['processor']}; factors are beside the original in bfloat16.",
         "",
-        f"| {' | '.join(heads)} |",
-        f"|{'---|' * len(heads)}",
-        line("original, bfloat16", original, original, tasks, distances),
     ]
     ways = {way["entry"]: way for way in found["ways"]}
-    for row in rows:
-        lines.append(line(ways[row["name"]]["words"], row, original, tasks, distances))
+    cells = [line("original, bfloat16", original, original, tasks, distances)]
+    cells += [line(ways[row["name"]]["words"], row, original, tasks, distances) for row in rows]
+    lines += [*table([heads[:4] + heads[5:6], *(row[:4] + row[5:6] for row in cells)])]
+    lines += ["", "## All that was measured", "", *table([heads, *cells])]
     lines += ["", *found["facts"], "", "| | made by |", "|---|---|"]
     lines += [f"| {way['words']} | {way['command']} |" for way in found["ways"]]
     return "\n".join([*lines, ""])
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of Markdown; headings are the first row."""
+    head, *rest = (f"| {' | '.join(row)} |" for row in rows)
+    return [head, f"|{'---|' * len(rows[0])}", *rest]
 
 
 METRICS = (("arc_easy", "acc_norm"), ("piqa", "acc_norm"), ("boolq", "acc"))
@@ -171,7 +182,7 @@ def line(
     original: dict[str, Any],
     tasks: Sequence[tuple[str, str]],
     distances: Sequence[int],
-) -> str:
+) -> list[str]:
     """A row of the table; costs with the factor that they are smaller, or rates larger, by."""
 
     def with_factor(key: str, form: str, scale: float = 1.0, rate: bool = False) -> str:
@@ -191,7 +202,7 @@ def line(
         cells.append(f"{found[metric]:.3f} ± {error:.3f}")
     recall = {asked["distance"]: asked["found"] for asked in row["recall"]["passkey"]}
     cells += [f"{recall[distance]:.0%}" for distance in distances]
-    return f"| {' | '.join(cells)} |"
+    return cells
 
 
 if __name__ == "__main__":

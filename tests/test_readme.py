@@ -1,4 +1,4 @@
-"""README's commands are real: each parses, and a newcomer's two are Makefile targets."""
+"""What README and docs/ say is real: commands parse, links lead somewhere, make has the targets."""
 
 import re
 import shlex
@@ -13,12 +13,21 @@ from compress.strict_yaml import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+
+
+def blocks(language, text):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
+
+
 SHELL_LINES = [
     line
-    for block in re.findall(r"```sh\n(.*?)```", README, flags=re.S)
+    for text in TEXTS.values()
+    for block in blocks("sh", text)
     for line in block.strip().splitlines()
 ]
-COMMANDS = [line for line in SHELL_LINES if line.startswith("compress ")]
+COMMANDS = dict.fromkeys(line for line in SHELL_LINES if line.startswith("compress "))
 
 
 def test_newcomers_commands_are_makefile_targets():
@@ -46,7 +55,9 @@ def test_command_parses(line, tmp_path, monkeypatch):
 
 def test_python_examples_run(model_folder, tmp_path, monkeypatch):
     """The Python examples one after the other, on a tiny model in place of the real one."""
-    quantizing, generating = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    quantizing, generating = (
+        example for text in TEXTS.values() for example in blocks("python", text)
+    )
     monkeypatch.chdir(tmp_path)
     quantizing = quantizing.replace('"smollm2"', repr(str(model_folder()))).replace("64", "16")
     values = {"samples": 2, "seq_len": 32}
@@ -66,7 +77,25 @@ def test_documents_exist_and_are_linked(name):
     assert name in README or name == "LICENSE"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    for link in re.findall(r"\]\(([^)]+)\)", TEXTS[page.name]):
+        if "://" in link:
+            continue
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        if heading:
+            text = target.read_text(encoding="utf-8")
+            assert heading in map(anchor, re.findall(r"^#+ (.*)$", text, flags=re.M)), link
+
+
+def anchor(title):
+    """As GitHub makes it of a heading."""
+    return re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
+
+
 def test_recipes_are_valid():
-    (text,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.S)
-    recipe = build_chain(parse_yaml(text, "README"))
+    (text,) = blocks("yaml", TEXTS["recipes.md"])
+    recipe = build_chain(parse_yaml(text, "recipes.md"))
     assert recipe.names == ["stage 1 (prune)", "stage 2 (distill)", "stage 3 (gptq)"]

@@ -137,7 +137,10 @@ class Measures:
                 f"{speed.rounds} rounds, all in turn in each."
             )
         if text is not None:
-            found.append("A star: none is smaller, or quicker, and closer to the original.")
+            found.append(
+                "A star: none is smaller, in weights or in cache, or quicker, and closer to the "
+                "original."
+            )
         return found
 
 

@@ -7,13 +7,14 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RESULTS = BENCHMARKS / "results"
+TEXTS = ["--train", "c4.txt", "--text", "wikitext2_valid.txt"]
 # How each was made, where that is not the default.
 RECORDS = {
-    "healing": [],
-    "mixed": ["--samples", "16", "--windows", "16"],
-    "mla": ["--samples", "64", "--windows", "16"],
-    "outliers": [],
-    "pruning": ["--tokens", "50k"],
+    "healing": TEXTS,
+    "mixed": [*TEXTS, "--samples", "16", "--windows", "16"],
+    "mla": [*TEXTS, "--samples", "64", "--windows", "16"],
+    "outliers": TEXTS,
+    "pruning": [*TEXTS, "--tokens", "50k"],
 }
 
 
@@ -26,8 +27,8 @@ def test_a_page_is_what_its_scores_give(name, tmp_path, monkeypatch):
     script = importlib.import_module(name)
     committed = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
     out = tmp_path / "page.md"
-    argv = [f"{name}.py", tmp_path / "work", "--train", "c4.txt", "--text", "wikitext2_valid.txt"]
-    argv += ["--only", "^none$", "--scores", RESULTS / name, "--out", out, *RECORDS[name]]
+    argv = [f"{name}.py", tmp_path / "work", *RECORDS[name]]
+    argv += ["--only", "^none$", "--scores", RESULTS / name, "--out", out]
     monkeypatch.setattr("sys.argv", [str(part) for part in argv])
     script.main()
     assert out.read_text(encoding="utf-8") == committed
