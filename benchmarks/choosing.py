@@ -21,7 +21,7 @@ from typing import Any
 from runtime_cpu import processor
 from scored import compress
 
-from compress.comparing.page import write_plot
+from compress.comparing.plot import write_plot
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 RESULT = "choosing.json"
@@ -61,8 +61,8 @@ WAYS = (
     Way("pruned", "24 of 30 blocks, distilled", ("run", "minitron-depth.yaml")),
     Way("gqa", "1 of 3 KV heads, distilled", ("run", "gqa-healed.yaml")),
     Way("mla", "latent attention, 160 of 384 numbers, distilled", ("run", "mla.yaml")),
-    Way("full", "28 blocks, latent attention, 4 bits, distilled", ("run", "full-stack.yaml")),
-    Way("full", "the same, latents in 8 bits", ("run", "full-stack.yaml"), "int8"),
+    Way("full-stack", "28 blocks, latent attention, 4 bits, distilled", ("run", "full-stack.yaml")),
+    Way("full-stack", "the same, latents in 8 bits", ("run", "full-stack.yaml"), "int8"),
 )
 
 

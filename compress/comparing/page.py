@@ -1,9 +1,8 @@
-"""A comparison as a table for the terminal, Markdown, a plot and a page."""
+"""A comparison as a table for the terminal, Markdown and a page."""
 
 from __future__ import annotations
 
 import base64
-import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -13,8 +12,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from compress.comparing.comparison import mark_frontier
-from compress.core.files import replacing, write_text
-from compress.core.progress import say
+from compress.comparing.plot import COSTS, write_plot
+from compress.core.files import write_text
 
 Row = dict[str, Any]
 
@@ -29,12 +28,6 @@ COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("KL", "kl_mean", lambda n: f"{n:.4f}"),
     ("same top token", "top1_agreement", lambda n: f"{100 * n:.1f}%"),
 )
-# What loss is drawn against: label, and the unit's share.
-COSTS = {
-    "bytes": ("size, MB", 1e-6),
-    "seconds_per_token": ("ms a token, one request", 1e3),
-    "kv_bytes_per_token": ("KV cache, kB a token", 1e-3),
-}
 
 
 def table_of(rows: Sequence[Row], intervals: bool = True) -> tuple[list[str], list[list[str]]]:
@@ -144,75 +137,3 @@ def page_html(rows: Sequence[Row], facts: Sequence[str], plot: Path | None) -> s
         original=rows[0]["name"], headings=headings, cells=cells, facts=facts, image=image,
         style=style,
     )  # fmt: skip
-
-
-def write_plot(path: Path, rows: Sequence[Row]) -> bool:
-    """Draw loss against each cost, with the frontier; False where there is nothing to draw with.
-
-    The original has no loss: a dotted line stands where it is.
-    """
-    costs = {
-        cost: shown
-        for cost, shown in COSTS.items()
-        if len({row[cost] for row in rows if row.get(cost)}) > 1
-    }
-    if not costs or not any(row.get("kl_mean") for row in rows[1:]):
-        return False
-    if importlib.util.find_spec("matplotlib") is None:
-        say("No plot: matplotlib is not installed; pip install matplotlib")
-        return False
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.5 * len(costs), 4.8), layout="constrained")
-    panels = figure.subplots(1, len(costs), squeeze=False)[0]
-    labels = []
-    for axes, (cost, (label, scale)) in zip(panels, costs.items(), strict=True):
-        marks = mark_frontier(rows, cost, "kl_mean")
-        drawn = [
-            (row[cost] * scale, row["kl_mean"], row["name"], best)
-            for row, best in zip(rows[1:], marks[1:], strict=True)
-            if row.get(cost) and row.get("kl_mean")
-        ]
-        for x, y, _, best in drawn:
-            axes.plot(x, y, "o" if best else "x", color="#2f6db3" if best else "#b35c00")
-        line = sorted((x, y) for x, y, _, best in drawn if best)
-        axes.plot([x for x, _ in line], [y for _, y in line], color="#2f6db3", alpha=0.4)
-        if rows[0].get(cost):
-            at = rows[0][cost] * scale
-            axes.axvline(at, linestyle=":", color="#59626c", label=rows[0]["name"])
-            axes.legend()
-        axes.set(xlabel=label, ylabel="KL from the original, nats a token", yscale="log")
-        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-        axes.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "25" else "")
-        axes.grid(alpha=0.3)
-        axes.margins(x=0.12, y=0.1)
-        labels.append((axes, [(x, y, name) for x, y, name, _ in drawn]))
-    figure.draw_without_rendering()  # places of points are final from here
-    for axes, points in labels:
-        _label(axes, points)
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
-    return True
-
-
-def _label(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write each name beside its point, where no other name and no point is, if there is room."""
-    from matplotlib.transforms import Bbox
-
-    places = [tuple(axes.transData.transform((x, y))) for x, y, _ in points]
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places]
-    sides = [("left", 6), ("right", -6)]
-    shifts = [(dx, dy, side) for dy in (4, -11, 16, -23, 28) for side, dx in sides]
-    for number, (x, y, name) in enumerate(points):
-        others = taken[:number] + taken[number + 1 :]
-        for dx, dy, side in shifts:
-            text = axes.annotate(
-                name, (x, y), textcoords="offset points", xytext=(dx, dy), ha=side, fontsize=9
-            )
-            box = text.get_window_extent()
-            inside = axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
-            if inside and not any(box.overlaps(other) for other in others):
-                break
-            if (dx, dy, side) != shifts[-1]:
-                text.remove()
-        taken.append(box)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from itertools import combinations
 
 import pytest
 from click.testing import CliRunner
@@ -12,6 +13,7 @@ from compress.cli.compare import print_comparison
 from compress.comparing import comparison as comparing
 from compress.comparing.comparison import mark_frontier, medians
 from compress.comparing.page import table_of
+from compress.comparing.plot import label_points
 from compress.core.errors import InputError
 from compress.core.source import ModelSource
 from compress.evaluate import TextEvalConfig, evaluate_text
@@ -209,3 +211,18 @@ def test_a_table_too_wide_for_the_terminal_is_turned(capsys):
 
 def lines_in(capsys):
     return capsys.readouterr().out.splitlines()
+
+
+def test_names_of_points_do_not_lie_on_each_other():
+    """Three points in one place, and one at the edge."""
+    figure_module = pytest.importorskip("matplotlib.figure")
+    figure = figure_module.Figure(layout="constrained")
+    axes = figure.subplots()
+    points = [(1.0, 1.0, "one"), (1.0, 1.0, "another"), (1.0, 1.001, "third"), (2.0, 2.0, "edge")]
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o")
+    figure.draw_without_rendering()
+    label_points(axes, points)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == [name for _, _, name in points]
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    assert all(axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max) for box in boxes)
