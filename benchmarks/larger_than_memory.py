@@ -21,19 +21,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from compress.core.shards import ShardWriter, StreamedTensor
 
 ROWS = 4096  # of a random tensor that are made at once
 
 
-def make_model(folder: Path, layers: int) -> int:
-    """Write a random Llama, one part a block; returns its parameters."""
-    config = LlamaConfig(
-        vocab_size=32_000, hidden_size=3072, intermediate_size=8192, num_hidden_layers=layers,
-        num_attention_heads=24, num_key_value_heads=8, dtype=torch.bfloat16,
-    )  # fmt: skip
+def make_model(folder: Path, config: PreTrainedConfig) -> int:
+    """Write a model of random weights in bfloat16, one part a block; returns its parameters."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     parts: dict[str, dict[str, StreamedTensor]] = {}
@@ -47,7 +43,7 @@ def make_model(folder: Path, layers: int) -> int:
     for part, tensors in parts.items():
         writer.write(part, tensors)
     writer.finish(list(parts))
-    config.architectures = ["LlamaForCausalLM"]
+    config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -95,7 +91,12 @@ def main() -> None:
     options, more = parser.parse_known_args()
     model = options.work / f"llama-{options.layers}"
     if not model.exists():
-        make_model(model, options.layers)
+        config = LlamaConfig(
+            vocab_size=32_000, hidden_size=3072, intermediate_size=8192,
+            num_hidden_layers=options.layers, num_attention_heads=24, num_key_value_heads=8,
+            dtype=torch.bfloat16,
+        )  # fmt: skip
+        make_model(model, config)
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     tokens = torch.randint(0, 32_000, (options.samples, options.seq_len))
     save_file({"input_ids": tokens}, options.work / "tokens.safetensors")
