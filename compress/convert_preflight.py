@@ -140,7 +140,8 @@ def needs_of(job: ConvertJob, activation_memory: int) -> Needs:
     states = working = 0
     if data is not None:
         hidden = model.config.get_text_config().hidden_size
-        states = data.samples * data.seq_len * hidden * model.compute_dtype.itemsize
+        numbers = data.samples * data.seq_len * (hidden + job.stage.carried)
+        states = numbers * model.compute_dtype.itemsize
         working = job.stage.workspace
     working += 3 * 4 * sum(parameter.numel() for parameter in model.meta_block(0).parameters())
     on_gpu = job.device.type != "cpu"

@@ -165,6 +165,11 @@ def _parts(model: BlockModel, shape: Shape, target: Shape) -> Parts:
 def same_parts(model: BlockModel) -> Parts:
     """The parts of every block; InputError where blocks differ, or have others."""
     ref = model.source.ref
+    if share := getattr(model.config, "kv_share", None):
+        raise InputError(
+            f"'{ref}' shares keys and values between layers already (kv_share = {share}); prune it "
+            "or convert its attention before that"
+        )
     parts = parts_of(model.meta_block(0), ref)
     for index in range(1, model.num_blocks):
         if parts_of(model.meta_block(index), ref) != parts:
