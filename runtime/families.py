@@ -1,7 +1,8 @@
 """The model classes that the runtime serves, and what it needs to know of a config.
 
 They share one computation: RMSNorm, rotary attention, a gated SiLU network.  Attention is that of
-grouped queries, or on latents (`Architecture.latent`).
+grouped queries, or on latents (`Architecture.latent`); a layer may use the keys and values of
+another (`Architecture.sources`).
 Biases, and norms on queries and keys, are there where transformers' class has parameters for them;
 which layers see a sliding window is the one thing that differs by class, and `FAMILIES` says how.
 """
@@ -28,6 +29,7 @@ class Architecture:
     inv_freq      float32 [rotary_dim / 2], radians a position
     rope_scaling  factor on cosines and sines
     latent        sizes of attention on latents, whose cache has one head; None for grouped queries
+    sources       of each layer: the one whose keys and values it uses, mostly itself
     """
 
     heads: int
@@ -39,6 +41,7 @@ class Architecture:
     windows: list[int | None]
     inv_freq: Tensor
     rope_scaling: float
+    sources: list[int]
     latent: LatentShape | None = None
 
 
@@ -71,8 +74,15 @@ def architecture_of(skeleton: Any, ref: str) -> Architecture:
         windows=windows,
         inv_freq=inv_freq,
         rope_scaling=rope_scaling,
+        sources=_sources(config),
         latent=latent,
     )
+
+
+def _sources(config: Any) -> list[int]:
+    from compress.core.cross_layer import kv_sources
+
+    return kv_sources(config.num_hidden_layers, getattr(config, "kv_share", 1))
 
 
 def _head_dim(config: Any, ref: str) -> int:
@@ -132,6 +142,10 @@ FAMILIES: Mapping[str, Windows] = {
     "MistralForCausalLM": _one_window,
     "Qwen2ForCausalLM": _windows_by_layer,
     "Qwen3ForCausalLM": _windows_by_layer,
+    "LlamaClaForCausalLM": _no_windows,
+    "MistralClaForCausalLM": _one_window,
+    "Qwen2ClaForCausalLM": _windows_by_layer,
+    "Qwen3ClaForCausalLM": _windows_by_layer,
     "DeepseekV3ForCausalLM": _no_windows,
     "YoutuForCausalLM": _no_windows,
 }

@@ -26,7 +26,8 @@ def changed(folder, out, changes):
 def test_other_classes_are_refused(family, model_folder):
     message = (
         "ForCausalLM; the runtime serves classes CwmForCausalLM, LlamaForCausalLM, "
-        "MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, DeepseekV3ForCausalLM, "
+        "MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaClaForCausalLM, "
+        "MistralClaForCausalLM, Qwen2ClaForCausalLM, Qwen3ClaForCausalLM, DeepseekV3ForCausalLM, "
         "YoutuForCausalLM; for others use compress eval --engine transformers"
     )
     with pytest.raises(InputError, match=message):
