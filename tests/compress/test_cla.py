@@ -237,6 +237,7 @@ def test_quantized_afterwards(stage, stage_values, tmp_path, text_file):
 
     given = stage_values()
     given["stages"] = [CLA, stage]
+    given["eval"] = {"text": given["calibration"]["source"], "windows": 4, "seq_len": 32}
     if stage["method"] == "gptq":
         given["kv_cache"] = "int8"
     path = tmp_path / "recipe.yaml"
