@@ -94,6 +94,7 @@ class PruneJob:
 def preflight(recipe: PruneRecipe) -> PruneJob:
     """Everything that can be refused in the first second; InputError then."""
     model, dtype = open_model(recipe)
+    check_unshared(model)
     config = recipe.stages[0]
     shape = shape_of(model.config)
     target = start = pruned_shape(shape, config)
@@ -162,14 +163,18 @@ def _parts(model: BlockModel, shape: Shape, target: Shape) -> Parts:
     return parts
 
 
+def check_unshared(model: BlockModel) -> None:
+    """Raise InputError for layers that use the keys and values of another."""
+    if share := getattr(model.config, "kv_share", None):
+        raise InputError(
+            f"'{model.source.ref}' shares keys and values between layers already (kv_share = "
+            f"{share}); prune it or convert its attention before that"
+        )
+
+
 def same_parts(model: BlockModel) -> Parts:
     """The parts of every block; InputError where blocks differ, or have others."""
     ref = model.source.ref
-    if share := getattr(model.config, "kv_share", None):
-        raise InputError(
-            f"'{ref}' shares keys and values between layers already (kv_share = {share}); prune it "
-            "or convert its attention before that"
-        )
     parts = parts_of(model.meta_block(0), ref)
     for index in range(1, model.num_blocks):
         if parts_of(model.meta_block(index), ref) != parts:

@@ -21,7 +21,8 @@ from compress.core.source import ModelSource, resolve_model
 from compress.distillation import run_distillation
 from compress.evaluate import TextEvalConfig, evaluate_text
 from compress.loading import load_model
-from compress.recipe import build_conversion, build_distillation
+from compress.pruning import run_pruning
+from compress.recipe import build_conversion, build_distillation, build_pruning
 from compress.recipe_file import load_recipe
 from compress.shapes import find_shape
 from tests.compress.test_resume import kill
@@ -358,6 +359,10 @@ def test_what_shares_already_is_refused(converted, stage_values):
         given = stage_values(folder=out, out="again", **stage)
         with pytest.raises(InputError, match="shares keys and values between layers already"):
             run_conversion(build_conversion(given))
+    for axis in ("depth", "ffn"):
+        given = stage_values(folder=out, out="again", method="prune", **{axis: 3})
+        with pytest.raises(InputError, match="shares keys and values between layers already"):
+            run_pruning(build_pruning(given))
 
 
 def test_the_recipe_is_read():
