@@ -84,10 +84,10 @@ def convert_command(
 ) -> None:
     """Give MODEL an attention whose KV cache takes fewer bytes a token.
 
-    What comes out is a stock model, but with `--to cla`: no class of transformers, vLLM or SGLang
-    shares keys and values between layers, so only compress loads that.  MODEL is a Hugging Face id,
-    a folder, a .gguf file, or the alias smollm2.  Nothing is trained: `compress distill` heals what
-    comes out.
+    What comes out is a stock model, but with `--to cla`: no stock class holds a Llama, Mistral or
+    Qwen whose layers share keys and values, so only compress loads that.  MODEL is a Hugging Face
+    id, a folder, a .gguf file, or the alias smollm2.  Nothing is trained: `compress distill` heals
+    what comes out.
 
     \b
     Examples:

@@ -1,8 +1,9 @@
 """Cross-layer attention: each run of `kv_share` layers uses the keys and values of its first one.
 
-No class of transformers does.  Here are four of our own, Llama, Mistral, Qwen2 and Qwen3 otherwise,
-under model types of their own; importing this module makes transformers know them.  Without it
-transformers refuses their checkpoints, rather than fill in projections at random.
+No class of transformers does this for Llama, Mistral, Qwen2 and Qwen3 (some others share in ways of
+their own).  Here are four, under model types of their own; importing this module makes transformers
+know them.  Without it transformers refuses their checkpoints, rather than fill in projections at
+random.
 
 The first layer of a run hands keys (after RoPE) and values on behind its hidden states, in one
 tensor [B, S, D + 2 K H], which the others read, and the last of them cuts off.  So a layer is a
@@ -38,6 +39,9 @@ from compress.core.own_class import CROSS_LAYER
 
 class CrossLayerAttention(nn.Module):
     """Attention of grouped queries, with keys and values of its own or with those handed to it."""
+
+    v_proj: nn.Module
+    o_proj: nn.Module
 
     def __init__(self, stock: Any, owns: bool) -> None:
         super().__init__()
@@ -229,13 +233,10 @@ class Qwen3ClaForCausalLM(_CrossLayer, Qwen3ForCausalLM):
 
 
 CLASSES: Mapping[str, type] = {
-    cls.config_class.model_type: cls
-    for cls in (
-        LlamaClaForCausalLM,
-        MistralClaForCausalLM,
-        Qwen2ClaForCausalLM,
-        Qwen3ClaForCausalLM,
-    )
+    LlamaClaConfig.model_type: LlamaClaForCausalLM,
+    MistralClaConfig.model_type: MistralClaForCausalLM,
+    Qwen2ClaConfig.model_type: Qwen2ClaForCausalLM,
+    Qwen3ClaConfig.model_type: Qwen3ClaForCausalLM,
 }
 for _kind, _class in CLASSES.items():
     AutoConfig.register(_kind, _class.config_class)

@@ -5,8 +5,8 @@ from typing import Any
 
 CROSS_LAYER = "_cla"  # what the model types of compress.core.cross_layer end in
 ONLY_HERE = (
-    "no class of transformers, vLLM or SGLang shares keys and values between layers: only compress "
-    "loads this model"
+    "no stock class holds a Llama, Mistral or Qwen whose layers share keys and values: only "
+    "compress loads this model"
 )
 
 
