@@ -35,9 +35,8 @@ from compress.prune.shared_kv import Run, add_layer, shared
 from compress.prune.sums import Sums
 
 NORMED = "keys are the first layer's as they are: norms on queries and keys let none be merged"
-Plan = dict[
-    str, Any
-]  # `name`, and unless a layer is a run by itself what `shared` (shared_kv.py) says
+# `name`, and unless a layer is a run by itself what `shared` (shared_kv.py) says of it
+Plan = dict[str, Any]
 KEYS_AND_VALUES = ("k_proj", "v_proj", "k_norm")
 
 
@@ -161,8 +160,9 @@ class ClaStage:
         depth, share = self.shape.depth, self.config.share
         owners = -(-depth // share)
         values = 2 * self.shape.kv_heads * self.shape.head_dim
+        rest = f", the last run of {depth % share}" if depth % share else ""
         return Described(
-            words=f"keys and values shared by {share} layers",
+            words=f"keys and values shared by {share} layers{rest}",
             changes={"layers with keys and values of their own": (depth, owners)},
             kv_values=(depth * values, owners * values),
             columns=COLUMNS,

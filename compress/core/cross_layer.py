@@ -159,6 +159,8 @@ class _CrossLayer:
     _no_split_modules = ["CrossLayerBlock"]  # noqa: RUF012 (transformers wants a list)
 
     def __init__(self, config: Any) -> None:
+        if not isinstance(config.kv_share, int) or config.kv_share < 1:
+            raise ValueError(f"kv_share = {config.kv_share!r} is no number of layers")
         super().__init__(config)  # type: ignore[call-arg]
         sources = kv_sources(config.num_hidden_layers, config.kv_share)
         model: Any = self.model  # type: ignore[attr-defined]

@@ -93,7 +93,8 @@ def choose(
         return Choice(name, NGRAM, number)
     if draft == SELF or draft.startswith(f"{SELF}:"):
         config = read_config(source.folder)
-        count, share = config.get("num_hidden_layers"), config.get("kv_share", 1)
+        count, share = config.get("num_hidden_layers"), config.get("kv_share")
+        share = share if isinstance(share, int) and share > 0 else 1  # others are refused later
         if not isinstance(count, int) or count < LEAST_LAYERS:
             raise InputError(
                 f"draft '{draft}': '{source.ref}' has {shown(count)} layers, and a draft of its "

@@ -161,6 +161,7 @@ def test_a_run_that_is_shorter(family, converted, stage_values, model_folder):
         "its own", "layer 0", "layer 0", "its own"
     ]  # fmt: skip
     assert report["conversion"]["changes"] == {"layers with keys and values of their own": (4, 2)}
+    assert report["conversion"]["words"].endswith("shared by 3 layers, the last run of 1")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

@@ -39,6 +39,8 @@ def test_other_classes_are_refused(family, model_folder):
     [
         ("llama", {"hidden_act": "gelu"}, "has hidden_act = 'gelu'; the runtime serves silu"),
         ("llama", {"num_key_value_heads": 4}, "has 6 heads on 4 KV heads"),
+        ("llama_cla", {"kv_share": 0}, "kv_share = 0 is no number of layers"),
+        ("llama_cla", {"kv_share": "two"}, "kv_share"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
