@@ -57,6 +57,7 @@ def architecture_of(skeleton: Any, ref: str) -> Architecture:
     if config.hidden_act != "silu":
         raise _refusal(ref, f"has hidden_act = {shown(config.hidden_act)}", "silu")
     windows = _checked_windows(FAMILIES[name](config), ref)
+    sources = _sources(config, windows, ref)
     if hasattr(config, "kv_lora_rank"):
         latent = _latent(skeleton, ref)
         kv_heads, head_dim, turned = 1, latent.query_dim, latent.rope_dim
@@ -74,15 +75,22 @@ def architecture_of(skeleton: Any, ref: str) -> Architecture:
         windows=windows,
         inv_freq=inv_freq,
         rope_scaling=rope_scaling,
-        sources=_sources(config),
+        sources=sources,
         latent=latent,
     )
 
 
-def _sources(config: Any) -> list[int]:
+def _sources(config: Any, windows: list[int | None], ref: str) -> list[int]:
+    """Whose keys and values each layer uses; a layer sees as far as those are kept."""
     from compress.core.cross_layer import kv_sources
 
-    return kv_sources(config.num_hidden_layers, getattr(config, "kv_share", 1))
+    sources = kv_sources(config.num_hidden_layers, getattr(config, "kv_share", 1))
+    if any(windows[source] != window for source, window in zip(sources, windows, strict=True)):
+        found = f"has layers that share keys and values (kv_share = {config.kv_share}), and"
+        raise _refusal(
+            ref, f"{found} windows that differ", "one window, or none, for each such run"
+        )
+    return sources
 
 
 def _head_dim(config: Any, ref: str) -> int:
