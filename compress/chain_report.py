@@ -12,6 +12,7 @@ from compress.chain_eval import SELF, text_config
 from compress.chain_recipe import DRAFT, ChainRecipe, Draft, described_chain
 from compress.chain_stages import StageResult
 from compress.core.files import write_text
+from compress.core.source import read_config
 from compress.distill.preparation import TRACKED
 from compress.distillation import RECORDS
 from compress.recipe import method_of
@@ -70,10 +71,12 @@ def write_chain_report(
     times = {"seconds": round(sum(seconds) + times.get("draft_seconds", 0), 1), **times}
     if timed is not None:
         times["speed"] = {"how": timed["how"], "rows": [_speed(row) for row in timed["rows"]]}
+    config, card = read_config(folder), checkpoint.chain_card(report)
+    report, card = checkpoint.with_own_class(config, report, card)
     write_text(folder / "compress.json", _json(report))
     host = {key: value for key, value in results[-1].run.items() if "seconds" not in key}
     write_text(folder / "run.json", _json({**times, **host}))
-    write_text(folder / "README.md", checkpoint.chain_card(report))
+    write_text(folder / "README.md", card)
     (folder / QUALITY).unlink(missing_ok=True)  # of another text, before it was broken off
     measured = results[-1].measured
     if recipe.eval is not None and recipe.eval.text != SELF and measured is not None:

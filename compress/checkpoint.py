@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import compress
+from compress.core.own_class import only_here
 from compress.core.shards import BESIDE
 from compress.core.source import ModelSource
 from compress.recipe import LOSSES
@@ -66,11 +67,25 @@ def write_side_files(
     config  what config.json says but for the stored dtype
     """
     write_config(folder, dtype, config)
+    report, card = with_own_class(config, report, card)
     for path in carried_files(source.folder):
         shutil.copyfile(path, folder / path.name)
     _write_json(folder / "compress.json", report)
     _write_json(folder / "run.json", {**times, **_host_facts()})
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def with_own_class(
+    config: Mapping[str, Any], report: dict[str, Any], card: str
+) -> tuple[dict[str, Any], str]:
+    """The report and the card, which say who loads a model whose class is one of compress's own."""
+    if not (reason := only_here(config)):
+        return report, card
+    brings = "import compress.core.cross_layer  # brings the class; transformers has none\n"
+    told = f"{reason[0].upper()}{reason[1:]}.\n\n"
+    card = card.replace("library_name: transformers", "library_name: compress-llm", 1)
+    card = card.replace("```python\n", f"{told}```python\n{brings}", 1)
+    return report | {"loads_in": reason}, card
 
 
 def write_config(folder: Path, dtype: torch.dtype, config: dict[str, Any]) -> None:

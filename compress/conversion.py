@@ -18,6 +18,7 @@ from compress import calibration, checkpoint
 from compress.convert_preflight import ConvertJob, needs_of, preflight
 from compress.core.commits import numbered
 from compress.core.outfolder import OutputFolder
+from compress.core.own_class import only_here
 from compress.core.processes import processes
 from compress.core.shards import ShardWriter, in_stored_dtype
 from compress.core.stage import Block
@@ -141,7 +142,8 @@ def _finish(
     config = job.stage.config_json(made.plans)
     checkpoint.write_side_files(folder.output, source, job.dtype, config, report, times, card)
     write_report(folder.output)
-    return {**report, **times, "out": str(job.recipe.out)}
+    told = {"loads_in": only_here(config), "out": str(job.recipe.out)}
+    return {**report, **times, **told}
 
 
 def _report(job: ConvertJob, made: Made, total: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from compress.core.source import read_config
 from compress.preflight import INTERPRETER_BYTES, Needs, check_shares, open_model
 from compress.prune.conversion_stage import ConversionStage, Original
 from compress.prune.shape import shape_of
-from compress.prune_preflight import same_parts
+from compress.prune_preflight import check_unshared, same_parts
 from compress.recipe import CalibrationConfig, ConvertRecipe
 from compress.walk import probe_of
 
@@ -63,6 +63,7 @@ class _Sample:
 def preflight(recipe: ConvertRecipe) -> ConvertJob:
     """Everything that can be refused in the first second; InputError then."""
     model, dtype = open_model(recipe)
+    check_unshared(model)
     original = Original(
         ref=model.source.ref,
         raw=read_config(model.source.folder),
@@ -140,7 +141,8 @@ def needs_of(job: ConvertJob, activation_memory: int) -> Needs:
     states = working = 0
     if data is not None:
         hidden = model.config.get_text_config().hidden_size
-        states = data.samples * data.seq_len * hidden * model.compute_dtype.itemsize
+        numbers = data.samples * data.seq_len * (hidden + job.stage.carried)
+        states = numbers * model.compute_dtype.itemsize
         working = job.stage.workspace
     working += 3 * 4 * sum(parameter.numel() for parameter in model.meta_block(0).parameters())
     on_gpu = job.device.type != "cpu"

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from compress.core.own_class import only_here
 from compress.core.shards import ShardReader
 from compress.core.source import ModelSource, read_config
 from compress.quant.config import RoundedGrid
@@ -45,6 +46,7 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
         "bytes": sum(parts.values()),
         "bytes_by_part": {part: size for part, size in parts.items() if size},
         "tensors": len(reader.names),
+        "loads_in": only_here(config),
         "quantization": None,
     }
     scheme = config.get("quantization_config")

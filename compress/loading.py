@@ -39,6 +39,7 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    import compress.core.cross_layer  # noqa: F401 (adds classes of our own)
     from compress.core.shards import ShardReader  # imports torch
 
     check_dtype(dtype)

@@ -28,7 +28,7 @@ from compress import calibration, checkpoint
 from compress.core.blocks import BlockModel, linears_of
 from compress.core.commits import numbered
 from compress.core.errors import InputError, reason_of
-from compress.core.kv_sizes import attention_of
+from compress.core.kv_sizes import attention_of, owns_cache
 from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
 from compress.core.shards import (
@@ -221,6 +221,8 @@ def _cache_scales(walk: Walk[Job]) -> dict[str, Tensor]:
     scales = {}
     for index, commit in enumerate(walk.commits.series("apply")):
         attention = attention_of(model.meta_block(index), model.block_name(index))
+        if not owns_cache(model.meta_block(index), attention):
+            continue
         owner = model.stored_name(f"{model.block_name(index)}.{attention}")
         for name, size in zip(("k_scale", "v_scale"), commit["cache_sizes"], strict=True):
             scales[f"{owner}.{name}"] = torch.tensor([max(size / CODES[kind].largest, SMALLEST)])

@@ -11,7 +11,7 @@ from compress import calibration
 from compress.core.blocks import BlockModel, linears_of
 from compress.core.device import default_device, native_bfloat16
 from compress.core.errors import InputError
-from compress.core.kv_sizes import attention_of
+from compress.core.kv_sizes import attention_of, owns_cache
 from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
 from compress.core.progress import say
@@ -360,7 +360,15 @@ def _output_bytes(job: Job) -> int:
     )
     for (grid, shape), count in kinds.items():
         total += count * _packed_bytes(format, grid, shape, job.dtype)
-    return total + (8 * model.num_blocks if job.recipe.kv_cache else 0)
+    return total + (8 * _caches(model) if job.recipe.kv_cache else 0)
+
+
+def _caches(model: BlockModel) -> int:
+    """Layers whose attention fills a cache."""
+    blocks = (
+        (model.meta_block(index), model.block_name(index)) for index in range(model.num_blocks)
+    )
+    return sum(owns_cache(block, attention_of(block, name)) for block, name in blocks)
 
 
 def _float_bytes(model: BlockModel, name: str, dtype: torch.dtype) -> int:

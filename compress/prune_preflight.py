@@ -94,6 +94,7 @@ class PruneJob:
 def preflight(recipe: PruneRecipe) -> PruneJob:
     """Everything that can be refused in the first second; InputError then."""
     model, dtype = open_model(recipe)
+    check_unshared(model)
     config = recipe.stages[0]
     shape = shape_of(model.config)
     target = start = pruned_shape(shape, config)
@@ -160,6 +161,15 @@ def _parts(model: BlockModel, shape: Shape, target: Shape) -> Parts:
     if target.hidden < shape.hidden:
         check_norms(model.load_block(0), parts, model.source.ref)
     return parts
+
+
+def check_unshared(model: BlockModel) -> None:
+    """Raise InputError for layers that use the keys and values of another."""
+    if share := getattr(model.config, "kv_share", None):
+        raise InputError(
+            f"'{model.source.ref}' shares keys and values between layers already (kv_share = "
+            f"{share}); prune it or convert its attention before that"
+        )
 
 
 def same_parts(model: BlockModel) -> Parts:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compress.core.errors import InputError, nearest, reason_of, shown
+from compress.core.own_class import CROSS_LAYER
 from compress.core.source import ALIASES, gguf_file, hub_config, read_config, read_config_file
 from compress.model_shape import Mla, ModelShape
 
@@ -50,7 +51,7 @@ class Family:
 BIAS, MLP_BIAS = "attention_bias", "mlp_bias"
 WHOLE = Family(qkv_bias=True, out_bias=True, mlp_bias=True, norm_bias=True, gated=False)
 LLAMA = Family(qkv_bias=BIAS, out_bias=BIAS, mlp_bias=MLP_BIAS)
-FAMILIES: Mapping[str, Family] = {
+STOCK: Mapping[str, Family] = {
     "llama": LLAMA,
     "granite": LLAMA,
     "smollm3": replace(LLAMA, windows="by layer"),
@@ -83,6 +84,8 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek_v3": Family(qkv_bias=BIAS, out_bias=BIAS, mla=True),
     "youtu": Family(qkv_bias=BIAS, out_bias=BIAS, mla=True),
 }
+SHARING = ("llama", "mistral", "qwen2", "qwen3")  # with keys and values shared between layers
+FAMILIES = {**STOCK, **{f"{kind}{CROSS_LAYER}": STOCK[kind] for kind in SHARING}}
 
 
 def find_shape(ref: str, revision: str | None = None) -> ModelShape:
@@ -177,6 +180,8 @@ def _filled(config: Mapping[str, Any], kind: str, name: str) -> Any:
     """config.json with the defaults of transformers' class."""
     from transformers import CONFIG_MAPPING
 
+    import compress.core.cross_layer  # noqa: F401 (adds classes of our own)
+
     try:
         return CONFIG_MAPPING[kind].from_dict(dict(config))
     except Exception as error:  # a broken config.json can fail anywhere inside transformers
@@ -215,6 +220,7 @@ def _shape(family: Family, config: Any, name: str) -> ModelShape:
         max_context=config.max_position_embeddings,
         windows=_windows(family, config, name),
         mla=_mla(config) if family.mla else None,
+        kv_share=getattr(config, "kv_share", 1),
         gated=family.gated,
         qkv_bias=switch(family.qkv_bias),
         out_bias=switch(family.out_bias),

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from compress.core.errors import InputError, nearest
+from compress.core.own_class import only_here
+from compress.core.source import ModelSource, read_config
 from compress.quant.config import Grid, RoundedGrid
 from compress.quant.formats.gptq import FUSED
 from compress.quant.packed import PackedFolder
@@ -38,6 +40,13 @@ class Objection:
 
 
 Rule = Callable[[Contents], Iterator[Objection]]
+
+
+def check_source(source: ModelSource, target: str) -> dict[str, Any]:
+    """`check_target` of a model, which is none of quantization where its class is our own."""
+    if target in TARGETS and (reason := only_here(read_config(source.folder))):
+        return {"target": target, "loads": False, "reasons": [reason], "needs": []}
+    return check_target(PackedFolder(source), target)
 
 
 def check_target(packed: PackedFolder, target: str) -> dict[str, Any]:

@@ -41,7 +41,8 @@ class StateLosses(nn.Module):
         kinds = sorted({KINDS[name][0] for name in weights})
         self.of_student = _modules(kinds, ours, [pair[0] for pair in self.pairs])
         self.of_teacher = _modules(kinds, theirs, [pair[1] for pair in self.pairs])
-        widths = [inner_model(m).config.hidden_size for m in (model, teacher)]
+        # keys and values may go behind hidden states (compress.core.cross_layer)
+        self.widths = widths = [inner_model(m).config.hidden_size for m in (model, teacher)]
         like = next(model.parameters())
         self.projections = nn.ModuleDict()
         if widths[0] != widths[1]:
@@ -60,8 +61,13 @@ class StateLosses(nn.Module):
         """
         if torch.is_grad_enabled():
             _check_gradients(states)
-        picked = {name: self._tokens(name, states[name], kept) for name in self.of_student}
-        target = {name: _exact(teacher_states[name].flatten(0, 1)[kept]) for name in picked}
+        ours, theirs = self.widths
+        picked = {
+            name: self._tokens(name, states[name][..., :ours], kept) for name in self.of_student
+        }
+        target = {
+            name: _exact(teacher_states[name][..., :theirs].flatten(0, 1)[kept]) for name in picked
+        }
         sums = {}
         for name in self.weights:
             kind, loss = KINDS[name]

@@ -92,21 +92,23 @@ class Eager:
     def attention(
         self, qkv: Tensor, angles: Any, keys: Blocks, values: Blocks, *, heads: int, kv_heads: int,
         head_dim: int, q_gain: Tensor | None, k_gain: Tensor | None, eps: float,
-        window: int | None, group: int = 0,
+        window: int | None, group: int = 0, owns: bool = True,
     ) -> Tensor:  # fmt: skip
         """Turn queries and keys, write keys and values into the cache, attend: [tokens, N H].
 
-        `group` is the layer's, whose slots and block tables it has.
+        `group` is the layer's, whose slots and block tables it has.  A layer that does not own what
+        is in the cache has queries alone in `qkv`, and writes nothing.
         """
-        batch = self.batch
-        split = qkv.view(len(qkv), -1, head_dim).split([heads, kv_heads, kv_heads], dim=1)
+        batch, written = self.batch, kv_heads if owns else 0
+        split = qkv.view(len(qkv), -1, head_dim).split([heads, written, written], dim=1)
         q, k, v = split  # [T, N, H], [T, K, H], [T, K, H]
         if q_gain is not None:
             q = rms_norm(q, q_gain, eps)[1]
         if k_gain is not None:
             k = rms_norm(k, k_gain, eps)[1]
         q, k = apply_rope(q, k, *angles)
-        write_kv(keys, values, k, v, batch.slots[group])
+        if owns:
+            write_kv(keys, values, k, v, batch.slots[group])
         out = paged_attention(
             q, keys, values, batch.starts, batch.contexts, batch.block_tables[group],
             head_dim**-0.5, window,

@@ -125,16 +125,18 @@ class Launched:
     def attention(
         self, qkv: Tensor, angles: Tensor, keys: Blocks, values: Blocks, *, heads: int,
         kv_heads: int, head_dim: int, q_gain: Tensor | None, k_gain: Tensor | None, eps: float,
-        window: int | None, group: int = 0,
+        window: int | None, group: int = 0, owns: bool = True,
     ) -> Tensor:  # fmt: skip
         """Turn queries and keys, write keys and values into the cache, attend: [tokens, N H].
 
-        `group` is the layer's, whose slots and block tables it has.
+        `group` is the layer's, whose slots and block tables it has.  A layer that does not own what
+        is in the cache has queries alone in `qkv`, and writes nothing.
         """
         batch = self.batch
         q = rope_and_write(
-            qkv, angles, keys, values, batch.slots[group], heads=heads, kv_heads=kv_heads,
-            head_dim=head_dim, q_gain=q_gain, k_gain=k_gain, eps=eps,
+            qkv, angles, keys, values, batch.slots[group], heads=heads,
+            kv_heads=kv_heads if owns else 0, head_dim=head_dim, q_gain=q_gain,
+            k_gain=k_gain if owns else q_gain, eps=eps,
         )  # fmt: skip
         out = paged_attention(
             q, keys, values, batch.starts, batch.contexts, batch.block_tables[group],

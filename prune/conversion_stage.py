@@ -92,6 +92,7 @@ class ConversionStage(Protocol):
     observes   whether `collect` wants to have watched the blocks on calibration text
     compared   calibration sequences that run beside the converted attention in the second walk
     stock      blocks of the class that comes out, without weights; the preflight puts them here
+    carried    numbers a token that go from block to block behind its hidden states
     workspace  bytes that a block's sums and decompositions take
     """
 
@@ -105,6 +106,9 @@ class ConversionStage(Protocol):
 
     @property
     def compared(self) -> int: ...
+
+    @property
+    def carried(self) -> int: ...
 
     @property
     def workspace(self) -> int: ...

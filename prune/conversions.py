@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from compress.prune.cla import ClaConfig
 from compress.prune.conversion_stage import ConversionConfig
 from compress.prune.gqa import GqaConfig
 from compress.prune.mla import MlaConfig
@@ -11,4 +12,5 @@ CONVERSIONS: Mapping[str, type[ConversionConfig]] = {
     "gqa": GqaConfig,
     "mla": MlaConfig,
     "windows": WindowsConfig,
+    "cla": ClaConfig,
 }

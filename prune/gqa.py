@@ -119,6 +119,7 @@ class GqaStage:
     counts_above: float | None = None
     trains_blocks: bool = False
     observes: bool = True
+    carried: int = 0
 
     def __init__(self, config: GqaConfig, original: Original, pairs: Pairs | None) -> None:
         self.config = config
@@ -236,22 +237,46 @@ def merged_weights(
     merged: Sequence[Merged],
 ) -> AttentionWeights:
     """Attention with one KV head a group; the query heads come in the order of their KV heads."""
-    device = weights.k.device
+    k, v = merged_kv(weights.k, weights.v, pairs, groups, merged)
+    q, o = fitted_qo(weights, pairs, groups, merged)
+    return replace(weights, q=q, k=k, v=v, o=o)
+
+
+def merged_kv(
+    k: Tensor,
+    v: Tensor,
+    pairs: Pairs,
+    groups: Sequence[Sequence[int]],
+    merged: Sequence[Merged],
+) -> tuple[Tensor, Tensor]:
+    """Weights of one key and one value a group [groups, H, D + 1], of those of all heads."""
+    keys, values = [], []
+    for group, one in zip(groups, merged, strict=True):
+        heads = torch.tensor(group, device=k.device)
+        key_in, value_in = one.key_in.to(k.device), one.value_in.to(k.device)
+        keys.append(pairs.to_real(torch.einsum("pj,jpx->px", key_in, pairs.to_complex(k[heads]))))
+        values.append(torch.einsum("hjb,jbx->hx", value_in, v[heads]))
+    return torch.stack(keys), torch.stack(values)
+
+
+def fitted_qo(
+    weights: AttentionWeights,
+    pairs: Pairs,
+    groups: Sequence[Sequence[int]],
+    merged: Sequence[Merged],
+) -> tuple[Tensor, Tensor]:
+    """Queries [N, H, D + 1] and output projections [N, D, H] for merged keys and values."""
+    device = weights.q.device
     queries = weights.q.unflatten(0, (len(weights.k), -1))  # [K, N / K, H, D + 1]
     outs = weights.o.unflatten(0, (len(weights.k), -1))  # [K, N / K, D, H]
-    q, k, v, o = [], [], [], []
+    q, o = [], []
     for group, one in zip(groups, merged, strict=True):
         heads = torch.tensor(group, device=device)
-        key_in, key_out = one.key_in.to(device), one.key_out.to(device)
-        value_in, value_out = one.value_in.to(device), one.value_out.to(device)
-        k.append(
-            pairs.to_real(torch.einsum("pj,jpx->px", key_in, pairs.to_complex(weights.k[heads])))
-        )
-        v.append(torch.einsum("hjb,jbx->hx", value_in, weights.v[heads]))
+        key_out, value_out = one.key_out.to(device), one.value_out.to(device)
         turned = pairs.to_complex(queries[heads]) * key_out.T.conj()[:, None, :, None]
         q.append(pairs.to_real(turned).flatten(0, 1))
         o.append(torch.einsum("jndb,jbh->jndh", outs[heads], value_out).flatten(0, 1))
-    return replace(weights, q=torch.cat(q), k=torch.stack(k), v=torch.stack(v), o=torch.cat(o))
+    return torch.cat(q), torch.cat(o)
 
 
 def _moments(sums: Mapping[str, Tensor], weights: AttentionWeights, pairs: Pairs) -> Moments:
@@ -260,10 +285,8 @@ def _moments(sums: Mapping[str, Tensor], weights: AttentionWeights, pairs: Pairs
     means = {name: total / sums["tokens"] for name, total in sums.items()}
     centre = torch.outer(means["value"], means["value"])
     spread = means["values"] - centre
-    queries = weights.q.shape[0] // kv_heads
-    shares = (means["attended squares"] - means["attended"].square()).sum()
-    shares = shares / (queries * spread.diagonal().sum())
-    values = (centre + shares.clamp(0, 1) * spread).view(kv_heads, head_dim, kv_heads, head_dim)
+    share = share_of_spread(means, weights.q.shape[0] // kv_heads)
+    values = (centre + share * spread).view(kv_heads, head_dim, kv_heads, head_dim)
     squares = means["queries"].view(kv_heads, -1, head_dim).sum(1)
     out = weights.o.unflatten(0, (kv_heads, -1))
     return Moments(
@@ -272,6 +295,13 @@ def _moments(sums: Mapping[str, Tensor], weights: AttentionWeights, pairs: Pairs
         values=values.cpu(),
         metric=torch.einsum("jndb,jndc->jbc", out, out).cpu(),
     )
+
+
+def share_of_spread(means: Mapping[str, Tensor], queries: int) -> Tensor:
+    """How much of the values' variance averaging over a context leaves, of `queries` a KV head."""
+    spread = means["values"].diagonal() - means["value"].square()
+    left = (means["attended squares"] - means["attended"].square()).sum()
+    return (left / (queries * spread.sum())).clamp(0, 1)
 
 
 @contextmanager
@@ -285,7 +315,7 @@ def _projections(
     value, values          of values [K H], and their products [K H, K H]
     attended, attended squares   of what enters o [N H]
     """
-    seen, turned = Sums("attention"), _Turned(head_dim, pairs)
+    seen, turned = Sums("attention"), Turned(head_dim, pairs)
 
     def before_attention(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         turned.angles = kwargs.get("position_embeddings")
@@ -329,7 +359,7 @@ def _projections(
             handle.remove()
 
 
-class _Turned:
+class Turned:
     """Keys as complex numbers, turned by RoPE's angles where the attention is given these.
 
     angles  cosines and sines [B or 1, S, R], R channels of a head that are turned

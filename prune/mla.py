@@ -124,6 +124,7 @@ class MlaStage:
     needs_reference: bool = False
     counts_above: float | None = None
     trains_blocks: bool = False
+    carried: int = 0
 
     def __init__(self, config: MlaConfig, original: Original, pairs: Pairs, rope: Rope) -> None:
         self.config, self.original = config, original

@@ -116,6 +116,7 @@ class WindowsStage:
     counts_above: float | None = None
     trains_blocks: bool = False
     compared: int = 0
+    carried: int = 0
     workspace: int = WORKSPACE
 
     def __init__(

@@ -10,6 +10,7 @@ group, and a block then holds all layers.
     layers  0 1 2 3 4 5 6 7 8     2 and 5 and 8 see all, the others the last w
     group   1 1 0 2 2 0 3 3 0     width 3; of groups 1 to 3 a sequence holds ceil((w - 1) / 16) + 1
 
+A layer that uses the keys and values of another has that one's group and place, and takes no room.
 The last group of a kind may have fewer layers than a block has room for.  `width` is the largest
 that leaves little of the room to that: the fewer tables, the less there is to keep.
 
@@ -45,8 +46,21 @@ class CacheLayout:
     places: tuple[int, ...]
 
     @classmethod
-    def of(cls, windows: Sequence[Window], block_size: int) -> CacheLayout:
-        """The layout for layers of these windows."""
+    def of(
+        cls, windows: Sequence[Window], block_size: int, sources: Sequence[int] | None = None
+    ) -> CacheLayout:
+        """The layout for layers of these windows.
+
+        `sources` are of each layer the one whose keys and values it uses: by default itself.
+        """
+        if sources is not None:
+            owners = sorted(set(sources))
+            layout = cls.of([windows[owner] for owner in owners], block_size)
+            numbers = [owners.index(source) for source in sources]
+            groups, places = (
+                tuple(of[n] for n in numbers) for of in (layout.groups, layout.places)
+            )
+            return cls(block_size, layout.windows, groups, places)
         kinds = sorted(Counter(windows).items(), key=_reach)
         width = max(width for width in range(1, len(windows) + 1) if _wastes_little(kinds, width))
         firsts, group_windows = {}, []
@@ -75,8 +89,9 @@ class CacheLayout:
 
     @property
     def kinds(self) -> list[tuple[Window, int]]:
-        """Windows, and how many layers have each."""
-        return sorted(Counter(self.windows[group] for group in self.groups).items(), key=_reach)
+        """Windows, and how many layers with keys and values of their own have each."""
+        own = set(zip(self.groups, self.places, strict=True))
+        return sorted(Counter(self.windows[group] for group, _ in own).items(), key=_reach)
 
     def first_seen(self, window: int, computed: int) -> int:
         """Number of the first block of a sequence that its token number `computed` or one after it

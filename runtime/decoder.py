@@ -37,6 +37,7 @@ class _Layer:
 
     input_norm: Tensor
     post_norm: Tensor
+    owns: bool  # keys and values of its own
     q_norm: Tensor | None
     k_norm: Tensor | None
     qkv: Any
@@ -84,12 +85,14 @@ class Decoder(ABC):
         tied = weights.head.dense is weights.embedding
         self._head = pack(LinearWeight.of_dense(self._embedding) if tied else weights.head)
         self._layers = []
+        self._sources = [layer.source for layer in weights.layers]
         while weights.layers:  # a layer's own tensors go as their packed ones come
             layer = weights.layers.pop(0)
             self._layers.append(
                 _Layer(
                     layer.input_norm.to(device),
                     layer.post_norm.to(device),
+                    layer.source == len(self._layers),
                     None if layer.q_norm is None else layer.q_norm.to(device),
                     None if layer.k_norm is None else layer.k_norm.to(device),
                     pack(layer.qkv),
@@ -101,7 +104,7 @@ class Decoder(ABC):
                     self._packed_latent(layer.latent),
                 )
             )
-        self._layout = CacheLayout.of(self._seen(), self.block_size)
+        self._layout = CacheLayout.of(self._seen(), self.block_size, self._sources)
         self._stored: list[tuple[Blocks, Blocks]] = []  # of each place of a block
         self._cache: list[tuple[Blocks, Blocks]] = []  # of each layer
         self._groups: list[int] = []  # of each layer: whose blocks it has
@@ -152,7 +155,8 @@ class Decoder(ABC):
 
         For a cache whose block numbers another model uses too.
         """
-        self._layout = CacheLayout.of([None] * len(self._layers), self.block_size)
+        seen: list[int | None] = [None] * len(self._layers)
+        self._layout = CacheLayout.of(seen, self.block_size, self._sources)
 
     def _seen(self) -> list[int | None]:
         """The windows of the layers, but for those that no context outgrows."""
@@ -182,7 +186,7 @@ class Decoder(ABC):
     def bytes_per_token(self) -> int:
         """Keys and values of one token, all layers."""
         place = self.bytes_per_block // (self._layout.width * self.block_size)
-        return len(self._layers) * place
+        return sum(layers for _, layers in self._layout.kinds) * place
 
     @property
     def weight_bytes(self) -> int:
@@ -239,6 +243,7 @@ class Decoder(ABC):
                 attended = do.attention(
                     joint, angles, *cache, **self._shape, q_gain=layer.q_norm,
                     k_gain=layer.k_norm, window=layer.window, group=group,
+                    owns=layer.owns,
                 )  # fmt: skip
             else:
                 attended = self._attend_latents(do, joint, angles, cache, layer.latent)

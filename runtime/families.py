@@ -1,7 +1,8 @@
 """The model classes that the runtime serves, and what it needs to know of a config.
 
 They share one computation: RMSNorm, rotary attention, a gated SiLU network.  Attention is that of
-grouped queries, or on latents (`Architecture.latent`).
+grouped queries, or on latents (`Architecture.latent`); a layer may use the keys and values of
+another (`Architecture.sources`).
 Biases, and norms on queries and keys, are there where transformers' class has parameters for them;
 which layers see a sliding window is the one thing that differs by class, and `FAMILIES` says how.
 """
@@ -28,6 +29,7 @@ class Architecture:
     inv_freq      float32 [rotary_dim / 2], radians a position
     rope_scaling  factor on cosines and sines
     latent        sizes of attention on latents, whose cache has one head; None for grouped queries
+    sources       of each layer: the one whose keys and values it uses, mostly itself
     """
 
     heads: int
@@ -39,6 +41,7 @@ class Architecture:
     windows: list[int | None]
     inv_freq: Tensor
     rope_scaling: float
+    sources: list[int]
     latent: LatentShape | None = None
 
 
@@ -54,6 +57,7 @@ def architecture_of(skeleton: Any, ref: str) -> Architecture:
     if config.hidden_act != "silu":
         raise _refusal(ref, f"has hidden_act = {shown(config.hidden_act)}", "silu")
     windows = _checked_windows(FAMILIES[name](config), ref)
+    sources = _sources(config, windows, ref)
     if hasattr(config, "kv_lora_rank"):
         latent = _latent(skeleton, ref)
         kv_heads, head_dim, turned = 1, latent.query_dim, latent.rope_dim
@@ -71,8 +75,22 @@ def architecture_of(skeleton: Any, ref: str) -> Architecture:
         windows=windows,
         inv_freq=inv_freq,
         rope_scaling=rope_scaling,
+        sources=sources,
         latent=latent,
     )
+
+
+def _sources(config: Any, windows: list[int | None], ref: str) -> list[int]:
+    """Whose keys and values each layer uses; a layer sees as far as those are kept."""
+    from compress.core.cross_layer import kv_sources
+
+    sources = kv_sources(config.num_hidden_layers, getattr(config, "kv_share", 1))
+    if any(windows[source] != window for source, window in zip(sources, windows, strict=True)):
+        found = f"has layers that share keys and values (kv_share = {config.kv_share}), and"
+        raise _refusal(
+            ref, f"{found} windows that differ", "one window, or none, for each such run"
+        )
+    return sources
 
 
 def _head_dim(config: Any, ref: str) -> int:
@@ -132,6 +150,10 @@ FAMILIES: Mapping[str, Windows] = {
     "MistralForCausalLM": _one_window,
     "Qwen2ForCausalLM": _windows_by_layer,
     "Qwen3ForCausalLM": _windows_by_layer,
+    "LlamaClaForCausalLM": _no_windows,
+    "MistralClaForCausalLM": _one_window,
+    "Qwen2ClaForCausalLM": _windows_by_layer,
+    "Qwen3ClaForCausalLM": _windows_by_layer,
     "DeepseekV3ForCausalLM": _no_windows,
     "YoutuForCausalLM": _no_windows,
 }

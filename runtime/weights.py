@@ -31,19 +31,22 @@ class LayerWeights:
     """One decoder layer.  D model, F ffn, N query heads, K KV heads, H head dim.
 
     input_norm, post_norm  float32 [D], gains before attention and before the feed-forward network
-    qkv                    [(N + 2K) * H, D], rows of queries, keys, values
+    source                 the layer whose keys and values these queries see, mostly itself
+    qkv                    [(N + 2K) * H, D], rows of queries, keys, values; of queries alone where
+                           another layer is the source
     q_norm, k_norm         float32 [H], gains of the norms on heads of queries and keys, or None
     out                    [D, N * H]
     gate_up                [2F, D], rows of gate, then of up
     down                   [D, F]
     window                 tokens that a query sees, itself included; None for all
-    kv_scales              calibrated scales of keys and values in 8 bits, or None
+    kv_scales              calibrated scales of keys and values in 8 bits (the source's), or None
     latent                 the rest of attention on latents (latents.py), and then `qkv` has rows of
                            queries, latents and keys; None for grouped queries
     """
 
     input_norm: Tensor
     post_norm: Tensor
+    source: int
     qkv: LinearWeight
     q_norm: Tensor | None
     k_norm: Tensor | None
@@ -147,9 +150,10 @@ def _layer(stored: StoredModel, index: int, facts: Architecture) -> LayerWeights
     def read(names: Sequence[str]) -> dict[str, LinearWeight]:
         return {part: stored.linear(f"{name}.{part}") for part in names}
 
-    kv_scales, latent = stored.kv_scales(f"{name}.self_attn"), None
+    source = facts.sources[index]
+    kv_scales, latent = stored.kv_scales(f"model.layers.{source}.self_attn"), None
     if facts.latent is None:
-        entering = read(QKV)
+        entering = read(QKV if source == index else QKV[:1])
     else:
         entering, latent = latent_layer(stored, f"{name}.self_attn", facts.latent)
         # transformers' cache holds latents in the keys' place, ours in the values'
@@ -157,6 +161,7 @@ def _layer(stored: StoredModel, index: int, facts: Architecture) -> LayerWeights
     return LayerWeights(
         input_norm=stored.tensor(f"{name}.input_layernorm.weight", torch.float32),
         post_norm=stored.tensor(f"{name}.post_attention_layernorm.weight", torch.float32),
+        source=source,
         qkv=joined(entering),
         q_norm=stored.optional(f"{name}.self_attn.q_norm.weight", torch.float32),
         k_norm=stored.optional(f"{name}.self_attn.k_norm.weight", torch.float32),

@@ -67,6 +67,13 @@ CONFIGS = {
         LATENT | {"q_lora_rank": None, "first_k_dense_replace": 99, "tie_word_embeddings": False},
     ),
     "youtu": ("YoutuConfig", LATENT | {"q_lora_rank": 28, "tie_word_embeddings": True}),
+    "llama_cla": ("LlamaClaConfig", {"head_dim": 8, "tie_word_embeddings": True}),
+    "qwen2_cla": ("Qwen2ClaConfig", {"tie_word_embeddings": False}),
+    "qwen3_cla": ("Qwen3ClaConfig", {"head_dim": 16, "tie_word_embeddings": False}),
+    "mistral_cla": (
+        "MistralClaConfig",
+        {"head_dim": 8, "sliding_window": None, "tie_word_embeddings": False},
+    ),
     "gemma2": ("Gemma2Config", {"head_dim": 8, "query_pre_attn_scalar": 8}),
     "cohere": ("CohereConfig", {}),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "query_pre_attn_scalar": 8}),
@@ -85,10 +92,13 @@ def tiny_config(family: str, layers: int = 2):
     """Blocks of odd sizes, with 3 query heads a KV head."""
     import transformers
 
+    from compress.core import cross_layer
+
     name, differing = CONFIGS[family]
     if "layer_types" in differing:
         differing = differing | {"layer_types": differing["layer_types"][:layers]}
-    return getattr(transformers, name)(**SIZES | differing | {"num_hidden_layers": layers})
+    config = getattr(transformers, name, None) or getattr(cross_layer, name)
+    return config(**SIZES | differing | {"num_hidden_layers": layers})
 
 
 def make_model(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -66,6 +66,7 @@ def decoder_weights(shape: Shape, bits: int, group: int, place: Place) -> Decode
     layer = LayerWeights(
         input_norm=gain,
         post_norm=gain,
+        source=0,
         q_norm=None,
         k_norm=None,
         window=None,
@@ -79,7 +80,7 @@ def decoder_weights(shape: Shape, bits: int, group: int, place: Place) -> Decode
     steps = torch.arange(0, shape.H, 2, device=device).float() / shape.H
     return DecoderWeights(
         embedding=torch.randn(shape.V, shape.D, **kind),
-        layers=[layer] * shape.L,
+        layers=[replace(layer, source=index) for index in range(shape.L)],
         final_norm=gain,
         head=LinearWeight.of_dense(head),
         heads=shape.N,

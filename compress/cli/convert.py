@@ -17,7 +17,10 @@ from compress.cli.options import (
 @click.command("convert")
 @click.argument("model")
 @click.option(
-    "--to", required=True, help="gqa: fewer KV heads; mla: latents; windows: sliding windows."
+    "--to",
+    required=True,
+    help="gqa: fewer KV heads; mla: latents; windows: sliding windows; cla: layers that share "
+    "keys and values, which compress alone loads.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Output folder.")
 @click.option("--kv-heads", type=int, help="gqa: KV heads to make; divides the number there is.")
@@ -55,6 +58,9 @@ from compress.cli.options import (
     "attention beyond the window; error, those whose output loses most.  [default: place]",
 )
 @click.option(
+    "--share", type=int, help="cla: neighbouring layers that use the first one's keys and values."
+)
+@click.option(
     "--set", "changes", multiple=True, metavar="KEY=VALUE", help="Another setting. Repeatable."
 )
 @calibration_options(samples=128)
@@ -76,10 +82,12 @@ def convert_command(
     as_json: bool,
     **stage: Any,
 ) -> None:
-    """Give MODEL an attention whose KV cache takes fewer bytes a token, as a stock model.
+    """Give MODEL an attention whose KV cache takes fewer bytes a token.
 
-    MODEL is a Hugging Face id, a folder, a .gguf file, or the alias smollm2.  Nothing is trained:
-    `compress distill` heals what comes out.
+    What comes out is a stock model, but with `--to cla`: no stock class holds a Llama, Mistral or
+    Qwen whose layers share keys and values, so only compress loads that.  MODEL is a Hugging Face
+    id, a folder, a .gguf file, or the alias smollm2.  Nothing is trained: `compress distill` heals
+    what comes out.
 
     \b
     Examples:
@@ -88,6 +96,7 @@ def convert_command(
       compress convert smollm2 --to gqa --kv-heads 1 --merge mean --no-refit --out baseline
       compress convert smollm2 --to mla --kv-rank 96 --rope-dim 64 --out smollm2-mla
       compress convert smollm2 --to windows --window 512 --global-every 5 --out smollm2-windows
+      compress convert smollm2 --to cla --share 2 --calibration c4.txt --out smollm2-cla
 
     A run that was interrupted or killed goes on when the same command is given again.
     """

@@ -27,10 +27,9 @@ def inspect_command(ctx: click.Context, model: str, target: str | None, as_json:
 
     source = resolve_model(model)
     if target is not None:
-        from compress.quant.packed import PackedFolder
-        from compress.targets import check_target
+        from compress.targets import check_source
 
-        verdict = check_target(PackedFolder(source), target)
+        verdict = check_source(source, target)
         if as_json:
             print_json(verdict)
         else:
@@ -53,6 +52,8 @@ def inspect_command(ctx: click.Context, model: str, target: str | None, as_json:
     for part, size in result["bytes_by_part"].items():
         rows[f"  {part}"] = f"{size / 1e6:,.1f} MB ({size / result['bytes']:.0%})"
     rows["tied embeddings"] = "yes" if result["tied_embeddings"] else "no"
+    if reason := result["loads_in"]:
+        rows["loads in"] = reason
     scheme = result["quantization"]
     if scheme is None:
         rows["quantization"] = "none"

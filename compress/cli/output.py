@@ -250,6 +250,8 @@ def print_conversion(report: dict[str, Any]) -> None:
         "time": f"{report['seconds']:.0f} s, of which calibration text "
         f"{report['calibration_seconds']:.0f} s",
     }
+    if reason := report["loads_in"]:
+        rows["loads in"] = reason
     print_pairs("Result", rows)
 
 

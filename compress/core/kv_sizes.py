@@ -33,6 +33,11 @@ def attention_of(block: nn.Module, where: str) -> str:
     return found[0]
 
 
+def owns_cache(block: nn.Module, attention: str) -> bool:
+    """Whether this attention fills a cache, and does not read that of another layer."""
+    return getattr(block.get_submodule(attention), "owns", True)
+
+
 class _Watching:
     """A cache that keeps nothing but the largest sizes."""
 

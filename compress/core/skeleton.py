@@ -38,6 +38,8 @@ def transformers_config(source: ModelSource, reader: ShardReader) -> Any:
     """config.json as transformers reads it; InputError when it does not."""
     from transformers import AutoConfig
 
+    import compress.core.cross_layer  # noqa: F401 (adds classes of our own)
+
     _check_counts(read_config(source.folder), source, reader)
     try:
         with _unlogged():
@@ -75,8 +77,11 @@ def _check_task(config: Any, source: ModelSource) -> None:
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
+    from compress.core.cross_layer import CLASSES
+
     kind = config.model_type
-    causal = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    own = {name: cls.__name__ for name, cls in CLASSES.items()}
+    causal = {**auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **own}
     if kind not in causal:
         raise InputError(
             f"model '{source.ref}' is of type {kind}, for which transformers has no causal "

@@ -141,6 +141,7 @@ def random_decoder(
             LayerWeights(
                 input_norm=ones,
                 post_norm=ones,
+                source=index,
                 qkv=linear(3 * heads * HEAD_DIM, hidden),
                 q_norm=None,
                 k_norm=None,
@@ -149,7 +150,7 @@ def random_decoder(
                 down=linear(hidden, ffn),
                 window=None,
             )
-            for _ in range(layers)
+            for index in range(layers)
         ],
         final_norm=ones,
         head=LinearWeight.of_dense(embedding.to(dtype)),

@@ -227,11 +227,12 @@ class Recorder:
     def attention(
         self, qkv: Tensor, angles: Tensor, keys: Blocks, values: Blocks, *, heads: int,
         kv_heads: int, head_dim: int, q_gain: Tensor | None, k_gain: Tensor | None, eps: float,
-        window: int | None, group: int = 0,
+        window: int | None, group: int = 0, owns: bool = True,
     ) -> Tensor:  # fmt: skip
         """Turn queries and keys, write keys and values into the cache, attend: [tokens, N H].
 
-        `group` is the layer's, whose slots and block tables it has.
+        `group` is the layer's, whose slots and block tables it has.  A layer that does not own what
+        is in the cache has queries alone in `qkv`, and writes nothing.
         """
         padded = _padded(head_dim)
         if padded > WIDEST_HEAD:
@@ -254,8 +255,9 @@ class Recorder:
             name: None if gain is None else gain.float().contiguous()
             for name, gain in (("q_gain", q_gain), ("k_gain", k_gain))
         }
+        written = shape if owns else shape | {"kv_heads": 0}
         self._add(
-            "RopeAndWrite", **shape, half=angles.shape[1] // 2, eps=eps,
+            "RopeAndWrite", **written, half=angles.shape[1] // 2, eps=eps,
             softmax_scale=head_dim**-0.5, angles=angles, qkv=qkv, **gains, **fixed, queries=queries,
             **cache,
         )  # fmt: skip

@@ -216,7 +216,8 @@ def rope_and_write(
 ) -> Tensor:
     """Return the turned queries [T, N, H] in the dtype of qkv; keys and values go to the caches.
 
-    qkv              [T, (N + 2K) H], contiguous, queries first, then keys, then values
+    qkv              [T, (N + 2K) H], contiguous, queries first, then keys, then values; without
+                     KV heads queries alone, and the caches stay as they are
     angles           float32 [T, R], cosines and sines of `angles`, R <= H
     k_cache, v_cache  [num_blocks, K, 16, H], contiguous, in the dtype of qkv or in 8 bits
     slots            int64 [T], block * 16 + offset; below 0 nothing is written for the token

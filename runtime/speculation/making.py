@@ -92,13 +92,15 @@ def choose(
     if draft == NGRAM:
         return Choice(name, NGRAM, number)
     if draft == SELF or draft.startswith(f"{SELF}:"):
-        count = read_config(source.folder).get("num_hidden_layers")
+        config = read_config(source.folder)
+        count, share = config.get("num_hidden_layers"), config.get("kv_share")
+        share = share if isinstance(share, int) and share > 0 else 1  # others are refused later
         if not isinstance(count, int) or count < LEAST_LAYERS:
             raise InputError(
                 f"draft '{draft}': '{source.ref}' has {shown(count)} layers, and a draft of its "
                 f"own takes a model of {LEAST_LAYERS} or more; give draft = ngram"
             )
-        return Choice(name, SELF, number, left_out=_left_out(draft, count))
+        return Choice(name, SELF, number, left_out=_left_out(draft, count, share))
     try:
         drafting = resolve_model(draft)
     except InputError as error:
@@ -154,9 +156,10 @@ def settle(
     speculator.lengths = AdaptiveLength(proposer, cost, isinstance(target, AsynchronousModel))
 
 
-def _left_out(draft: str, count: int) -> tuple[int, ...]:
+def _left_out(draft: str, count: int, share: int) -> tuple[int, ...]:
     """The layers that a self-draft of a model of `count` layers does without.
 
+    A layer goes with the one whose keys and values it uses, the first of its run of `share`.
     By default two runs of a sixth each in the first half, with some layers around and between:
     of what was tried on SmolLM2 (benchmarks/LOG.md) the best that is not made for it.
     """
@@ -164,8 +167,13 @@ def _left_out(draft: str, count: int) -> tuple[int, ...]:
         run, apart = max(1, count // 6), max(1, count // 10)
         second = 2 * apart + run
         both = (*range(apart, apart + run), *range(second, second + run))
-        return tuple(layer for layer in both if layer < count - 1)
-    return layers_of(draft.removeprefix(f"{SELF}:"), count)
+        left = tuple(layer for layer in both if layer < count - 1)
+    else:
+        left = layers_of(draft.removeprefix(f"{SELF}:"), count)
+    with_first = {layer for layer in range(count) if layer - layer % share in left}
+    if len(with_first.union(left)) == count:
+        raise InputError(f"draft '{draft}' leaves out all {count} layers; keep the first of a run")
+    return tuple(sorted(with_first.union(left)))
 
 
 def layers_of(text: str, count: int) -> tuple[int, ...]:

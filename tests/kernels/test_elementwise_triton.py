@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compress.kernels.paged_attention import write_kv
-from compress.kernels.paged_attention.cache import FP8, INT8, QuantizedBlocks, quantize
+from compress.kernels.paged_attention.cache import FP8, INT8, QuantizedBlocks, quantize, tensors_of
 from compress.kernels.rms_norm import reference as rms_norm_reference
 from compress.kernels.rms_norm import triton as rms_norm_kernels
 from compress.kernels.rope import reference as rope_reference
@@ -185,3 +185,43 @@ def test_rope_and_write_codes(heads, kv_heads, head_dim, rotated, codes, fixed, 
         untouched[blocks_of, :, offsets] = False
         assert (part.scales[untouched] == SENTINEL).all()
         assert (part.codes.view(torch.uint8)[untouched] == SENTINEL).all()
+
+
+@pytest.mark.parametrize("codes", [None, INT8])
+@pytest.mark.parametrize("norm", [False, True])
+def test_queries_alone_are_turned_and_nothing_is_written(norm, codes):
+    """Of a layer that uses the keys and values of another: bit for bit as with some of its own."""
+    heads, kv_heads, head_dim, tokens = 6, 2, 24, 5
+    qkv = random(tokens, (heads + 2 * kv_heads) * head_dim)
+    gain = random(head_dim, seed=3) + 1 if norm else None
+    table = rope_kernels.angles(
+        torch.tensor([0, 1, 7, 2047, 31], device=DEVICE),
+        10000.0 ** -torch.arange(0, 1, 2 / head_dim, device=DEVICE),
+        1.0,
+    )
+    slots = torch.tensor([5, 16, -1, 47, 40], device=DEVICE)
+    found = []
+    for own in (kv_heads, 0):
+        shape = (4, kv_heads, 16, head_dim)
+        caches = [torch.full(shape, float(SENTINEL), device=DEVICE) for _ in range(2)]
+        if codes is not None:
+            caches = [
+                QuantizedBlocks(
+                    codes,
+                    torch.full(shape, SENTINEL, dtype=torch.uint8, device=DEVICE).view(codes.dtype),
+                    torch.full(shape[:-1], float(SENTINEL), device=DEVICE),
+                    None,
+                )
+                for _ in range(2)
+            ]
+        tensors = [tensor for cache in caches for tensor in tensors_of(cache)]
+        before = [tensor.clone() for tensor in tensors]
+        wide = qkv[:, : (heads + 2 * own) * head_dim].contiguous()
+        turned = rope_kernels.rope_and_write(
+            wide, table, *caches, slots, heads=heads, kv_heads=own, head_dim=head_dim,
+            q_gain=gain, k_gain=gain, eps=1e-6,
+        )  # fmt: skip
+        found.append(turned)
+        kept = [torch.equal(*pair) for pair in zip(tensors, before, strict=True)]
+        assert not any(kept) if own else all(kept)
+    assert torch.equal(*found)

@@ -26,7 +26,8 @@ def changed(folder, out, changes):
 def test_other_classes_are_refused(family, model_folder):
     message = (
         "ForCausalLM; the runtime serves classes CwmForCausalLM, LlamaForCausalLM, "
-        "MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, DeepseekV3ForCausalLM, "
+        "MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaClaForCausalLM, "
+        "MistralClaForCausalLM, Qwen2ClaForCausalLM, Qwen3ClaForCausalLM, DeepseekV3ForCausalLM, "
         "YoutuForCausalLM; for others use compress eval --engine transformers"
     )
     with pytest.raises(InputError, match=message):
@@ -38,6 +39,17 @@ def test_other_classes_are_refused(family, model_folder):
     [
         ("llama", {"hidden_act": "gelu"}, "has hidden_act = 'gelu'; the runtime serves silu"),
         ("llama", {"num_key_value_heads": 4}, "has 6 heads on 4 KV heads"),
+        (
+            "qwen2_cla",
+            {
+                "sliding_window": 16,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "share keys and values .kv_share = 2., and windows that differ",
+        ),
+        ("llama_cla", {"kv_share": 0}, "kv_share = 0 is no number of layers"),
+        ("llama_cla", {"kv_share": "two"}, "kv_share"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},

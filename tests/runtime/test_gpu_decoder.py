@@ -81,7 +81,7 @@ def quantized(model_folder, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("family", ["qwen3", "youtu"])
+@pytest.mark.parametrize("family", ["qwen3", "youtu", "llama_cla", "qwen3_cla"])
 def test_greedy_text_of_a_quantized_model_is_that_of_transformers(family, quantized):
     """In float32 two ways of summing differ by 1e-6; no two logits here are as close as that."""
     folder = quantized(family)
@@ -274,7 +274,11 @@ def test_layers_of_two_windows_have_their_own_blocks(blocks, model_folder):
 
 @pytest.mark.parametrize(
     ("family", "kernels"),
-    [("qwen3", {"_attend", "_rope_and_write"}), ("youtu", {"_attend_latents", "_latent_write"})],
+    [
+        ("qwen3", {"_attend", "_rope_and_write"}),
+        ("qwen3_cla", {"_attend", "_rope_and_write"}),
+        ("youtu", {"_attend_latents", "_latent_write"}),
+    ],
 )
 def test_what_is_launched_was_compiled_ahead_of_time(family, kernels, quantized, model_folder):
     """Types of the arguments of every launch, in float16 with float16 scales, as entries have."""

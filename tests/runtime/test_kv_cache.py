@@ -80,7 +80,7 @@ def test_bytes_of_a_block(kind, way, compute, model_folder):
     assert plain.bytes_per_block == len(decoder.windows) * 2 * 16 * shape.kv_heads * dims * 4
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "youtu"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "youtu", "qwen3_cla"])
 @pytest.mark.parametrize("kind", list(CODES))
 def test_all_ways_give_the_same_logits(kind, family, compute, model_folder):
     """In float32 ways differ by the order of sums, and where that puts a number on the other side
@@ -147,7 +147,7 @@ def test_a_draft_models_cache_is_in_8_bits_too(compute, model_folder):
     assert sizes["int8"] < sizes["auto"] / 3
 
 
-@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "llama_cla"])
 def test_the_gpus_steps_give_the_tokens_of_plain_operations(family, compute, model_folder):
     """Prefill, decode and verified drafts of the Triton kernels, in the interpreter."""
     folder = str(model_folder(family))

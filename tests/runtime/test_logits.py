@@ -19,7 +19,8 @@ from compress.runtime.batch import Batch
 from compress.runtime.loading import make_decoder
 from compress.runtime.weights import load_weights
 
-FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "cwm", "deepseek_v3", "youtu"]
+SHARING = ["llama_cla", "qwen2_cla", "qwen3_cla", "mistral_cla"]
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "cwm", "deepseek_v3", "youtu", *SHARING]
 BLOCK, BLOCKS = 16, 8
 TOKENS = torch.randint(3, 120, (100,), generator=torch.Generator().manual_seed(3))
 CHUNKS = (37, 40, 20, 1, 1, 1)  # contexts over many blocks, prefill in pieces, then decode
@@ -129,6 +130,9 @@ def test_plain_folders(family, dtype, model_folder):
     ("family", "changes"),
     [
         ("mistral", WINDOW),
+        ("mistral_cla", WINDOW),
+        ("llama_cla", {"num_hidden_layers": 5}),
+        ("qwen3_cla", {"num_hidden_layers": 4, "kv_share": 3}),
         ("qwen2", QWEN_WINDOW | {"max_window_layers": 1}),
         ("qwen3", QWEN_WINDOW | {"max_window_layers": 0}),
         ("qwen3", QWEN_WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}),
