@@ -25,8 +25,14 @@ CONVERSIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mean-refit": ("1 KV head, averaged, refitted", (*ONE_HEAD, "--merge", "mean")),
     "merged": ("1 KV head, merged", (*ONE_HEAD, "--no-refit")),
     "merged-refit": ("1 KV head, merged, refitted", ONE_HEAD),
+    "shared": ("keys and values of 2 layers shared", ("--to", "cla", "--share", "2", "--no-refit")),
+    "shared-refit": (
+        "keys and values of 2 layers shared, refitted",
+        ("--to", "cla", "--share", "2"),
+    ),
 }
-HEALED = ("mean", "merged-refit")
+HEALED = ("mean", "merged-refit", "shared-refit")
+TIMED = ("original", "merged-refit", "shared-refit")
 # what attention gives first, then what the model predicts
 PHASES = ("forward_kl=0.1,attention_mse=1", "forward_kl=1")
 CONTEXTS = ("2048", "7936")  # of SmolLM2's 8,192, with room for what is decoded
@@ -44,7 +50,7 @@ def main() -> None:
         healed = f"{name}-healed"
         if re.search(options.only, healed) and not scored.has(healed):
             heal(options, scored, name)
-    for name in ("original", HEALED[-1]):
+    for name in TIMED:
         for context in CONTEXTS:
             key = f"speed-{name}-{context}"
             if re.search(options.only, key) and not scored.has(key):
@@ -89,7 +95,7 @@ def speed(options: argparse.Namespace, name: str, context: str) -> dict[str, Any
     if name == "original":  # its dense weights: the runtime reads a .gguf file as it is
         folder = resolve_model(options.model).folder
     found = compress("bench", "latency", str(folder), *SPEED, "--prompt-tokens", context)
-    return json.loads(found) | {"model": name}
+    return json.loads(found) | {"model": name, "processor": processor()}
 
 
 def page(options: argparse.Namespace, scored: Scored) -> str:
@@ -98,7 +104,7 @@ def page(options: argparse.Namespace, scored: Scored) -> str:
     lines = [
         "# What converting the attention loses, and what training wins back",
         "",
-        f"{options.model}, {processor()}; calibrated on {options.samples} sequences of 512 tokens "
+        f"{options.model}; calibrated on {options.samples} sequences of 512 tokens "
         f"of {Path(options.train).name}, scored on the first {options.windows} windows of 512 "
         f"tokens of {Path(options.text).name} in float32. KL is from the original, in nats a "
         "token. Training: "
@@ -135,7 +141,7 @@ def cells(score: dict[str, Any]) -> str:
 
 def speed_lines(scored: Scored) -> list[str]:
     rows = []
-    for name in ("original", HEALED[-1]):
+    for name in TIMED:
         for context in CONTEXTS:
             if scored.has(key := f"speed-{name}-{context}"):
                 rate = scored.get(key)["decode_tokens_per_s"]
