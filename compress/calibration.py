@@ -2,8 +2,8 @@
 
 Text is tokenized, joined, cut into windows of `seq_len` tokens, and `samples` of them are taken at
 random (seeded).  A safetensors file holds token ids as they are to be used.  With `self`, pieces
-are sampled from the model at temperature 1 and joined, which needs no data at all (LLM-QAT,
-arXiv 2305.17888, section 3.1).
+are sampled from the model, or from one that is named, at temperature 1 and joined, which needs no
+data at all (LLM-QAT, arXiv 2305.17888, section 3.1).
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from compress import texts
 from compress.core.device import native_bfloat16
-from compress.core.errors import InputError, reason_of
+from compress.core.errors import InputError, naming, reason_of
 from compress.core.progress import track
-from compress.core.source import ModelSource
+from compress.core.source import ModelSource, read_config, resolve_model
 from compress.core.tokenizer import load_tokenizer
 from compress.loading import load_model
 from compress.recipe import CalibrationConfig
@@ -42,8 +42,10 @@ def calibration_tokens(
     Raises InputError when the source does not exist, holds too little text, or the tokenizer
     yields ids outside the model's vocabulary.
     """
-    if config.source == "self":
-        tokens = _sample_from_model(config, source, device)
+    if config.is_sampled:
+        writer = writer_of(config, source)
+        _check_writer(writer, config, vocab_size)
+        tokens = _sample_from_model(config, writer, device)
     elif Path(config.source).suffix == ".safetensors":
         tokens = _read_tokens(config)
     else:
@@ -57,14 +59,34 @@ def calibration_tokens(
     return tokens
 
 
+def _check_writer(writer: ModelSource, config: CalibrationConfig, vocab_size: int) -> None:
+    """Refuse a model that may write tokens which the one to calibrate does not know."""
+    written = read_config(writer.folder).get("vocab_size", vocab_size)
+    if written > vocab_size:
+        raise InputError(
+            f"calibration '{config.source}': the model that is to write the text has {written} "
+            f"tokens, and the one to calibrate {vocab_size}; give one with its vocabulary"
+        )
+
+
 def fingerprint(tokens: Tensor) -> str:
     """SHA-256 of the token ids, to tell whether two runs saw the same calibration data."""
     return hashlib.sha256(tokens.to(torch.int64).numpy().tobytes()).hexdigest()
 
 
 def check_source(config: CalibrationConfig) -> None:
-    """Refuse a missing or unreadable calibration file before anything long is done."""
-    texts.check_file(config.source, "calibration", SUFFIXES)
+    """Refuse a missing or unreadable calibration file, or a missing model that is to write the
+    text, before anything long is done."""
+    if config.writer is None:
+        texts.check_file(config.source, "calibration", SUFFIXES)
+    else:
+        with naming(f"calibration '{config.source}'"):
+            resolve_model(config.writer)
+
+
+def writer_of(config: CalibrationConfig, source: ModelSource) -> ModelSource:
+    """The model that writes text which is sampled, for calibrating the one in `source`."""
+    return source if config.writer is None else resolve_model(config.writer)
 
 
 def _read_tokens(config: CalibrationConfig) -> Tensor:
@@ -151,7 +173,7 @@ def _sample_from_model(
 
 def sampling_seconds(config: CalibrationConfig, source: ModelSource, device: torch.device) -> float:
     """About how long sampling text will take, by its first steps; later ones take longer."""
-    model = sampling_model(source, device)
+    model = sampling_model(writer_of(config, source), device)
     rows, length, _ = _pieces(config)
     size = min(SELF_BATCH, rows)
     _, steps = sampled_batch(model, size, length, torch.Generator().manual_seed(0))

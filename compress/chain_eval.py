@@ -16,11 +16,10 @@ from compress.chain_recipe import EvalConfig
 from compress.core.blocks import BlockModel
 from compress.core.commits import Commits
 from compress.core.shards import hashed_file
-from compress.core.source import ModelSource
+from compress.core.source import SELF, ModelSource
 from compress.evaluate import TextEvalConfig, evaluate_text, evaluate_windows
 from compress.recipe import CalibrationConfig
 
-SELF = "self"
 WINDOWS = "windows"
 
 

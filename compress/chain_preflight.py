@@ -18,7 +18,7 @@ from compress import (
     preflight,
     prune_preflight,
 )
-from compress.chain_eval import SELF, sampling_config, text_config
+from compress.chain_eval import sampling_config, text_config
 from compress.chain_recipe import DRAFT, ORIGINAL, ChainRecipe, EvalConfig
 from compress.comparing.comparison import Entry, check_speed
 from compress.core.blocks import BlockModel
@@ -26,7 +26,7 @@ from compress.core.device import default_device
 from compress.core.errors import InputError, naming
 from compress.core.hollow import write_hollow
 from compress.core.progress import without_bars
-from compress.core.source import read_config, resolve_model
+from compress.core.source import SELF, read_config, resolve_model
 from compress.evaluate import check_models, check_text
 from compress.preflight import Needs
 from compress.recipe import (

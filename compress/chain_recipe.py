@@ -10,8 +10,9 @@
       - {method: gptq, bits: 4, calibration: {samples: 128}}
 
 `calibration`, `dtype`, `compute_dtype`, `propagate_error` and `kv_cache` hold for every stage that
-has them; a stage's own `calibration` is laid over the recipe's.  A distillation without a teacher
-learns from `model`; `teacher: stage 1` is what stage 1 gave.
+has them; a stage's own `calibration` is laid over the recipe's, and text `self` is what the
+original writes, in every stage.  A distillation without a teacher learns from `model`; `teacher:
+stage 1` is what stage 1 gave.
 
     speed: {rounds: 3}
     draft:
@@ -40,7 +41,7 @@ from pydantic.dataclasses import dataclass
 from compress.comparing.comparison import SpeedConfig
 from compress.core.config import build, check_keys
 from compress.core.errors import InputError, shown
-from compress.core.source import public_name
+from compress.core.source import SELF, public_name
 from compress.quant.methods import METHODS
 from compress.recipe import (
     CONVERT,
@@ -154,7 +155,9 @@ def described_chain(recipe: ChainRecipe) -> dict[str, Any]:
             settings["calibration"] = told["calibration"]
         for part in ("calibration", "data"):
             if part in settings:
-                settings[part]["source"] = public_name(settings[part]["source"])
+                source = settings[part]["source"]
+                own = source == f"{SELF}:{recipe.model}"
+                settings[part]["source"] = SELF if own else public_name(source)
         shared |= {key: told[key] for key in SHARED if key in told and key != "calibration"}
         stages.append(settings)
     measured = recipe.eval and asdict(recipe.eval) | {"text": public_name(recipe.eval.text)}
@@ -223,6 +226,9 @@ def _build_stage(
     folder = f"{len(before) + 1}-{stage['method']}"
     values["out"] = chain.out.with_name(f".{chain.out.name}.{STAGES}") / folder / RESULT
     recipe = builder({**values, "stages": [stage]}, where)
+    if before and "calibration" in known and recipe.calibration.source == SELF:
+        written = replace(recipe.calibration, source=f"{SELF}:{chain.model}")
+        return replace(recipe, calibration=written)
     return _taught(recipe, chain, before, where) if isinstance(recipe, DistillRecipe) else recipe
 
 
@@ -285,7 +291,7 @@ def _check_seeds(chain: ChainRecipe, where: str) -> None:
         return
     for name, stage in zip(chain.names, chain.stages, strict=True):
         data = getattr(stage, "calibration", None)
-        if data and data.source == "self" and data.seed == chain.eval.seed:
+        if data and data.is_sampled and data.seed == chain.eval.seed:
             raise InputError(
                 f"{where}: eval: seed = {data.seed} is also that of the text that {name} is "
                 "calibrated on; give another"

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from compress import checkpoint
-from compress.chain_eval import SELF, text_config
+from compress.chain_eval import text_config
 from compress.chain_recipe import DRAFT, ChainRecipe, Draft, described_chain
 from compress.chain_stages import StageResult
 from compress.core.files import write_text
-from compress.core.source import read_config
+from compress.core.source import SELF, read_config
 from compress.distill.preparation import TRACKED
 from compress.distillation import RECORDS
 from compress.recipe import method_of

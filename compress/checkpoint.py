@@ -23,7 +23,7 @@ import torch
 import compress
 from compress.core.own_class import only_here
 from compress.core.shards import BESIDE
-from compress.core.source import ModelSource
+from compress.core.source import ModelSource, public_name
 from compress.recipe import LOSSES
 from compress.report import mean_bits, spread
 
@@ -168,7 +168,7 @@ def model_card(ref: str, report: dict[str, Any]) -> str:
         data = recipe["calibration"]
         lines += [
             f"Calibrated on {data['samples']} sequences of {data['seq_len']} tokens from "
-            f"`{Path(data['source']).name}` (seed {data['seed']}).",
+            f"`{public_name(data['source'])}` (seed {data['seed']}).",
             "",
         ]
     lines += _cache_lines(recipe)

@@ -50,7 +50,7 @@ def plan_recipe(
     needs, text = needs_of(job, memory), needed_text(job)
     check_resources(needs, folder, job.model, text)
     sampling = 0.0
-    if text and text.source == "self":
+    if text and text.is_sampled:
         sampling = calibration.sampling_seconds(text, job.model.source, job.device)
     in_float = [name for name in linears_of(job.model.skeleton) if name not in job.grids]
     return {

@@ -16,7 +16,7 @@ from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
 from compress.core.progress import say
 from compress.core.resources import free_memory, in_words
-from compress.core.shards import SINGLE_FILE_BYTES
+from compress.core.shards import SINGLE_FILE_BYTES, ShardReader
 from compress.core.source import resolve_model
 from compress.core.stage import Stage
 from compress.probe import probe_bytes
@@ -334,10 +334,16 @@ def check_resources(
 
 def check_sampling(data: CalibrationConfig, model: BlockModel, device: torch.device) -> None:
     """Raise InputError where text is to be sampled from a model that memory does not hold."""
-    whole = model.num_parameters * (2 if native_bfloat16(device) else 4)
-    if data.source == "self" and device.type == "cpu" and whole > (free := free_memory()):
+    if not data.is_sampled or device.type != "cpu":
+        return
+    parameters = model.num_parameters
+    if data.writer is not None:
+        shapes = ShardReader(calibration.writer_of(data, model.source).folder).shapes
+        parameters = sum(map(math.prod, shapes.values()))
+    whole = parameters * (2 if native_bfloat16(device) else 4)
+    if whole > (free := free_memory()):
         raise InputError(
-            f"calibration on text that the model samples itself loads the whole model, "
+            f"calibration on text that a model samples loads the whole model, "
             f"{in_words(whole)}, and {in_words(free)} of memory are free; give --calibration "
             "a text file or a data set"
         )

@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 
 from compress.core.config import build
 from compress.core.errors import InputError, naming, nearest, shown
+from compress.core.source import SELF
 from compress.distill.config import TrainConfig
 from compress.distill.lora import LoraConfig
 from compress.distill.objective import AGAINST_TEACHER, LossConfig
@@ -61,7 +62,8 @@ def usable_output(out: Path) -> Path:
 class CalibrationConfig:
     """The sample data that statistics are collected on.
 
-    source   `self` (sampled from the model), a .txt, .jsonl or .parquet file, token ids as
+    source   `self` (sampled from the model), `self:MODEL` (from another of its vocabulary, such as
+             the original of a pruned one), a .txt, .jsonl or .parquet file, token ids as
              `input_ids` in a .safetensors file, or a Hugging Face data set as ID, ID:CONFIG or
              ID:CONFIG:SPLIT
     samples  number of sequences
@@ -73,6 +75,16 @@ class CalibrationConfig:
     samples: int = Field(default=64, ge=1, le=1 << 20)
     seq_len: int = Field(default=512, ge=2, le=1 << 20)
     seed: int = Field(default=0, ge=0, lt=1 << 63)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether a model writes the text."""
+        return self.source.partition(":")[0] == SELF
+
+    @property
+    def writer(self) -> str | None:
+        """Which model writes it; None for the one that is calibrated."""
+        return self.source.partition(":")[2] if self.is_sampled and ":" in self.source else None
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

@@ -68,8 +68,9 @@ def calibration_options(samples: int) -> Callable[[Callable[..., None]], Callabl
     options = [
         click.option(
             "--calibration",
-            help="self, a .txt, .jsonl, .parquet or .safetensors (token ids) file, or a data set "
-            "id[:config[:split]].  [default: self]",
+            help="self (what the model writes), self:MODEL (what another writes), a .txt, .jsonl, "
+            ".parquet or .safetensors (token ids) file, or a data set id[:config[:split]].  "
+            "[default: self]",
         ),
         click.option("--samples", type=int, help=f"Calibration sequences.  [default: {samples}]"),
         click.option("--seq-len", type=int, help="Tokens a sequence.  [default: 512]"),

@@ -26,6 +26,8 @@ ALIASES: Mapping[str, tuple[str, str]] = {
 DEEPEST_CONFIG = 50  # levels of nesting in config.json; the deepest real ones have 5
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
+SELF = "self"  # text that a model writes; "self:MODEL", that another writes
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -68,6 +70,9 @@ def resolve_model(ref: str, revision: str | None = None) -> ModelSource:
 
 def public_name(ref: str) -> str:
     """The name of a model, file or data set without the path to it; a hub id stays whole."""
+    written, colon, writer = ref.partition(":")
+    if written == SELF and colon:
+        return f"{SELF}:{public_name(writer)}"
     path = Path(ref).expanduser()
     return path.resolve().name if path.exists() else ref
 

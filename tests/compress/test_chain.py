@@ -173,6 +173,21 @@ def test_who_teaches(values):
     assert recipe.stages[1].model == first
 
 
+def test_in_every_stage_the_original_writes_the_text(values, tmp_path):
+    """Not what it became; and no path to it stands in the report."""
+    prune, _, gptq = values["stages"]
+    del gptq["calibration"]
+    values["calibration"] = {"source": "self", "samples": 3, "seq_len": 32}
+    values["stages"] = [prune, gptq]
+    recipe = build_chain(values)
+    assert [stage.calibration.writer for stage in recipe.stages] == [None, values["model"]]
+    report = run_chain(recipe)
+    one, two = (stage["calibration_sha256"] for stage in report["stages"])
+    assert one == two
+    sources = [stage["calibration"]["source"] for stage in report["recipe"]["stages"]]
+    assert sources == ["self", "self"]
+
+
 def test_teacher_correction(values, tmp_path):
     """The teacher is trained on the text first, and what was pruned learns from that."""
     prune, distill, _ = values["stages"]

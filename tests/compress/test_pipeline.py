@@ -189,6 +189,31 @@ def _small_shards(folder):
     return ShardWriter(folder, single_file_bytes=1000)
 
 
+def test_another_model_writes_the_text(model_folder, tmp_path):
+    """As that model writes it for itself."""
+    known = {"samples": 3, "seq_len": 32}
+    writer = model_folder("qwen2")
+    found = []
+    for model, source in ((writer, "self"), (model_folder(), f"self:{writer}")):
+        calibration = {"source": source, **known}
+        stages = [{"method": "gptq", "bits": 4, "group_size": 16}]
+        values = {"model": str(model), "calibration": calibration, "stages": stages}
+        found.append(run_recipe(build_recipe(values | {"out": str(tmp_path / model.name)})))
+    assert found[0]["calibration_sha256"] == found[1]["calibration_sha256"]
+    assert f"self:{writer.name}" in (tmp_path / model_folder().name / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("writer", "message"),
+    [("nowhere", "calibration 'self:nowhere': model 'nowhere'"), ("", "'self:': model ''")],
+)
+def test_a_writer_that_is_not_there(writer, message, model_folder, tmp_path):
+    values = {"model": str(model_folder()), "out": str(tmp_path / "out")}
+    values |= {"calibration": {"source": f"self:{writer}"}, "stages": [{"method": "awq"}]}
+    with pytest.raises(InputError, match=message):
+        run_recipe(build_recipe(values))
+
+
 def test_self_calibration_needs_no_data(model_folder, text_file, tmp_path):
     calibration = {"source": "self", "samples": 3, "seq_len": 300}
     report = quantize(
