@@ -25,6 +25,7 @@ from compress.comparing.plot import write_plot
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 RESULT = "choosing.json"
+CONTEXT = 2048  # tokens that each sequence has, where bytes moved for a token are told
 
 
 @dataclass(frozen=True)
@@ -139,11 +140,12 @@ def told(way: Way, model: str) -> str:
 
 def page(found: dict[str, Any]) -> str:
     """The table, as docs/choosing.md has it."""
-    original, *rows = found["rows"]
+    original, *rows = ({**row, "moved": moved(row)} for row in found["rows"])
     tasks = [(task, name) for task, name in METRICS if task in original.get("tasks", {})]
     distances = [row["distance"] for row in original["recall"]["passkey"]]
     heads = ["", "weights, MB a step", "KV, bytes a token", "ms a token"]
-    heads += [f"tokens/s, batch {original['batch']}", "KL", "perplexity"]
+    heads += [f"moved a token, MB, {original['batch']} x {CONTEXT:,}", "KL"]
+    heads += [f"tokens/s, batch {original['batch']}", "perplexity"]
     heads += [label_of(task) for task, _ in tasks]
     heads += [f"pass key, {distance:,} back" for distance in distances]
     lines = [
@@ -155,11 +157,17 @@ def page(found: dict[str, Any]) -> str:
     ways = {way["entry"]: way for way in found["ways"]}
     cells = [line("original, bfloat16", original, original, tasks, distances)]
     cells += [line(ways[row["name"]]["words"], row, original, tasks, distances) for row in rows]
-    lines += [*table([heads[:4] + heads[5:6], *(row[:4] + row[5:6] for row in cells)])]
+    lines += [*table([row[:6] for row in (heads, *cells)])]
     lines += ["", "## All that was measured", "", *table([heads, *cells])]
     lines += ["", *found["facts"], "", "| | made by |", "|---|---|"]
     lines += [f"| {way['words']} | {way['command']} |" for way in found["ways"]]
     return "\n".join([*lines, ""])
+
+
+def moved(row: dict[str, Any]) -> float:
+    """Bytes that a step reads for each of `batch` sequences of CONTEXT tokens: what a token costs
+    where memory bounds it."""
+    return row["weight_bytes"] / row["batch"] + CONTEXT * row["kv_bytes_per_token"]
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -193,8 +201,9 @@ def line(
     cells = [words, with_factor("weight_bytes", ",.0f", 1e-6)]
     cells.append(with_factor("kv_bytes_per_token", ",.0f"))
     cells.append(with_factor("seconds_per_token", ".2f", 1e3))
-    cells.append(with_factor("tokens_per_s", ",.0f", rate=True))
+    cells.append(with_factor("moved", ".1f", 1e-6))
     cells.append(f"{row['kl_mean']:.3f}" if "kl_mean" in row else "0")
+    cells.append(with_factor("tokens_per_s", ",.0f", rate=True))
     cells.append(f"{row['perplexity']:.2f}")
     for task, metric in tasks:
         found = row["tasks"][task]

@@ -90,6 +90,35 @@ def test_links_lead_to_files_and_headings(page):
             assert heading in map(anchor, re.findall(r"^#+ (.*)$", text, flags=re.M)), link
 
 
+NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?!\w)")
+SETTINGS = {"Plan first", "Methods"}  # of formulas (tests/compress/test_plan.py), and of defaults
+
+
+def numbers_in(text):
+    return [number.replace(",", "") for number in NUMBER.findall(text)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_have_the_numbers_of_the_records_that_they_name(page):
+    """To the digits that are shown; a share there may be a percentage here."""
+    for section in re.split(r"^(?=#+ )", TEXTS[page.name], flags=re.M):
+        links = re.findall(r"\]\(([^)#]*benchmarks/results/[^)#]*\.md)\)", section)
+        if not links or section.partition("\n")[0].lstrip("# ") in SETTINGS:
+            continue
+        records = (numbers_in((page.parent / link).read_text(encoding="utf-8")) for link in links)
+        measured = [float(number) for record in records for number in record]
+        rows = (re.sub(r"\]\([^)]*\)", "", row) for row in re.findall(r"^\|.*$", section, re.M))
+        for row in rows:
+            for shown in numbers_in(row):
+                half = 0.5001 * 10 ** -len(shown.partition(".")[2])
+                found = (
+                    abs(factor * value - float(shown)) <= half
+                    for value in measured
+                    for factor in (1, 100)
+                )
+                assert any(found), f"{shown} in {row}"
+
+
 def anchor(title):
     """As GitHub makes it of a heading."""
     return re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-")
