@@ -1,6 +1,7 @@
 # `make demo` and `make test` are all a newcomer needs; each makes .venv if it is missing.
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 FOLDERS := $(shell sed -n 's/^"compress[.][a-z]*" = "\(.*\)"/\1/p' pyproject.toml)
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
@@ -18,7 +19,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -80,14 +80,11 @@ def label_points(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
     shifts = [(dx, dy, side) for dy in (4, -11, 16, -23, 28) for side, dx in sides]
     for number, (x, y, name) in enumerate(points):
         others = taken[:number] + taken[number + 1 :]
+        text = axes.annotate(name, (x, y), textcoords="offset points", fontsize=9)
         for dx, dy, side in shifts:
-            text = axes.annotate(
-                name, (x, y), textcoords="offset points", xytext=(dx, dy), ha=side, fontsize=9
-            )
+            text.set(position=(dx, dy), ha=side)
             box = text.get_window_extent()
             inside = axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
             if inside and not any(box.overlaps(other) for other in others):
                 break
-            if (dx, dy, side) != shifts[-1]:
-                text.remove()
-        taken.append(box)
+        taken.append(text.get_window_extent())
