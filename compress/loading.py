@@ -40,6 +40,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     import compress.core.cross_layer  # noqa: F401 (adds classes of our own)
+    from compress.core.padded_values import pad_values
     from compress.core.shards import ShardReader  # imports torch
 
     check_dtype(dtype)
@@ -75,6 +76,7 @@ def load_model(
         say(f"'{folder}': {len(unexpected)} tensors are not used, such as {unexpected[0]}")
     with without_bars():
         _decompress(model, ShardReader(folder), zero_points)
+    pad_values(model)
     return model.eval()
 
 

@@ -8,6 +8,7 @@ With z the student's logits, q = softmax(z / τ), p = the teacher's softmax(t / 
     topk_kl        forward_kl over k + 1 cells: the teacher's k likeliest tokens, and the rest
     cross_entropy  -log softmax(z)[label]
     hidden_mse     mean over D of (x - y)²
+    hidden_error   Σ (x - y)² / Σ y²
     hidden_cosine  1 - cos(x, y)
 
 τ² keeps the size of the gradients as the temperature τ grows (Hinton et al., arXiv 1503.02531,
@@ -77,6 +78,12 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def hidden_mse(states: Tensor, teacher_states: Tensor) -> Tensor:
     """Squared difference of each token's states, mean over D: [T, D], [T, D] -> [T]."""
     return (states - teacher_states).square().mean(-1)
+
+
+def hidden_error(states: Tensor, teacher_states: Tensor) -> Tensor:
+    """`hidden_mse` as a share of the teacher's mean square: [T, D], [T, D] -> [T]."""
+    squares = teacher_states.square().sum(-1).clamp_min(torch.finfo(teacher_states.dtype).tiny)
+    return (states - teacher_states).square().sum(-1) / squares
 
 
 def hidden_cosine(states: Tensor, teacher_states: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def attention_of(block: nn.Module) -> nn.Module:
     for module in block.children():
         if "attention" in type(module).__name__.lower():
             return module
-    raise InputError(f"{type(block).__name__} has no attention module; leave out attention_mse")
+    raise InputError(f"{type(block).__name__} has no attention module; leave out attention_*")
 
 
 @contextmanager

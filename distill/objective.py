@@ -23,7 +23,7 @@ from compress.distill.state_losses import StateLosses
 from compress.distill.teacher import LiveTeacher, TopKCache
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-ON_STATES = ("hidden_mse", "hidden_cosine", "attention_mse")
+ON_STATES = ("hidden_mse", "hidden_cosine", "attention_mse", "attention_error")
 AGAINST_TEACHER = ("forward_kl", "reverse_kl", "jsd", *ON_STATES)
 
 
@@ -33,7 +33,8 @@ class LossConfig:
 
     forward_kl, reverse_kl, jsd, cross_entropy   on logits; at least one is above 0
     hidden_mse, hidden_cosine                    on the outputs of blocks, mean over the pairs
-    attention_mse                                on the outputs of their attention
+    attention_mse, attention_error               on the outputs of their attention; the error is
+                                                 relative, so that one weight does for all models
     jsd_beta     β of jsd
     temperature  τ of the divergences; cross_entropy has none
     topk         forward_kl on the teacher's k likeliest tokens and the lumped rest, from a cache
@@ -49,6 +50,7 @@ class LossConfig:
     hidden_mse: Weight = 0.0
     hidden_cosine: Weight = 0.0
     attention_mse: Weight = 0.0
+    attention_error: Weight = 0.0
     jsd_beta: float = Field(default=0.5, gt=0, lt=1)
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     topk: Annotated[int, Field(ge=1)] | None = None

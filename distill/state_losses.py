@@ -22,6 +22,7 @@ KINDS = {
     "hidden_mse": ("block", losses.hidden_mse),
     "hidden_cosine": ("block", losses.hidden_cosine),
     "attention_mse": ("attention", losses.hidden_mse),
+    "attention_error": ("attention", losses.hidden_error),
 }
 
 

@@ -59,7 +59,7 @@ def test_python_examples_run(model_folder, tmp_path, monkeypatch):
         example for text in TEXTS.values() for example in blocks("python", text)
     )
     monkeypatch.chdir(tmp_path)
-    quantizing = quantizing.replace('"smollm2"', repr(str(model_folder()))).replace("64", "16")
+    quantizing = quantizing.replace("64", "16").replace('"smollm2"', repr(str(model_folder())))
     values = {"samples": 2, "seq_len": 32}
     quantizing = quantizing.replace('"out":', f'"calibration": {values}, "out":')
     namespace: dict = {}

@@ -25,7 +25,8 @@ from compress.core.errors import InputError
     "--loss",
     "losses",
     metavar="NAME=WEIGHT,...",
-    help="forward_kl, reverse_kl, jsd, cross_entropy, hidden_mse, hidden_cosine, attention_mse.  "
+    help="forward_kl, reverse_kl, jsd, cross_entropy, hidden_mse, hidden_cosine, attention_mse, "
+    "attention_error.  "
     "[default: forward_kl=1]",
 )
 @click.option(

@@ -80,7 +80,7 @@ def label_points(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
     shifts = [(dx, dy, side) for dy in (4, -11, 16, -23, 28) for side, dx in sides]
     for number, (x, y, name) in enumerate(points):
         others = taken[:number] + taken[number + 1 :]
-        text = axes.annotate(name, (x, y), textcoords="offset points", fontsize=9)
+        text = axes.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=9)
         for dx, dy, side in shifts:
             text.set(position=(dx, dy), ha=side)
             box = text.get_window_extent()

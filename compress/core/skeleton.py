@@ -121,6 +121,8 @@ def build_skeleton(
     """
     from transformers import AutoModelForCausalLM
 
+    from compress.core.padded_values import pad_values
+
     on_meta = init_empty_weights(include_buffers=False) if real_buffers else torch.device("meta")
     try:
         with _at_most(2 * len(reader.names) + 100, source), _unlogged(), on_meta:
@@ -132,6 +134,7 @@ def build_skeleton(
             f"model '{source.ref}' cannot be built as a causal language model: "
             f"{reason_of(error)}; correct its config.json, or download it again"
         ) from None
+    pad_values(model)
     return model.eval().requires_grad_(False)
 
 

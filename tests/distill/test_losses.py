@@ -131,12 +131,17 @@ def test_cross_entropy():
 
 def test_losses_on_states():
     x, y = logits(0, True), logits(1)
-    squares, cosines = [], []
+    squares, errors, cosines = [], [], []
     for a, b in zip(x.tolist(), y.tolist(), strict=True):
         squares.append(sum((i - j) ** 2 for i, j in zip(a, b, strict=True)) / V)
+        errors.append(squares[-1] * V / sum(j**2 for j in b))
         lengths = math.hypot(*a) * math.hypot(*b)
         cosines.append(1 - sum(i * j for i, j in zip(a, b, strict=True)) / lengths)
-    for loss, expected in ((losses.hidden_mse, squares), (losses.hidden_cosine, cosines)):
+    for loss, expected in (
+        (losses.hidden_mse, squares),
+        (losses.hidden_error, errors),
+        (losses.hidden_cosine, cosines),
+    ):
         torch.testing.assert_close(loss(x, y), torch.tensor(expected, dtype=torch.float64))
         assert gradcheck(lambda x, loss=loss: loss(x, y), x)
 

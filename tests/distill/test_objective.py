@@ -94,7 +94,12 @@ def test_the_teachers_own_weights_lose_nothing(model_folder):
 def test_losses_on_states(model_folder, family):
     """Against transformers' own record of hidden states and a hook on its attention modules."""
     teacher, model = load_model(model_folder(family)), noisy(load_model(model_folder(family)))
-    weights = {"hidden_mse": 0.5, "hidden_cosine": 2.0, "attention_mse": 0.25}
+    weights = {
+        "hidden_mse": 0.5,
+        "hidden_cosine": 2.0,
+        "attention_mse": 0.25,
+        "attention_error": 0.125,
+    }
     student = student_of(model, teacher, **weights, forward_kl=1e-9, layers=((0, 0), (0, 1)))
     assert len(student.objective.states.projections) == 0
     batch = batch_of()
@@ -129,6 +134,11 @@ def test_losses_on_states(model_folder, family):
         / 2,
         "attention_mse": sum(
             ((attention - a) ** 2).mean(-1).sum() for a in (attention_0, attention_1)
+        )
+        / 2,
+        "attention_error": sum(
+            (((attention - a) ** 2).sum(-1) / (a**2).sum(-1)).sum()
+            for a in (attention_0, attention_1)
         )
         / 2,
     }
