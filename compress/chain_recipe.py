@@ -167,15 +167,23 @@ def described_chain(recipe: ChainRecipe) -> dict[str, Any]:
         told["speed"] = asdict(recipe.speed)
     if draft := recipe.draft:
         stages = described_chain(draft.recipe)["stages"]
+        writer = public_name(f"{SELF}:{recipe.model}")
         for settings in stages:
+            if (data := settings.get("calibration")) and data["source"] == writer:
+                data["source"] = SELF
             if draft.recipe.called and settings.get("teacher") == draft.recipe.called:
                 settings["teacher"] = None  # who teaches unless another is named
         told["draft"] = {"start": _stage_name(draft.start), "stages": stages}
     return told
 
 
-def build_chain(values: Mapping[str, Any], where: str = "recipe") -> ChainRecipe:
-    """Return a recipe of several stages from a mapping as read from YAML, or raise InputError."""
+def build_chain(
+    values: Mapping[str, Any], where: str = "recipe", writer: str | None = None
+) -> ChainRecipe:
+    """Return a recipe of several stages from a mapping as read from YAML, or raise InputError.
+
+    Text `self` is what `writer` writes, by default the recipe's model.
+    """
     own = [field.name for field in fields(ChainRecipe) if field.name != "called"]
     check_keys(values, [*own, *SHARED], where)
     check_named(values, where)
@@ -195,14 +203,15 @@ def build_chain(values: Mapping[str, Any], where: str = "recipe") -> ChainRecipe
         at = f"{where}: {named(number, method)}"
         if method in METHODS and number < len(stages):
             raise InputError(f"{at}: what is quantized goes through no other stage; make it last")
-        built.append(_build_stage(chain, built, stage, shared, at))
+        built.append(_build_stage(chain, built, stage, shared, writer or chain.model, at))
     for key in shared:
         if not any(hasattr(stage, key) for stage in built):
             raise InputError(f"{where}: no stage has '{key}'; leave it out")
     chain = replace(chain, stages=tuple(built), eval=config, speed=speed)
-    _check_seeds(chain, where)
+    _check_seeds(chain.eval, chain, where)
     if values.get("draft") is not None:
         draft = _build_draft(chain, mapping_in(values, "draft", where), shared, f"{where}: draft")
+        _check_seeds(chain.eval, draft.recipe, f"{where}: draft")
         chain = replace(chain, draft=draft)
     return chain
 
@@ -212,9 +221,10 @@ def _build_stage(
     before: Sequence[AnyRecipe],
     stage: Mapping[str, Any],
     shared: Mapping[str, Any],
+    writer: str,
     where: str,
 ) -> AnyRecipe:
-    """The recipe of the stage that comes after those `before`."""
+    """The recipe of the stage that comes after those `before`; `writer` writes text `self`."""
     cls, builder = KINDS.get(stage["method"], (Recipe, build_recipe))
     known = {field.name for field in fields(cls)}
     values = {key: value for key, value in shared.items() if key in known}
@@ -226,8 +236,9 @@ def _build_stage(
     folder = f"{len(before) + 1}-{stage['method']}"
     values["out"] = chain.out.with_name(f".{chain.out.name}.{STAGES}") / folder / RESULT
     recipe = builder({**values, "stages": [stage]}, where)
-    if before and "calibration" in known and recipe.calibration.source == SELF:
-        written = replace(recipe.calibration, source=f"{SELF}:{chain.model}")
+    of_another = recipe.model != writer
+    if of_another and "calibration" in known and recipe.calibration.source == SELF:
+        written = replace(recipe.calibration, source=f"{SELF}:{writer}")
         return replace(recipe, calibration=written)
     return _taught(recipe, chain, before, where) if isinstance(recipe, DistillRecipe) else recipe
 
@@ -254,9 +265,8 @@ def _build_draft(
     place = chain.out.with_name(f".{chain.out.name}.{STAGES}") / DRAFT / DRAFT
     model = str(chain.stages[start - 1].out) if start else chain.model
     of_draft = {key: value for key, value in shared.items() if key in known}
-    recipe = build_chain(
-        {**of_draft, "model": model, "out": str(place), "eval": None, "stages": stages}, where
-    )
+    given = {**of_draft, "model": model, "out": str(place), "eval": None, "stages": stages}
+    recipe = build_chain(given, where, writer=chain.model)
     called = f"{_stage_name(start)} of {chain.out.name}" if start else None
     return Draft(start, replace(recipe, called=called))
 
@@ -285,13 +295,13 @@ def _taught(
     return replace(recipe, stages=(replace(config, teacher=teacher),))
 
 
-def _check_seeds(chain: ChainRecipe, where: str) -> None:
+def _check_seeds(config: EvalConfig | None, chain: ChainRecipe, where: str) -> None:
     """Refuse to measure on the text that a stage is calibrated on."""
-    if chain.eval is None or chain.eval.text != "self":
+    if config is None or config.text != SELF:
         return
     for name, stage in zip(chain.names, chain.stages, strict=True):
         data = getattr(stage, "calibration", None)
-        if data and data.is_sampled and data.seed == chain.eval.seed:
+        if data and data.is_sampled and data.seed == config.seed:
             raise InputError(
                 f"{where}: eval: seed = {data.seed} is also that of the text that {name} is "
                 "calibrated on; give another"

@@ -39,6 +39,9 @@ def is_chain(recipe):
 GOOD = {"model": "m", "out": "o", "stages": [{"method": "awq"}]}
 
 
+OF_EVAL = {"method": "prune", "depth": 3, "calibration": {"seed": 1}}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -208,6 +211,7 @@ def with_stage(number, **changes):
         ({"eval": {"windows": 1}}, "recipe 'r.yaml': eval: windows = 1"),
         ({"eval": "self"}, "'eval' is 'self'; it must hold keys and values"),
         ({"eval": {"seed": 3}}, r"eval: seed = 3 is also that .* stage 1 \(prune\)"),
+        ({"draft": {"stages": [OF_EVAL]}}, r"draft: eval: seed = 1 is also .* stage 1 \(prune\)"),
         ({"calibration": 3}, "recipe 'r.yaml': 'calibration' is 3"),
         ({"dtype": "int4"}, r"recipe 'r.yaml': stage 1 \(prune\): dtype = 'int4'"),
         (with_stage(1, fnn=3), r"recipe 'r.yaml': stage 1 \(prune\): .*did you mean 'ffn'"),

@@ -64,6 +64,20 @@ def test_the_draft_that_comes_of_it(values, tmp_path, text_file):
             assert str(tmp_path.parent) not in path.read_text(), path.name
 
 
+def test_the_original_writes_the_text_of_a_draft_too(values, tmp_path):
+    """Not what the draft starts from, which is not there before the chain begins."""
+    values["calibration"] = {"source": "self", "samples": 3, "seq_len": 32}
+    del values["stages"][1]["calibration"]
+    recipe = build_chain(values)
+    prune, _ = recipe.draft.recipe.stages
+    assert prune.calibration.writer == values["model"]
+    first, _ = run_chain(recipe)["stages"]
+    told = json.loads((tmp_path / "out" / "draft" / "compress.json").read_text())
+    assert told["stages"][0]["calibration_sha256"] == first["calibration_sha256"]
+    described = json.loads((tmp_path / "out" / "compress.json").read_text())["recipe"]
+    assert described["draft"]["stages"][0]["calibration"]["source"] == "self"
+
+
 def test_a_draft_of_the_original_is_made_of_it(values, tmp_path, ran):
     """And a chain without measurements measures no draft."""
     values["draft"] |= {"start": "original"}
