@@ -50,7 +50,12 @@ def quantizing(*settings: str) -> tuple[str, ...]:
     return ("quantize", "MODEL", "--method", *settings, "--dtype", "bfloat16")
 
 
+def converting(*settings: str) -> tuple[str, ...]:
+    return ("convert", "MODEL", "--to", *settings, "--samples", "64", "--dtype", "bfloat16")
+
+
 W4 = quantizing("gptq", "--bits", "4", "--group-size", "64")
+WINDOWS = ("windows", "--window", "512", "--global-every", "5", "--global-by", "error")
 WAYS = (
     Way("fp8", "weights and inputs in fp8", quantizing("fp8")),
     Way("llm-int8", "weights and inputs in int8, outliers in 16 bits", quantizing("llm-int8")),
@@ -59,6 +64,17 @@ WAYS = (
     Way("w4", "weights in 4 bits, keys and values in 8", W4, "int8"),
     Way("qat-w3", "weights in 3 bits, trained", ("run", "qat-w3.yaml")),
     Way("w3", "weights in 3 bits", quantizing("gptq", "--bits", "3", "--group-size", "64")),
+    Way(
+        "mla-256",
+        "latent attention, 256 of 384 numbers, not trained",
+        converting("mla", "--kv-rank", "192", "--rope-dim", "64"),
+    ),
+    Way("windows", "windows of 512 tokens in 24 of 30 blocks, not trained", converting(*WINDOWS)),
+    Way(
+        "cla",
+        "keys and values in every other block, not trained",
+        converting("cla", "--share", "2"),
+    ),
     Way("pruned", "24 of 30 blocks, distilled", ("run", "minitron-depth.yaml")),
     Way("gqa", "1 of 3 KV heads, distilled", ("run", "gqa-healed.yaml")),
     Way("mla", "latent attention, 160 of 384 numbers, distilled", ("run", "mla.yaml")),
