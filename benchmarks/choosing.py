@@ -56,6 +56,7 @@ def converting(*settings: str) -> tuple[str, ...]:
 
 W4 = quantizing("gptq", "--bits", "4", "--group-size", "64")
 WINDOWS = ("windows", "--window", "512", "--global-every", "5", "--global-by", "error")
+WINDOWS += ("--seq-len", "1024")  # what lies beyond the window tells
 WAYS = (
     Way("fp8", "weights and inputs in fp8", quantizing("fp8")),
     Way("llm-int8", "weights and inputs in int8, outliers in 16 bits", quantizing("llm-int8")),

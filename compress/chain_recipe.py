@@ -10,9 +10,9 @@
       - {method: gptq, bits: 4, calibration: {samples: 128}}
 
 `calibration`, `dtype`, `compute_dtype`, `propagate_error` and `kv_cache` hold for every stage that
-has them; a stage's own `calibration` is laid over the recipe's, and text `self` is what the
-original writes, in every stage.  A distillation without a teacher learns from `model`; `teacher:
-stage 1` is what stage 1 gave.
+has them; a stage's own `calibration` is laid over the recipe's, and its text `self` is what
+the original writes, in every stage.  A distillation without a teacher learns from `model`;
+`teacher: stage 1` is what stage 1 gave.  Its own text `self` is what its teacher writes.
 
     speed: {rounds: 3}
     draft:
