@@ -21,7 +21,10 @@ from typing import Any
 from runtime_cpu import processor
 from scored import compress
 
+from compress import roofline
 from compress.comparing.plot import write_plot
+from compress.roofline import Precision
+from compress.shapes import find_shape
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 RESULT = "choosing.json"
@@ -142,6 +145,7 @@ def measure(chosen: Sequence[Way], options: argparse.Namespace) -> dict[str, Any
     ]
     found = json.loads(said)
     for row in found["rows"]:
+        row["kv_bytes_read"] = kv_bytes_read(row["model"], row["kv_bytes_per_token"])
         row["model"] = Path(row["model"]).name
     return found | {"processor": processor(), "ways": made}
 
@@ -184,7 +188,15 @@ def page(found: dict[str, Any]) -> str:
 def moved(row: dict[str, Any]) -> float:
     """Bytes that a step reads for each of `batch` sequences of CONTEXT tokens: what a token costs
     where memory bounds it."""
-    return row["weight_bytes"] / row["batch"] + CONTEXT * row["kv_bytes_per_token"]
+    return row["weight_bytes"] / row["batch"] + row["kv_bytes_read"]
+
+
+def kv_bytes_read(folder: str, kv_bytes_per_token: float) -> float:
+    """What a step reads of the cache for one sequence: a window's tokens, and shared keys and
+    values once for each layer that uses them."""
+    shape, alike = find_shape(folder), Precision()
+    read = roofline.kv_read_bytes(shape, alike, CONTEXT)
+    return kv_bytes_per_token * read / roofline.kv_bytes_per_token(shape, alike)
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

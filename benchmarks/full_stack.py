@@ -21,6 +21,7 @@ from pathlib import Path
 from threading import Timer
 from typing import Any
 
+import yaml
 from runtime_cpu import processor
 
 HERE = Path(__file__).parent
@@ -40,6 +41,9 @@ def main() -> None:
     options = parser.parse_args()
     kept = (options.scores or options.work) / f"{options.recipe.stem}.json"
     if re.search(options.only, options.recipe.stem):
+        asked = yaml.safe_load(options.recipe.read_text(encoding="utf-8"))
+        if missing := [part for part in ("speed", "draft") if not asked.get(part)]:
+            raise SystemExit(f"{options.recipe} has no {' and no '.join(missing)} to tell of")
         options.work.mkdir(parents=True, exist_ok=True)
         found = run(options.recipe, options.work, options.after, random.Random(options.seed))
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -55,8 +59,10 @@ def run(recipe: Path, work: Path, most: float, chance: random.Random) -> dict[st
     command = [sys.executable, "-m", "compress", "run", str(recipe), "--out", str(out), "--json"]
     begun, kills = time.time(), list[dict[str, Any]]()
     with (work / f"{recipe.stem}.log").open("a", encoding="utf-8") as log:
-        while (status := attempt(command, log, begun, kills, most, chance)) == -signal.SIGKILL:
-            pass
+        status, known = -signal.SIGKILL, -1
+        while status == -signal.SIGKILL and len(kills) > known:  # else somebody else killed it
+            known = len(kills)
+            status = attempt(command, log, begun, kills, most, chance)
     if status:
         raise SystemExit(f"'{' '.join(command)}' ended with {status}; {log.name} says why")
     report = json.loads((out / "compress.json").read_text(encoding="utf-8"))

@@ -19,11 +19,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress import texts
+from compress.core.blocks import BlockModel
 from compress.core.device import native_bfloat16
 from compress.core.errors import InputError, naming, reason_of
 from compress.core.progress import track
-from compress.core.source import ModelSource, read_config, resolve_model
-from compress.core.tokenizer import load_tokenizer
+from compress.core.shards import ShardReader, hashed_file
+from compress.core.skeleton import build_skeleton, transformers_config
+from compress.core.source import ModelSource, resolve_model
+from compress.core.tokenizer import difference, load_tokenizer
 from compress.loading import load_model
 from compress.recipe import CalibrationConfig
 
@@ -43,9 +46,7 @@ def calibration_tokens(
     yields ids outside the model's vocabulary.
     """
     if config.is_sampled:
-        writer = writer_of(config, source)
-        _check_writer(writer, config, vocab_size)
-        tokens = _sample_from_model(config, writer, device)
+        tokens = _sample_from_model(config, writer_of(config, source), device)
     elif Path(config.source).suffix == ".safetensors":
         tokens = _read_tokens(config)
     else:
@@ -59,14 +60,39 @@ def calibration_tokens(
     return tokens
 
 
-def _check_writer(writer: ModelSource, config: CalibrationConfig, vocab_size: int) -> None:
-    """Refuse a model that may write tokens which the one to calibrate does not know."""
-    written = read_config(writer.folder).get("vocab_size", vocab_size)
-    if written > vocab_size:
+def check_writer(config: CalibrationConfig, model: BlockModel) -> None:
+    """Refuse a model to write the text whose tokens are not those of the one to calibrate."""
+    if config.writer is None:
+        return
+    written = writer_skeleton(config).config.get_text_config().vocab_size
+    known = model.config.get_text_config().vocab_size
+    writer = writer_of(config, model.source)
+    if written > known:
+        found = f"vocabularies of {written} and {known} tokens"
+    else:
+        found = difference(writer.folder, model.source.folder, common=True)
+    if found:
         raise InputError(
-            f"calibration '{config.source}': the model that is to write the text has {written} "
-            f"tokens, and the one to calibrate {vocab_size}; give one with its vocabulary"
+            f"calibration '{config.source}': the model that is to write the text and the one to "
+            f"calibrate have {found}; give one with the same vocabulary"
         )
+
+
+def writer_skeleton(config: CalibrationConfig) -> Any:
+    """The model that is to write the text, without its weights; it may be quantized."""
+    assert config.writer is not None
+    source = resolve_model(config.writer)
+    reader = ShardReader(source.folder)
+    return build_skeleton(transformers_config(source, reader), source, reader)
+
+
+def writer_files(config: CalibrationConfig) -> dict[str, str] | None:
+    """Hashes of the files of another model that is to write the text, all of which are read."""
+    if config.writer is None:
+        return None
+    folder = resolve_model(config.writer).folder
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return {path.name: hashed_file(path) for path in files}
 
 
 def fingerprint(tokens: Tensor) -> str:

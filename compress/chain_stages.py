@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from compress import checkpoint
+from compress import calibration, checkpoint
 from compress.chain_eval import Comparison
 from compress.chain_recipe import (
     DRAFT,
@@ -100,16 +100,17 @@ class StagesFolder(WorkFolder):
                     "all pass --restart, or give another name"
                 )
             kept += keep
-        self._begin_draft(kept)
+        self._begin_draft(kept, restart)
 
-    def _begin_draft(self, kept: int) -> None:
+    def _begin_draft(self, kept: int, restart: bool) -> None:
         """Keep a draft that was made from one of so many stages; InputError for another draft."""
         folder = self.progress / DRAFT
         if not folder.is_dir() or self.recipe.draft is None:
             return
-        if not (self.draft.folder / IDENTITY).is_file() or self.recipe.draft.start > kept:
+        begun = (self.draft.folder / IDENTITY).is_file() and not restart
+        if not begun or self.recipe.draft.start > kept:
             shutil.rmtree(folder)
-        elif difference := self.draft.difference(_draft_identity(self.recipe.draft)):
+        elif difference := self.draft.difference(self._draft_identity(self.recipe.draft)):
             raise InputError(
                 f"output '{self.out}' has a draft with another {difference}; to drop it remove "
                 f"'{folder}', to drop all pass --restart, or give another name"
@@ -132,7 +133,12 @@ class StagesFolder(WorkFolder):
 
     def start_draft(self, draft: Draft) -> None:
         """Write down what the draft is of, unless it is begun already."""
-        self.draft.go_on(_draft_identity(draft))
+        self.draft.go_on(self._draft_identity(draft))
+
+    def _draft_identity(self, draft: Draft) -> Identity:
+        """What a draft must have been of: the original too, from which it may start."""
+        stages = _stage_identities(draft.recipe)
+        return {"start": draft.start, "stages": stages, "model": self._identities[0]["model"]}
 
     def measure_draft(self, draft: Draft, original: BlockModel) -> None:
         """Measure a finished draft against the result that it proposes tokens for."""
@@ -212,11 +218,6 @@ def identities(recipe: ChainRecipe, original: BlockModel) -> list[Identity]:
     return found
 
 
-def _draft_identity(draft: Draft) -> Identity:
-    """What a draft must have been of; what its stages start from is known by its number."""
-    return {"start": draft.start, "stages": _stage_identities(draft.recipe)}
-
-
 def _stage_identities(recipe: ChainRecipe) -> list[Identity]:
     told = described_chain(recipe)
     made = {recipe.model, *(str(stage.out) for stage in recipe.stages)}
@@ -226,6 +227,9 @@ def _stage_identities(recipe: ChainRecipe) -> list[Identity]:
         identity = {"recipe": settings | own, "versions": checkpoint.versions()}
         text = Path(_text_of(stage))
         identity["text file"] = hashed_file(text) if text.is_file() else None
+        data = getattr(stage, "calibration", None)
+        if data is not None and data.writer not in (None, recipe.model):  # which is hashed as such
+            identity["text model"] = calibration.writer_files(data)
         if isinstance(stage, DistillRecipe) and (teacher := stage.stages[0].teacher) not in made:
             identity["teacher"] = teacher and files_of(_opened(teacher))
         found.append(identity)

@@ -82,6 +82,7 @@ def preflight(recipe: ConvertRecipe) -> ConvertJob:
     job = ConvertJob(recipe, model, stage, model.device, dtype, parameters)
     if job.text is not None:
         calibration.check_source(job.text)
+        calibration.check_writer(job.text, model)
         check_shares(job.text)
     return job
 

@@ -8,17 +8,17 @@ import torch
 from compress import texts
 from compress.core.blocks import BlockModel, linears_of
 from compress.core.device import default_device
-from compress.core.errors import InputError, shown
+from compress.core.errors import InputError
 from compress.core.outfolder import OutputFolder
 from compress.core.progress import say
 from compress.core.resources import free_memory, in_words
 from compress.core.source import resolve_model
-from compress.core.tokenizer import load_tokenizer
+from compress.core.tokenizer import difference
 from compress.distill.checkpoint import KEPT
 from compress.distill.lora import check_lora
 from compress.distill.preparation import check_trackers, settle_precision
 from compress.distill.teacher import CacheIdentity
-from compress.preflight import INTERPRETER_BYTES, Needs
+from compress.preflight import INTERPRETER_BYTES, Needs, check_latent_dtype
 from compress.recipe import DistillConfig, DistillRecipe
 
 FLOAT32 = 4
@@ -98,6 +98,7 @@ def preflight(recipe: DistillRecipe) -> DistillJob:
     for name in student.unknown_names():
         say(f"Not carried over: {name} is in the checkpoint, but the model class does not use it")
     dtype = student.stored_dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    check_latent_dtype(student, dtype)
     job = DistillJob(recipe, student, teacher, device, precision, dtype)
     if config.loss.topk is not None:
         job.cache_identity("")
@@ -116,16 +117,8 @@ def check_pair(teacher: BlockModel, student: BlockModel) -> None:
     sizes = vocabulary_of(teacher), vocabulary_of(student)
     if sizes[0] != sizes[1]:
         raise InputError(f"{refs[0]} predicts {sizes[0]} tokens, {refs[1]} {sizes[1]}; {remedy}")
-    theirs, own = (load_tokenizer(m.source.folder).get_vocab() for m in (teacher, student))
-    if theirs == own:
-        return
-    differing = sorted(t for t in theirs.keys() | own.keys() if theirs.get(t) != own.get(t))
-    first = differing[0]
-    raise InputError(
-        f"{refs[0]} has {len(theirs)} tokens in its tokenizer, {refs[1]} {len(own)}; they differ "
-        f"in {len(differing)}, such as {shown(first)} ({theirs.get(first)} and {own.get(first)}); "
-        f"{remedy}"
-    )
+    if found := difference(teacher.source.folder, student.source.folder):
+        raise InputError(f"{refs[0]} and {refs[1]} have {found}; {remedy}")
 
 
 def _check_context(model: BlockModel, seq_len: int) -> None:

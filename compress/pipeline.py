@@ -427,6 +427,7 @@ def identity(
         "versions": checkpoint.versions(),
         "processes": processes().count,
         "calibration file": hashed(text.read_bytes()) if text.is_file() else None,
+        "calibration model": calibration.writer_files(data),
         "model files": {path.name: hashed(path.read_bytes()) for path in small},
         "model weights": model.digest(),
     }

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,7 +17,7 @@ from compress.core.outfolder import OutputFolder
 from compress.core.processes import processes
 from compress.core.progress import say
 from compress.core.resources import free_memory, in_words
-from compress.core.shards import SINGLE_FILE_BYTES, ShardReader
+from compress.core.shards import SINGLE_FILE_BYTES
 from compress.core.source import resolve_model
 from compress.core.stage import Stage
 from compress.probe import probe_bytes
@@ -103,7 +104,10 @@ def preflight(recipe: Recipe) -> Job:
             attention_of(model.meta_block(index), model.block_name(index))
     for remark in remarks:
         say(remark)
-    return Job(recipe, model, stage, grids, model.device, dtype, choices)
+    job = Job(recipe, model, stage, grids, model.device, dtype, choices)
+    if (text := needed_text(job)) is not None:
+        calibration.check_writer(text, model)
+    return job
 
 
 def _check_latents(
@@ -113,17 +117,33 @@ def _check_latents(
     --to mla` makes their rows small (prune/mla_weights.py)."""
     name = recipe.stages[0].format
     stored = FORMATS[name].scale_dtype(dtype)
-    latents = [n for n in linears_of(model.meta_block(0)) if n.endswith(LATENTS)]
-    for full in (f"{model.block_name(0)}.{leaf}" for leaf in latents):
-        if full not in grids:
-            continue
-        rows = model.reader.load(model.stored_name(f"{full}.weight")).abs().amax(1)
-        if float(rows.float().median()) / 2 ** grids[full].bits < torch.finfo(stored).tiny:
+    for full, size in _latent_rows(model):
+        if full in grids and size / 2 ** grids[full].bits < torch.finfo(stored).tiny:
             raise InputError(
                 f"format {name} keeps scales in {str(stored).removeprefix('torch.')}, too coarse "
-                f"for {full}, whose rows are of {float(rows.float().median()):.0e}; give --format "
+                f"for {full}, whose rows are of {size:.0e}; give --format "
                 f"compressed-tensors, or leave it in float: --ignore {full.rpartition('.')[2]}"
             )
+    check_latent_dtype(model, dtype)
+
+
+def check_latent_dtype(model: BlockModel, dtype: torch.dtype) -> None:
+    """Raise InputError where a dtype would store the rows of latents as zero."""
+    for full, size in _latent_rows(model):
+        if size < torch.finfo(dtype).tiny:
+            raise InputError(
+                f"dtype {str(dtype).removeprefix('torch.')} does not hold {full}, whose rows are "
+                f"of {size:.0e}; give --dtype bfloat16 or float32"
+            )
+
+
+def _latent_rows(model: BlockModel) -> Iterator[tuple[str, float]]:
+    """What makes latents in the first block, and the largest weight of its middle row."""
+    for leaf in linears_of(model.meta_block(0)):
+        if leaf.endswith(LATENTS):
+            full = f"{model.block_name(0)}.{leaf}"
+            rows = model.reader.load(model.stored_name(f"{full}.weight")).abs().amax(1)
+            yield full, float(rows.float().median())
 
 
 def stage_of(recipe: Recipe, grids: dict[str, Grid]) -> Stage:
@@ -256,7 +276,7 @@ def needs_of(job: Job, activation_memory: int) -> Needs:
     activations = working = 0
     if stage.needs_statistics:
         streams = 2 if stage.needs_reference or stage.trains_blocks else 1
-        width = model.config.get_text_config().hidden_size * model.compute_dtype.itemsize
+        width = model.state_width * model.compute_dtype.itemsize
         activations = data.samples * data.seq_len * width * streams
     for index in range(model.num_blocks):
         block = model.meta_block(index)
@@ -338,8 +358,8 @@ def check_sampling(data: CalibrationConfig, model: BlockModel, device: torch.dev
         return
     parameters = model.num_parameters
     if data.writer is not None:
-        shapes = ShardReader(calibration.writer_of(data, model.source).folder).shapes
-        parameters = sum(map(math.prod, shapes.values()))
+        writer = calibration.writer_skeleton(data)
+        parameters = sum(parameter.numel() for parameter in writer.parameters())
     whole = parameters * (2 if native_bfloat16(device) else 4)
     if whole > (free := free_memory()):
         raise InputError(

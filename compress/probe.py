@@ -57,7 +57,7 @@ def probe_bytes(model: BlockModel, samples: int, seq_len: int) -> tuple[int, int
         block_bytes = max(block_bytes, weights + moments + kept)
     outer = sum(math.prod(model.reader.shapes[name]) for name in model.outer_names())
     outer += LOGITS * rows.shape[1] * config.vocab_size
-    disk = rows.numel() * config.hidden_size * (model.num_blocks + 3)
+    disk = rows.numel() * model.state_width * (model.num_blocks + 3)
     return 4 * max(block_bytes, outer), 4 * disk
 
 

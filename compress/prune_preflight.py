@@ -108,6 +108,7 @@ def preflight(recipe: PruneRecipe) -> PruneJob:
     job = PruneJob(recipe, model, stage, model.device, dtype, parameters, space)
     if job.text is not None:
         calibration.check_source(job.text)
+        calibration.check_writer(job.text, model)
         check_shares(job.text)
     if space is None:
         return job

@@ -126,6 +126,13 @@ class TrainingData:
     held_out: int = Field(default=16, ge=0, le=1 << 20)
     seed: int = Field(default=0, ge=0, lt=1 << 63)
 
+    def __post_init__(self) -> None:
+        if self.source.startswith(f"{SELF}:"):
+            raise ValueError(
+                f"source = '{self.source}': the teacher writes the text to train on; give "
+                f"'{SELF}', and the model that is to write as teacher"
+            )
+
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class DistillConfig:

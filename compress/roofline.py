@@ -20,7 +20,7 @@ Inference (arXiv 2211.05102); Stanford CS336, lecture 10; Leviathan et al., Spec
 figures printed in the lecture are not what its formulas give.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -133,12 +133,8 @@ def kv_bytes(shape: ModelShape, precision: Precision, context: float) -> float:
 
 def kv_read_bytes(shape: ModelShape, precision: Precision, context: float) -> float:
     """Bytes that a decode step reads of one sequence: each layer reads, shared cache or not."""
-    return tokens_seen(shape.windows, context) * shape.kv_numbers * precision.kv / 8
-
-
-def tokens_seen(windows: Iterable[int | None], context: float) -> float:
-    """Tokens whose keys a decode step reads of one sequence, over layers with these windows."""
-    return sum(_seen(context, window) for window in windows)
+    seen = sum(_seen(context, window) for window in shape.windows)
+    return seen * shape.kv_numbers * precision.kv / 8
 
 
 def memory(shape: ModelShape, precision: Precision, batch: int, context: float) -> Memory:

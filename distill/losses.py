@@ -81,9 +81,13 @@ def hidden_mse(states: Tensor, teacher_states: Tensor) -> Tensor:
 
 
 def hidden_error(states: Tensor, teacher_states: Tensor) -> Tensor:
-    """`hidden_mse` as a share of the teacher's mean square: [T, D], [T, D] -> [T]."""
-    squares = teacher_states.square().sum(-1).clamp_min(torch.finfo(teacher_states.dtype).tiny)
-    return (states - teacher_states).square().sum(-1) / squares
+    """`hidden_mse` as a share of the teacher's mean square: [T, D], [T, D] -> [T].
+
+    0 where the teacher's states are, which are no measure of anything.
+    """
+    squares = teacher_states.square().sum(-1)
+    known = squares > 0
+    return known * (states - teacher_states).square().sum(-1) / squares.where(known, 1)
 
 
 def hidden_cosine(states: Tensor, teacher_states: Tensor) -> Tensor:

@@ -185,8 +185,18 @@ class Decoder(ABC):
     @property
     def bytes_per_token(self) -> int:
         """Keys and values of one token, all layers."""
-        place = self.bytes_per_block // (self._layout.width * self.block_size)
-        return sum(layers for _, layers in self._layout.kinds) * place
+        return sum(layers for _, layers in self._layout.kinds) * self._bytes_per_place
+
+    def kv_bytes_read(self, context: float) -> float:
+        """Keys and values that a decode step reads of a sequence of so many tokens: those of the
+        windows, and by each of the layers that share them."""
+        seen = sum(context if window is None else min(context, window) for window in self.windows)
+        return seen * self._bytes_per_place
+
+    @property
+    def _bytes_per_place(self) -> int:
+        """Keys and values of one token in one layer."""
+        return self.bytes_per_block // (self._layout.width * self.block_size)
 
     @property
     def weight_bytes(self) -> int:

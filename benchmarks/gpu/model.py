@@ -54,7 +54,7 @@ def measure(
         half = new // 2  # prompts are that much shorter, so that `context` is the mean
         engine = _engine(decoder, batch, context + new, chunk)
         taken = _decode(engine, batch, context - half, new, decoder.vocab_size)
-        cached = batch * context * decoder.bytes_per_token
+        cached = batch * decoder.kv_bytes_read(context)
         row = {"batch": batch, "seconds": taken, "bytes": decoder.weight_bytes + cached}
         found["decode"].append(row)
     if prefill:

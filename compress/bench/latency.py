@@ -18,7 +18,7 @@ from compress.bench.percentiles import percentile
 from compress.bench.subject import Subject, memory_bytes
 from compress.core.errors import InputError
 from compress.core.progress import track
-from compress.roofline import ideal_step, tokens_seen
+from compress.roofline import ideal_step
 from compress.runtime.engine import Engine
 from compress.runtime.loading import MOST_TOKENS
 from compress.runtime.sampling_params import SamplingParams
@@ -183,8 +183,7 @@ def _traffic(subject: Subject, shape: Shape, decode_rate: float) -> dict[str, An
     the rate that would be if it gave all of that: the roofline of `compress.roofline`.
     """
     decoder = subject.decoder
-    seen = tokens_seen(decoder.windows, shape.mean_context) / len(decoder.windows)
-    cached = round(shape.batch * seen * subject.kv_bytes_per_token)
+    cached = round(shape.batch * decoder.kv_bytes_read(shape.mean_context))
     read = read_bandwidth(decoder.weight_bytes + cached)
     roof = ideal_step(decoder.weight_bytes, cached, read, shape.batch)
     return {

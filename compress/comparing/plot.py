@@ -30,8 +30,9 @@ def write_plot(path: Path, rows: Sequence[Row]) -> bool:
         cost: shown
         for cost, shown in COSTS.items()
         if len({row[cost] for row in rows if row.get(cost)}) > 1
+        and any(row.get(cost) and row.get("kl_mean") for row in rows[1:])
     }
-    if not costs or not any(row.get("kl_mean") for row in rows[1:]):
+    if not costs:
         return False
     if importlib.util.find_spec("matplotlib") is None:
         say("No plot: matplotlib is not installed; pip install matplotlib")

@@ -60,6 +60,16 @@ class BlockModel:
         return len(self._blocks)
 
     @property
+    def state_width(self) -> int:
+        """The most numbers of a token that are handed from block to block: its hidden state, and
+        with shared keys and values those (cross_layer.py)."""
+        config = self.config.get_text_config()
+        width = config.hidden_size
+        if getattr(config, "kv_share", 1) > 1:
+            width += 2 * config.num_key_value_heads * config.head_dim
+        return width
+
+    @property
     def stored_dtype(self) -> torch.dtype:
         """The dtype of the first block's weights in the checkpoint."""
         name = next(name for name, _ in self._blocks[0].named_parameters())

@@ -14,6 +14,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "compress_padded_values"  # of our function, for transformers
+# Model types whose attention asks for nothing but a function by its name.  Those with an indexer
+# (deepseek_v32 and its kin) make their mask of chosen tokens for `sdpa` and `eager` alone.
+DENSE = ("deepseek_v2", "deepseek_v3", "minicpm3", "youtu")
 
 
 def pad_values(model: Any) -> None:
@@ -25,7 +28,8 @@ def pad_values(model: Any) -> None:
         getattr(module, "v_head_dim", 0) < getattr(module, "qk_head_dim", 0)
         for module in model.modules()
     )
-    if narrow and model.config._attn_implementation == "sdpa":
+    dense = model.config.model_type in DENSE
+    if narrow and dense and model.config._attn_implementation == "sdpa":
         model.config._attn_implementation = NAME
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.core.errors import InputError, reason_of
+from compress.core.errors import InputError, reason_of, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +24,25 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise InputError(
             f"'{folder}' has no usable tokenizer: {reason_of(error)}; copy the original's there"
         ) from error
+
+
+def difference(one: Path, other: Path, common: bool = False) -> str | None:
+    """How the tokenizers of two folders differ, in words; None where tokens have the same ids.
+
+    With `common` of the tokens that both have alone: special ones may have been added to one.
+    """
+    if one == other:
+        return None
+    first, second = (load_tokenizer(folder).get_vocab() for folder in (one, other))
+    looked_at = first.keys() & second.keys() if common else first.keys() | second.keys()
+    differing = sorted(token for token in looked_at if first.get(token) != second.get(token))
+    if not differing:
+        return None
+    token = differing[0]
+    return (
+        f"tokenizers of {len(first)} and {len(second)} tokens, which differ in {len(differing)}, "
+        f"such as {shown(token)} ({first.get(token)} and {second.get(token)})"
+    )
 
 
 def decoder_of(tokenizer: Any) -> Callable[[list[int]], str]:

@@ -18,6 +18,7 @@ from compress.core.errors import InputError
 from compress.core.source import ModelSource
 from compress.evaluate import TextEvalConfig, evaluate_text
 from tests.compress.chains import DISTILL, GPTQ, TRAIN, noting_runs, three_stages
+from tests.compress.test_chain_resume import change_weight
 from tests.compress.test_resume import kill
 
 SPEED = {"prompt_tokens": 8, "new_tokens": 3, "batch": 2, "rounds": 1}
@@ -172,6 +173,24 @@ def test_another_draft_is_refused(values, monkeypatch, place, tmp_path):
     shutil.rmtree(tmp_path / ".out.stages" / "draft")
     run_chain(build_chain(values))
     assert not (tmp_path / ".out.stages").exists()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_draft_of_another_original_is_not_kept(values, monkeypatch, restart, tmp_path):
+    """It starts from the original itself, so no stage of the chain tells."""
+    values["model"] = str(shutil.copytree(values["model"], tmp_path / "model"))
+    values["draft"] |= {"start": "original"}
+    broken_off(values, monkeypatch, "place_draft")
+    stages = tmp_path / ".out.stages"
+    change_weight(values)
+    if not restart:
+        shutil.rmtree(stages / "1-prune")
+        with pytest.raises(InputError, match="has a draft with another model"):
+            run_chain(build_chain(values))
+        return
+    ran = noting_runs(monkeypatch)
+    run_chain(build_chain(values), restart=True)
+    assert ran.count("distill") == 1
 
 
 def test_a_draft_goes_with_what_it_was_made_from(values, monkeypatch, tmp_path):

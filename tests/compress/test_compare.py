@@ -13,7 +13,7 @@ from compress.cli.compare import print_comparison
 from compress.comparing import comparison as comparing
 from compress.comparing.comparison import mark_frontier, medians
 from compress.comparing.page import table_of
-from compress.comparing.plot import label_points
+from compress.comparing.plot import label_points, write_plot
 from compress.core.errors import InputError
 from compress.core.source import ModelSource
 from compress.evaluate import TextEvalConfig, evaluate_text
@@ -211,6 +211,18 @@ def test_a_table_too_wide_for_the_terminal_is_turned(capsys):
 
 def lines_in(capsys):
     return capsys.readouterr().out.splitlines()
+
+
+def test_a_cost_that_no_lossy_model_has_gets_no_panel(tmp_path):
+    """One that lost nothing was timed; the other was not."""
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"name": "original", "bytes": 8, "seconds_per_token": 2.0},
+        {"name": "same", "bytes": 8, "seconds_per_token": 1.0, "kl_mean": 0.0},
+        {"name": "small", "bytes": 4, "kl_mean": 0.1},
+    ]
+    assert write_plot(tmp_path / "plot.png", rows)
+    assert not write_plot(tmp_path / "other.png", rows[:2])
 
 
 def test_names_of_points_do_not_lie_on_each_other():

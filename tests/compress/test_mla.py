@@ -290,5 +290,14 @@ def test_scales_of_latents_are_not_stored_as_zero(stage_values, tmp_path, text_f
     assert done.exit_code == 2
     assert "too coarse for model.layers.0.self_attn.kv_a_proj_with_mqa" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    done = CliRunner().invoke(main, [*command, "--ignore", "kv_a_proj_with_mqa"])
+    command += ["--ignore", "kv_a_proj_with_mqa"]
+    done = CliRunner().invoke(main, [*command, "--dtype", "float16"])
+    assert done.exit_code == 2
+    assert "dtype float16 does not hold" in done.stderr
+    done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output
+    train = ["distill", "--student", str(tmp_path / "out"), "--teacher", str(tmp_path / "out")]
+    train += ["--dtype", "float16", "--seq-len", "64", "--out", str(tmp_path / "healed")]
+    done = CliRunner().invoke(main, train)
+    assert done.exit_code == 2
+    assert "dtype float16 does not hold model.layers.0.self_attn.kv_a_proj_with_mqa" in done.stderr

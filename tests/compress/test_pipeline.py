@@ -1,6 +1,7 @@
 """From a model folder to a checkpoint that transformers loads."""
 
 import json
+import shutil
 from typing import ClassVar
 
 import pytest
@@ -17,6 +18,7 @@ from compress.core.stage import BlockOutcome, LayerReport
 from compress.evaluate import TextEvalConfig, evaluate_text
 from compress.loading import load_model
 from compress.pipeline import run_recipe
+from compress.preflight import preflight
 from compress.quant.formats.compressed_tensors import unpack_weight
 from compress.quant.rtn import RtnConfig, RtnStage
 from compress.recipe import CalibrationConfig, build_recipe
@@ -212,6 +214,42 @@ def test_a_writer_that_is_not_there(writer, message, model_folder, tmp_path):
     values |= {"calibration": {"source": f"self:{writer}"}, "stages": [{"method": "awq"}]}
     with pytest.raises(InputError, match=message):
         run_recipe(build_recipe(values))
+
+
+def test_a_writer_with_other_tokens(model_folder, tmp_path):
+    """Two tokens have each other's ids, and then there are more than the model knows."""
+    writer = shutil.copytree(model_folder("qwen2"), tmp_path / "writer")
+    tokenizer = json.loads((writer / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["w1"], vocabulary["w2"] = vocabulary["w2"], vocabulary["w1"]
+    (writer / "tokenizer.json").write_text(json.dumps(tokenizer))
+    values = {"model": str(model_folder()), "out": str(tmp_path / "out")}
+    values |= {"calibration": {"source": f"self:{writer}"}, "stages": [{"method": "awq"}]}
+    with pytest.raises(
+        InputError, match=r"which differ in 2, such as .*w1.* .* the same vocabulary"
+    ):
+        preflight(build_recipe(values))
+    resized = AutoModelForCausalLM.from_pretrained(model_folder("qwen2"))
+    resized.resize_token_embeddings(130)
+    resized.save_pretrained(writer)
+    with pytest.raises(InputError, match="vocabularies of 130 and 128 tokens"):
+        preflight(build_recipe(values))
+
+
+def test_another_writer_is_not_gone_on_with(model_folder, tmp_path, monkeypatch):
+    """Text that the model of before wrote is not what this one would write."""
+    writer = shutil.copytree(model_folder("qwen2"), tmp_path / "writer")
+    known = {"source": f"self:{writer}", "samples": 3, "seq_len": 32}
+    values = {"model": str(model_folder()), "out": str(tmp_path / "out"), "calibration": known}
+    recipe = build_recipe(values | {"stages": [{"method": "gptq", "group_size": 16}]})
+    with monkeypatch.context() as broken:
+        broken.setattr(pipeline, "_finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_recipe(recipe)
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_pretrained(model_folder("qwen3")).save_pretrained(writer)
+    with pytest.raises(InputError, match="another calibration model"):
+        run_recipe(recipe)
 
 
 def test_self_calibration_needs_no_data(model_folder, text_file, tmp_path):

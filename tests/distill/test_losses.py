@@ -146,6 +146,17 @@ def test_losses_on_states():
         assert gradcheck(lambda x, loss=loss: loss(x, y), x)
 
 
+def test_an_error_relative_to_nothing_is_none():
+    x, y = logits(0, True), logits(1)
+    y[2] = 0
+    found = losses.hidden_error(x, y)
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    assert found[2] == 0
+    assert found.isfinite().all()
+    assert gradient.isfinite().all()
+    assert not gradient[2].any()
+
+
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_autocast_does_not_round_them(name):
     loss, settings, _ = DEFINITIONS[name]

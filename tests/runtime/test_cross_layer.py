@@ -114,6 +114,13 @@ def test_a_layer_is_left_out_with_the_one_it_reads(model_folder):
     assert all(layer in left_out for layer in range(6) if layer - layer % 2 in left_out)
 
 
+def test_shared_keys_and_values_are_read_by_each_layer(model_folder):
+    """So a step of the attention reads as much as without sharing."""
+    sharing = load(model_folder("llama_cla", layers=4), "float32")
+    assert sharing.kv_bytes_read(10) == 2 * 10 * sharing.bytes_per_token
+    assert sharing.kv_bytes_read(10) == load(model_folder(layers=4), "float32").kv_bytes_read(10)
+
+
 def test_what_is_said_of_the_cache(model_folder, monkeypatch):
     """Two KV heads of 8 dimensions in float32, 128 bytes a token and layer, in two layers."""
     monkeypatch.setenv("COMPRESS_CPU_KERNELS", "torch")  # the program pads heads to 16

@@ -138,6 +138,13 @@ def test_what_the_model_proposes_to_itself_is_verified_behind_a_window(operation
     assert engine.statistics().drafted_tokens > 50
 
 
+def test_a_step_reads_no_more_than_the_windows(model_folder):
+    decoder = load(model_folder("cwm", layers=5), "float32")
+    each = decoder.bytes_per_token / 5
+    assert decoder.kv_bytes_read(10) == 5 * 10 * each
+    assert decoder.kv_bytes_read(100) == (4 * WINDOW + 100) * each
+
+
 def test_a_window_that_no_context_outgrows_is_none(model_folder, tmp_path):
     folder = shutil.copytree(model_folder("mistral"), tmp_path / "wide")
     config = json.loads((folder / "config.json").read_text())

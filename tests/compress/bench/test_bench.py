@@ -43,11 +43,11 @@ def refused(done, message):
     assert message in errors[0]
 
 
-def test_a_window_is_read_and_no_more(monkeypatch):
-    """Layers that see 8 tokens and all 20, and keys and values of 64 bytes a token in both."""
+def test_what_is_read(monkeypatch):
+    """At a mean context of 20 tokens: one layer of two has a window of 8; 32 bytes a token each."""
     monkeypatch.setattr(latency, "read_bandwidth", lambda size: 1e6)
-    decoder = SimpleNamespace(windows=[8, None], weight_bytes=1000)
-    subject = SimpleNamespace(decoder=decoder, kv_bytes_per_token=64)
+    decoder = SimpleNamespace(weight_bytes=1000, kv_bytes_read=lambda seen: (8 + seen) * 32)
+    subject = SimpleNamespace(decoder=decoder)
     found = latency._traffic(subject, Shape(18, 4, batch=3), decode_rate=600)
     assert found["kv_bytes_per_step"] == 3 * (8 + 20) * 32
     assert found["bytes_per_step"] == 1000 + 3 * (8 + 20) * 32

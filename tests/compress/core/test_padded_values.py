@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV32Config
 
-from compress.core.padded_values import NAME
+from compress.core.padded_values import NAME, pad_values
 from compress.loading import load_model
+from tests.conftest import LATENT, SIZES
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "youtu"])
@@ -35,6 +36,14 @@ def test_a_saved_config_says_nothing_of_it(model_folder, tmp_path):
     """A name that only we know would keep transformers from loading the folder."""
     load_model(model_folder("deepseek_v3"), "float32").save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text()
+
+
+def test_models_that_choose_tokens_are_left_alone():
+    """Their mask of chosen tokens is made for functions that transformers knows by name."""
+    config = DeepseekV32Config(**SIZES | LATENT, q_lora_rank=28, first_k_dense_replace=99)
+    model = AutoModelForCausalLM.from_config(config)
+    pad_values(model)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_models_with_equal_widths_are_left_alone(model_folder):
