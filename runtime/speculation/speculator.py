@@ -67,7 +67,6 @@ class Speculator:
 
     def propose(self, step: Items[Sequence]) -> None:
         """Put proposals behind the tokens of the step's sequences that have `lookahead`."""
-        self._drafting = 0.0
         asked = [(sequence, sequence.lookahead) for sequence in step if sequence.lookahead]
         if not asked:
             return
@@ -80,15 +79,11 @@ class Speculator:
                 sequence.count = 1 + len(draft.tokens)
         self._drafting = time.perf_counter() - began
 
-    def observe(self, tokens: int, sequences: int, seconds: float, waited: bool) -> None:
-        """Take note of how long a step of decodes alone took, all included.
-
-        waited  its drafts were made while the step before computed, and are not in `seconds`
-        """
-        asking, self._asking = self._asking, 0.0
-        if not waited:
-            seconds -= self._drafting + asking
-        self.lengths.observe(tokens, sequences, seconds, self._drafting, asking)
+    def taken(self) -> tuple[float, float]:
+        """Seconds of `plan` and of `propose` since this was last asked."""
+        found = self._asking, self._drafting
+        self._asking = self._drafting = 0.0
+        return found
 
     def count(self, drafted: int, accepted: int) -> None:
         """Take note of what became of a draft."""

@@ -6,6 +6,7 @@ RANDOM_REQUESTS=2000 runs the long one.
 import functools
 import os
 import random
+import time
 from array import array
 
 import numpy as np
@@ -435,3 +436,37 @@ def test_a_prompt_that_is_not_admitted_keeps_nobody_from_proposing():
     assert served.engine.scheduler.waiting
     assert served.engine.model.batches[-1].tokens.numel() == 20  # 2 * (1 + 9)
     assert served.engine._speculator.lengths.others == 0
+
+
+class Slow(Dice):
+    """Takes long to say that nothing is to be proposed, and is idle but when told."""
+
+    idle = True
+
+    def __init__(self):
+        self.seen = []
+
+    def plan(self, sequences, others, outlooks):
+        time.sleep(0.05)
+        return [0] * len(outlooks)
+
+    def observe(self, tokens, sequences, seconds, drafting, asking):
+        self.seen.append((seconds, drafting, asking))
+
+
+def test_a_step_is_charged_for_its_own_questions_alone():
+    """The slow one is of a step with a prompt in it, which tells nothing of steps of decodes."""
+    lengths = Slow()
+    engine = Engine(FakeModel(), num_blocks=20, speculator=Speculator(NgramProposer(), lengths))
+    params = SamplingParams(max_tokens=8, temperature=0)
+    engine.add(engine.prepare("one", [1, 2, 3], params))
+    engine.step()
+    engine.add(engine.prepare("two", [4, 5, 6], params))
+    lengths.idle = False
+    engine.step()
+    lengths.idle = True
+    lengths.seen.clear()
+    engine.step()
+    ((seconds, drafting, asking),) = lengths.seen
+    assert seconds > 0
+    assert drafting == asking == 0
