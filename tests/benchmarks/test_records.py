@@ -10,6 +10,7 @@ RESULTS = BENCHMARKS / "results"
 TEXTS = ["--train", "c4.txt", "--text", "wikitext2_valid.txt"]
 # How each was made, where that is not the default.
 RECORDS = {
+    "choosing": ["--text", "wikitext2_valid.txt"],
     "full-stack": [],
     "healing": TEXTS,
     "mixed": [*TEXTS, "--samples", "16", "--windows", "16"],
