@@ -7,7 +7,7 @@ Every checkpoint is made by the command in its row, in a process of its own and 
 model, which writes the text to calibrate and train on; `compress compare` then measures all that
 are there alike, speed in rounds in turn.  What is made stays in the work folder, where a run that
 was broken off goes on, and what was measured stays beside it.  The page and the picture are of the
-last measurement.  README and docs/choosing.md have their tables from it.
+last measurement; README and docs/choosing.md show the picture.
 """
 
 import argparse

@@ -190,11 +190,7 @@ class Engine:
             on_host = flight.logits is not None and flight.logits.device.type == "cpu"
             waited = self._finished > flight.began  # it was launched while the one before computed
             seconds = (computed if on_host else finished) - max(flight.began, self._finished)
-            if not waited:  # else its drafts were made while the step before computed
-                seconds -= flight.asking + flight.drafting
-            self._speculator.lengths.observe(
-                flight.tokens, len(flight.step), seconds, flight.drafting, flight.asking
-            )
+            self._speculator.observe(flight, seconds, waited)
         self._finished = finished
         return increments
 
@@ -293,7 +289,7 @@ class Engine:
             self._speculator.propose(step)
         flight = self._plan(step)
         if self._speculator:
-            flight.asking, flight.drafting = self._speculator.taken()
+            flight.charge = self._speculator.taken()
         batch = build_batch(step, self.pool.block_size)
         flight.tokens = batch.tokens.shape[0]
         self._steps += 1

@@ -43,8 +43,7 @@ class Flight:
     decodes   whether no prompt is among them
     prompts   whose prompt's log-probabilities are wanted, from which row on, for which positions
     forks     (first, sibling): who shares the cache of whom once this step has been
-    asking    seconds that it took to find out how many tokens to propose
-    drafting  seconds that it took to propose them
+    charge    seconds to find out how many tokens to propose, and to propose them
     launched  the tokens to come; None where the host draws
     logits    float32 [rows, V]; None where the device draws
     """
@@ -56,8 +55,7 @@ class Flight:
     began: float = 0.0
     tokens: int = 0
     decodes: bool = True
-    asking: float = 0.0
-    drafting: float = 0.0
+    charge: tuple[float, float] = (0.0, 0.0)
     launched: Launched | None = None
     logits: Tensor | None = None
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence as Items
 from typing import Protocol
 
+from compress.runtime.flight import Flight
 from compress.runtime.sequence import Sequence
 from compress.runtime.speculation.proposer import Proposer
 
@@ -84,6 +85,16 @@ class Speculator:
         found = self._asking, self._drafting
         self._asking = self._drafting = 0.0
         return found
+
+    def observe(self, flight: Flight, seconds: float, waited: bool) -> None:
+        """Take note of how long a step of decodes alone took, all included.
+
+        waited  its drafts were made while the step before computed, and are not in `seconds`
+        """
+        asking, drafting = flight.charge
+        if not waited:
+            seconds -= asking + drafting
+        self.lengths.observe(flight.tokens, len(flight.step), seconds, drafting, asking)
 
     def count(self, drafted: int, accepted: int) -> None:
         """Take note of what became of a draft."""
