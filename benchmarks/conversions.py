@@ -20,21 +20,20 @@ from scored import Scored, add_options, compress
 from compress.core.source import resolve_model
 
 ONE_HEAD = ("--to", "gqa", "--kv-heads", "1")
+SHARED = ("--to", "cla", "--share", "2")
+LATENTS = ("--to", "mla", "--kv-rank", "128", "--rope-dim", "32")
+# The words are for SmolLM2, whose 3 KV heads of 64 keep 384 numbers of a token in a layer.
 CONVERSIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "mean": ("1 KV head, averaged", (*ONE_HEAD, "--merge", "mean", "--no-refit")),
-    "mean-refit": ("1 KV head, averaged, refitted", (*ONE_HEAD, "--merge", "mean")),
+    "mean": ("1 KV head (128 numbers), averaged", (*ONE_HEAD, "--merge", "mean", "--no-refit")),
+    "mean-refit": ("the same, refitted", (*ONE_HEAD, "--merge", "mean")),
     "merged": ("1 KV head, merged", (*ONE_HEAD, "--no-refit")),
-    "merged-refit": ("1 KV head, merged, refitted", ONE_HEAD),
-    "shared": ("keys and values of 2 layers shared", ("--to", "cla", "--share", "2", "--no-refit")),
-    "shared-refit": (
-        "keys and values of 2 layers shared, refitted",
-        ("--to", "cla", "--share", "2"),
-    ),
+    "merged-refit": ("the same, refitted", ONE_HEAD),
+    "shared": ("keys and values of 2 layers shared (192 numbers)", (*SHARED, "--no-refit")),
+    "shared-refit": ("the same, refitted", SHARED),
+    "latents-refit": ("latents (128 + 32 numbers), refitted", LATENTS),
 }
-HEALED = ("mean", "merged-refit", "shared-refit")
-TIMED = ("original", "merged-refit", "shared-refit")
-# what attention gives first, then what the model predicts
-PHASES = ("forward_kl=0.1,attention_mse=1", "forward_kl=1")
+HEALED = ("mean", "merged-refit", "shared-refit", "latents-refit")
+TIMED = ("original", "merged-refit", "shared-refit", "latents-refit")
 CONTEXTS = ("2048", "7936")  # of SmolLM2's 8,192, with room for what is decoded
 SPEED = ("--dtype", "bfloat16", "--new-tokens", "128", "--json")
 
@@ -49,7 +48,9 @@ def main() -> None:
     for name in HEALED:
         healed = f"{name}-healed"
         if re.search(options.only, healed) and not scored.has(healed):
-            heal(options, scored, name)
+            if not (options.work / name).exists():
+                compress(*converting(options, name), "--out", str(options.work / name))
+            scored.make(healed, training(options, str(options.work / name)))
     for name in TIMED:
         for context in CONTEXTS:
             key = f"speed-{name}-{context}"
@@ -64,7 +65,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_options(parser, "conversions.md")
     parser.add_argument("--samples", default="128")
-    parser.add_argument("--tokens", default="50k,150k", help="to train on in each of two phases")
+    parser.add_argument("--tokens", default="50k", help="to train on")
     return parser.parse_args()
 
 
@@ -73,21 +74,10 @@ def converting(options: argparse.Namespace, name: str) -> tuple[str, ...]:
     return ("convert", options.model, *CONVERSIONS[name][1], *data)
 
 
-def training(options: argparse.Namespace, student: str, phase: int) -> tuple[str, ...]:
-    """The command of a phase of the training; each takes text of its own."""
-    data = ("--data", options.train, "--tokens", options.tokens.split(",")[phase])
-    data = (*data, "--seed", str(phase), "--loss", PHASES[phase])
+def training(options: argparse.Namespace, student: str) -> tuple[str, ...]:
+    """The command that heals a conversion, by what the original predicts."""
+    data = ("--data", options.train, "--tokens", options.tokens)
     return ("distill", "--teacher", options.model, "--student", student, *data)
-
-
-def heal(options: argparse.Namespace, scored: Scored, name: str) -> None:
-    """Train a conversion in both phases, and score it."""
-    converted, half = options.work / name, options.work / f"{name}-half-healed"
-    if not converted.exists():
-        compress(*converting(options, name), "--out", str(converted))
-    if not half.exists():
-        compress(*training(options, str(converted), 0), "--out", str(half))
-    scored.make(f"{name}-healed", training(options, str(half), 1))
 
 
 def speed(options: argparse.Namespace, name: str, context: str) -> dict[str, Any]:
@@ -107,12 +97,7 @@ def page(options: argparse.Namespace, scored: Scored) -> str:
         f"{options.model}; calibrated on {options.samples} sequences of 512 tokens "
         f"of {Path(options.train).name}, scored on the first {options.windows} windows of 512 "
         f"tokens of {Path(options.text).name} in float32. KL is from the original, in nats a "
-        "token. Training: "
-        + ", then ".join(
-            f"{count} tokens by {phase}"
-            for count, phase in zip(options.tokens.split(","), PHASES, strict=True)
-        )
-        + f", on {Path(options.train).name}.",
+        f"token. Trained on {options.tokens} tokens of {Path(options.train).name} by forward KL.",
         "",
     ]
     if names:
@@ -129,9 +114,7 @@ def page(options: argparse.Namespace, scored: Scored) -> str:
     for name in names:
         lines.append(command_line(options, converting(options, name), name))
         if scored.has(f"{name}-healed"):
-            half = f"{name}-half-healed"
-            lines.append(command_line(options, training(options, name, 0), half))
-            lines.append(command_line(options, training(options, half, 1), f"{name}-healed"))
+            lines.append(command_line(options, training(options, name), f"{name}-healed"))
     return "\n".join([*lines, ""])
 
 

@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", default="16", help="to calibrate on, of twice the window")
     parser.add_argument("--distances", default="128,512,1024,2048,4096")
     parser.add_argument("--trials", default="20")
-    parser.add_argument("--tokens", default="200k,400k", help="to train on in each of two phases")
+    parser.add_argument("--tokens", default="50k", help="to train on")
     return parser.parse_args()
 
 
@@ -84,13 +84,11 @@ def converting(options: argparse.Namespace, name: str) -> tuple[str, ...]:
     return ("convert", options.model, *windows, *data, *length)
 
 
-def training(options: argparse.Namespace, student: str, phase: int) -> tuple[str, ...]:
-    """The command of a phase: first what attention gives, then what the model predicts."""
-    loss = ("forward_kl=0.1,attention_mse=1", "forward_kl=1")[phase]
-    tokens, length = options.tokens.split(",")[phase], 4 * int(options.window)
-    shape = ("--set", f"train.seq_len={length}", "--set", "train.micro_batch=1")
-    data = ("--data", options.train, "--tokens", tokens, "--seed", str(phase), "--loss", loss)
-    return ("distill", "--teacher", options.model, "--student", student, *data, *shape)
+def training(options: argparse.Namespace, student: str) -> tuple[str, ...]:
+    """The command that heals one, on sequences longer than its window."""
+    length = ("--seq-len", str(4 * int(options.window)), "--batch-size", "1")
+    data = ("--data", options.train, "--tokens", options.tokens, *length)
+    return ("distill", "--teacher", options.model, "--student", student, *data)
 
 
 def made(options: argparse.Namespace, name: str) -> Path:
@@ -104,10 +102,7 @@ def made(options: argparse.Namespace, name: str) -> Path:
         compress(*converting(options, name), "--out", str(folder))
         return folder
     student = made(options, name.removesuffix("-healed"))
-    half = options.work / f"{name}-half"
-    if not half.exists():
-        compress(*training(options, str(student), 0), "--out", str(half))
-    compress(*training(options, str(half), 1), "--out", str(folder))
+    compress(*training(options, str(student)), "--out", str(folder))
     return folder
 
 
@@ -179,10 +174,8 @@ def page(options: argparse.Namespace, scored: Scored) -> str:
     lines += ["## Commands", ""]
     for name in conversions(options):
         lines.append(f"    compress {' '.join(converting(options, name))} --out {name}")
-    healed = ("global-by-error", "global-by-error-healed-half", "global-by-error-healed")
-    for phase in (0, 1):
-        command = " ".join(training(options, healed[phase], phase))
-        lines.append(f"    compress {command} --out {healed[phase + 1]}")
+    command = " ".join(training(options, "global-by-error"))
+    lines.append(f"    compress {command} --out global-by-error-healed")
     return "\n".join([*lines, ""]).replace(options.train, Path(options.train).name)
 
 

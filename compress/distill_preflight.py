@@ -49,7 +49,7 @@ class DistillJob:
     def tokens(self) -> int:
         """How many are packed, if the data has them: those of all steps and the held-out ones."""
         train = self.config.train
-        return (train.steps * train.batch_size + self.config.data.held_out) * train.seq_len + 1
+        return (train.steps * train.step_sequences + self.config.data.held_out) * train.seq_len + 1
 
     @property
     def teacher_runs(self) -> bool:

@@ -99,7 +99,7 @@ def _data(job: DistillJob, folder: OutputFolder) -> PackedData:
 
     processes().first(make)
     data = PackedData.read(path, config.train.seq_len, config.data.held_out)
-    if (needed := config.train.steps * config.train.batch_size) > data.trained:
+    if (needed := config.train.steps * config.train.step_sequences) > data.trained:
         say(
             f"The data has {data.trained} sequences of {data.seq_len} tokens to train on: "
             f"{needed / data.trained:.1f} passes over them"
@@ -173,7 +173,7 @@ def _cached(job: DistillJob, data: PackedData, folder: OutputFolder) -> TopKCach
     assert job.teacher is not None
     place = job.config.cache or folder.training / "teacher"
     identity, train = job.cache_identity(job.teacher.digest()), job.config.train
-    used = data.used(train.steps, train.batch_size, train.seed)
+    used = data.used(train.steps, train.step_sequences, train.seed)
     if (place / IDENTITY).is_file():
         cache = TopKCache(place, identity)
         if all(index in cache for index in used.tolist()):

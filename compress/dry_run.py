@@ -146,7 +146,7 @@ def plan_distillation(recipe: DistillRecipe, overwrite: bool = False) -> dict[st
         "parameters": student.num_parameters,
         "teacher": job.config.teacher,
         "steps": train.steps,
-        "tokens": train.steps * train.batch_size * train.seq_len,
+        "tokens": train.steps * train.step_sequences * train.seq_len,
         "device": str(job.device),
         "compute_dtype": job.precision,
         **_taken(recipe.out, student, distill_preflight.needs_of(job), 0),

@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined, UndefinedError
+from jinja2 import UndefinedError
 
 from compress.core.errors import InputError
 from compress.core.files import write_text
 from compress.core.source import public_name
 from compress.frontier_plot import chart_of
 from compress.inspection import inspect_folder
+from compress.page_template import page_template
 
 QUALITY = "quality.json"
 Layer = dict[str, Any]  # a LayerReport, as compress.json holds it
@@ -170,13 +171,8 @@ def _render(
     weights = sizes["quantized_weights"]
     original = None if "stages" in report else recipe["stages"][0].get("teacher")
     arguments = ("eval", recipe["out"], "--against", original or recipe["model"], "--text", "FILE")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    here = files("compress")
-    template = here.joinpath("report.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
-        style=here.joinpath("page.css").read_text(encoding="utf-8"),
+    return page_template("compress", "report.html.jinja").render(
+        style=files("compress").joinpath("page.css").read_text(encoding="utf-8"),
         report=report,
         recipe=recipe,
         recipe_yaml=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),

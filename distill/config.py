@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 from compress.core.counts import parse_count
 
 LARGEST = 1 << 50
+ENOUGH_STEPS = 200
 Tokens = Annotated[int, BeforeValidator(parse_count), Field(ge=1, le=LARGEST)]
 
 
@@ -18,7 +19,8 @@ class TrainConfig:
     tokens         how many to train on, rounded up to whole steps; data with fewer is gone
                    through several times, in another order each time
     seq_len        tokens of a packed sequence
-    batch_size     sequences of an optimizer step, over all processes
+    batch_size     sequences of an optimizer step, over all processes; by default 2 to 8, as many as
+                   leave 200 steps
     micro_batch    sequences of one forward and backward pass, in one process, at most
     learning_rate  at its peak
     weight_decay   of matrices; gains, biases and other vectors do not decay
@@ -43,7 +45,7 @@ class TrainConfig:
 
     tokens: Tokens = 2_000_000
     seq_len: int = Field(default=512, ge=2, le=1 << 20)
-    batch_size: int = Field(default=8, ge=1, le=1 << 20)
+    batch_size: int | None = Field(default=None, ge=1, le=1 << 20)
     micro_batch: int = Field(default=4, ge=1, le=1 << 20)
     learning_rate: float = Field(default=1e-4, gt=0, lt=10)
     weight_decay: float = Field(default=0.0, ge=0, lt=10)
@@ -65,6 +67,14 @@ class TrainConfig:
     seed: int = Field(default=0, ge=0, lt=1 << 63)
 
     @property
+    def step_sequences(self) -> int:
+        """Sequences of an optimizer step: what is learned from few tokens goes by the number of
+        steps (benchmarks/LOG.md), and many are done soonest in large ones."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return min(max(self.tokens // (ENOUGH_STEPS * self.seq_len), 2), 8)
+
+    @property
     def steps(self) -> int:
         """Optimizer steps."""
-        return -(-self.tokens // (self.batch_size * self.seq_len))
+        return -(-self.tokens // (self.step_sequences * self.seq_len))

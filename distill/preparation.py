@@ -30,7 +30,7 @@ def check(student: nn.Module, data: PackedData, config: TrainConfig) -> None:
             f"{config.seq_len}; pack the data anew"
         )
     count = processes().count
-    for name, size in (("batch_size", config.batch_size), ("held-out part", data.held_out)):
+    for name, size in (("batch_size", config.step_sequences), ("held-out part", data.held_out)):
         if size % count:
             raise InputError(
                 f"a {name} of {size} sequences cannot be shared out evenly over {count} processes; "

@@ -131,7 +131,7 @@ class Training:
         Raises InputError when a loss or the gradient is not finite, before it changes a weight.
         """
         config = self.config
-        drawn = processes().share(self.data.drawn(step, config.batch_size, config.seed))
+        drawn = processes().share(self.data.drawn(step, config.step_sequences, config.seed))
         batches = [self.data.batch(part) for part in drawn.split(config.micro_batch)]
         number = step * processes().count + processes().rank
         torch.manual_seed((config.seed + LARGE_ODD * number) % (1 << 63))
@@ -150,7 +150,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(step)
-        tokens = (step + 1) * config.batch_size * config.seq_len
+        tokens = (step + 1) * config.step_sequences * config.seq_len
         rate = config.learning_rate * factor
         return {"step": step + 1, "tokens": tokens, **means, "learning_rate": rate}
 
@@ -166,7 +166,7 @@ class Training:
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()  # what the root has gathered stays for a backward pass
-        tokens = done * self.config.batch_size * self.config.seq_len
+        tokens = done * self.config.step_sequences * self.config.seq_len
         return {"step": done, "tokens": tokens, "evaluation": self._means(losses)}
 
     def _backward(self, batches: Sequence[Batch]) -> list[Loss]:

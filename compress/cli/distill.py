@@ -42,7 +42,7 @@ from compress.core.errors import InputError
 @click.option("--lora", type=int, metavar="RANK", help="Train adapters of this rank, and merge.")
 @click.option("--learning-rate", type=float, help="At its peak.  [default: 1e-4]")
 @click.option("--seq-len", type=int, help="Tokens a sequence.  [default: 512]")
-@click.option("--batch-size", type=int, help="Sequences a step.  [default: 8]")
+@click.option("--batch-size", type=int, help="Sequences a step.  [default: 2 to 8, for 200 steps]")
 @click.option(
     "--micro-batch", type=int, help="Sequences a forward pass in a process.  [default: 4]"
 )

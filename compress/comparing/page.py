@@ -9,11 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from compress.comparing.comparison import mark_frontier
 from compress.comparing.plot import COSTS, write_plot
 from compress.core.files import write_text
+from compress.page_template import page_template
 
 Row = dict[str, Any]
 
@@ -128,12 +127,8 @@ def page_html(rows: Sequence[Row], facts: Sequence[str], plot: Path | None) -> s
     """The page as text; it needs nothing beside it."""
     headings, cells = table_of(rows)
     image = base64.b64encode(plot.read_bytes()).decode() if plot else None
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = files("compress.comparing").joinpath("page.html.jinja").read_text(encoding="utf-8")
     style = files("compress").joinpath("page.css").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
+    return page_template("compress.comparing", "page.html.jinja").render(
         original=rows[0]["name"], headings=headings, cells=cells, facts=facts, image=image,
         style=style,
     )  # fmt: skip

@@ -25,10 +25,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from compress.core.files import write_text
 from compress.devices import COMPUTE, DEVICES, this_cpu
+from compress.page_template import page_template
 from compress.roofline import Device, ModelShape, Precision, bits, parameters, precision
 
 SCRIPTS = ("formulas.js", "draw.js", "page.js")
@@ -85,22 +84,15 @@ def write_page(
 def page_html(shape: ModelShape, precision: Precision, device: Device, start: Start) -> str:
     """The page as text: of its arguments, and of this processor, which is among the devices."""
     here = files("compress.planning")
-    text = {
-        name: here.joinpath(name).read_text(encoding="utf-8")
-        for name in (*SCRIPTS, "page.css", "page.html.jinja")
-    }
-    script = "\n".join(text[name] for name in SCRIPTS)
+    script = "\n".join(here.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(text["page.html.jinja"]).render(
+    return page_template("compress.planning", "page.html.jinja").render(
         shape=shape,
         total=parameters(shape).total,
         method=_as_it_is(shape),
         draft_name=start.draft_model[0].name if start.draft_model else None,
         rates=COMPUTE,
-        style=text["page.css"],
+        style=here.joinpath("page.css").read_text(encoding="utf-8"),
         script=script,
         script_hash=f"sha256-{digest}",
         data=_for_script(_facts(shape, precision, device, start)),

@@ -79,7 +79,7 @@ def killed_before_each_event(arguments: list[str]) -> None:
     """
     folder = Path(arguments[2])
     changes = {"dropout": DROPOUT, "ema": 0.5, "weight_decay": 0.1}
-    in_another_process(lambda: run(arguments, **changes))
+    run(arguments, **changes)  # here, so that no other process has to import
     whole = outcome(folder)
     count = 0
     while True:

@@ -43,6 +43,16 @@ def test_steps_cover_the_tokens():
     assert config.steps == 15  # 14 are 980
 
 
+@pytest.mark.parametrize(
+    ("tokens", "sequences"), [("1k", 2), ("200k", 2), ("400k", 3), ("1M", 8), ("1B", 8)]
+)
+def test_few_tokens_go_in_small_steps(tokens, sequences):
+    """200 steps, as far as 2 to 8 sequences a step go."""
+    config = build(TrainConfig, {"tokens": tokens}, "train")
+    assert config.step_sequences == sequences
+    assert config.steps * sequences * 512 >= config.tokens
+
+
 def factors(**values):
     config = TrainConfig(tokens=100 * 16, seq_len=16, batch_size=1, **values)
     return [learning_rate_factor(step, config) for step in range(config.steps)]
