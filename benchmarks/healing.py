@@ -100,7 +100,8 @@ def runs_of(options: argparse.Namespace, student: Path) -> Iterable[Run]:
 def distilled(options: argparse.Namespace, name: str, student: str, loss: str, seed: int) -> Run:
     """A run of `compress distill` against the model."""
     command = ("distill", "--teacher", options.model, "--student", student, "--loss", loss)
-    command += ("--data", options.train, "--tokens", options.tokens, "--seed", str(seed))
+    command += ("--data", options.train, "--tokens", options.tokens, "--batch-size", "8")
+    command += ("--seed", str(seed))
     return Run(name, name.rpartition("-")[0], command)
 
 

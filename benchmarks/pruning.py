@@ -104,7 +104,8 @@ def healed_name(axis: str, method: str, loss: str) -> str:
 
 def healing(options: argparse.Namespace, student: str, loss: str) -> tuple[str, ...]:
     """The command that trains what was pruned."""
-    data = ("--data", options.train, "--tokens", options.tokens, "--loss", LOSSES[loss])
+    data = ("--data", options.train, "--tokens", options.tokens, "--batch-size", "8")
+    data += ("--loss", LOSSES[loss])
     return ("distill", "--teacher", options.model, "--student", student, *data)
 
 

@@ -34,7 +34,7 @@ def main() -> None:
     for name in NAMES:
         if re.search(options.only, name) and not scored.has(name):
             command = ("distill", "--teacher", options.model, "--student", options.student)
-            command += ("--data", options.train, "--tokens", options.tokens)
+            command += ("--data", options.train, "--tokens", options.tokens, "--batch-size", "8")
             command += () if name == "live" else cache
             began = time.monotonic()
             compress(*command, "--out", str(options.work / name))
