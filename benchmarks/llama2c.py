@@ -1,11 +1,12 @@
-"""A llama2.c checkpoint (legacy format) as a Hugging Face folder, without a tokenizer.
+"""A llama2.c checkpoint (legacy format) as a Hugging Face folder.
 
     python benchmarks/llama2c.py stories260K.bin build/stories260K
     python benchmarks/weight_only.py --model build/stories260K --calibrations self --samples 256 ...
 
 The file is 7 int32 (dim, ffn, layers, heads, KV heads, vocabulary, context; a negative vocabulary
 says that the head is not tied), then float32 tensors, each over all layers (llama2.c's export.py,
-legacy_export).  Rotary pairs lie side by side there, half a head apart in transformers.
+legacy_export).  Rotary pairs lie side by side there, half a head apart in transformers.  The
+tokenizer is a stand-in, to whom token 17 is the word `t17`: for text that the model writes itself.
 """
 
 import struct
@@ -15,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 
 def convert(path: Path, out: Path) -> None:
@@ -69,6 +71,16 @@ def convert(path: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(out)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    write_tokenizer(abs(vocab), out)
+
+
+def write_tokenizer(vocabulary: int, out: Path) -> None:
+    """A word for each token, with blanks between."""
+    words = {f"t{token}": token for token in range(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"unk_token": "t0", "bos_token": "t1", "eos_token": "t2"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(out)
 
 
 if __name__ == "__main__":

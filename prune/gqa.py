@@ -143,7 +143,7 @@ class GqaStage:
         before, after = self.shape.kv_heads, self.config.kv_heads
         values = 2 * self.shape.head_dim * self.shape.depth
         return Described(
-            words=f"{after} KV heads, merged by {self.config.merge}",
+            words=f"{after} KV head{'s' if after > 1 else ''}, merged by {self.config.merge}",
             changes={"KV heads": (before, after)},
             kv_values=(before * values, after * values),
             columns=COLUMNS,

@@ -425,12 +425,15 @@ def test_defaults_that_the_help_states():
     import re
 
     from compress.cli.distill import distill_command
-    from compress.distill.config import TrainConfig
+    from compress.distill.config import ENOUGH_STEPS, TrainConfig
     from compress.recipe import DistillRecipe, TrainingData
 
     loop, data = TrainConfig(), TrainingData()
     defaults = {"data": data.source, "held_out": data.held_out, "losses": "forward_kl=1"}
     defaults |= {"tokens": f"{loop.tokens // 10**6}M", "dtype": DistillRecipe.dtype}
+    few, many = TrainConfig(tokens=1), TrainConfig(tokens=1 << 40)
+    sequences = f"{few.step_sequences} to {many.step_sequences}"
+    defaults["batch_size"] = f"{sequences}, for {ENOUGH_STEPS} steps"
     checked = 0
     for option in distill_command.params:
         stated = re.search(r"\[default: (.*?)\]", getattr(option, "help", None) or "")
