@@ -5,13 +5,14 @@
 A run takes long, so what was measured is kept in the output folder after each measurement, with the
 settings and the files that it is of, and is not measured again while these are the same.  Speed
 is measured in rounds: each loads every model once, one after another, so that what the machine
-does meanwhile hits all alike; the median over rounds is shown (compress.bench.latency has what is
-timed).
+does meanwhile hits all alike, and all are timed anew when there are others; the median over rounds
+is shown (compress.bench.latency has what is timed).
 """
 
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -232,10 +233,14 @@ class Comparison:
 
     def _measure_speed(self, config: SpeedConfig) -> None:
         settings = {key: value for key, value in asdict(config).items() if key != "rounds"}
+        timed = [entry for entry in self.entries if not entry.unserved]
+        # A time says something beside those of the same rounds: other entries are timed with all.
+        together = json.dumps([_of(entry, {}) for entry in timed])
+        settings["together"] = hashlib.sha256(together.encode()).hexdigest()
         for number in range(config.rounds):
-            for entry in self.entries:
+            for entry in timed:
                 done = self._get(entry, "speed", settings) or []
-                if not entry.unserved and len(done) <= number:
+                if len(done) <= number:
                     say(f"Timing {entry.name}, round {number + 1} of {config.rounds}")
                     self._put(entry, "speed", settings, [*done, time_once(entry, config)])
 

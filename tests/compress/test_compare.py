@@ -117,6 +117,8 @@ def test_all_are_timed_in_turn(models, tmp_path, monkeypatch):
     rows = json.loads(run(*models[1:], *options, "--repeat", "3").stdout)["rows"]
     assert len(order) == 9  # one round more
     assert [row["seconds_per_token"] for row in rows] == [4, 5, 6]  # medians
+    run(models[1], *options, "--repeat", "1")
+    assert order[9:] == [order[0], "w8"]  # beside others than before, so both anew
 
 
 def test_who_is_on_the_frontier():
