@@ -58,7 +58,7 @@ class Original:
 class Described:
     """What a conversion does to a model, in words and numbers that need no calibration.
 
-    words      what the attention becomes, for a title: `1 KV heads`
+    words      what the attention becomes, for a title: `1 KV head`
     changes    by name, what was and what is
     kv_values  numbers that the KV cache holds for a token, all layers together: was, is
     columns    of a block's outcome, field by field, the heading of a table of all blocks

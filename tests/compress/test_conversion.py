@@ -93,7 +93,7 @@ def test_a_converted_model_is_a_stock_model(family, stage_values, tmp_path, text
     # float32 both; differences of 1e-5 in logits of some tens
     assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-4)
     assert report["conversion"]["kv_values"] * 2 == report["conversion"]["original_kv_values"]
-    assert "1 KV heads" in (tmp_path / "out" / "README.md").read_text()
+    assert "1 KV head, merged" in (tmp_path / "out" / "README.md").read_text()
     assert 'id="conversion"' in (tmp_path / "out" / "report.html").read_text()
 
 
