@@ -25,11 +25,11 @@ LATENTS = ("--to", "mla", "--kv-rank", "128", "--rope-dim", "32")
 # The words are for SmolLM2, whose 3 KV heads of 64 keep 384 numbers of a token in a layer.
 CONVERSIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mean": ("1 KV head (128 numbers), averaged", (*ONE_HEAD, "--merge", "mean", "--no-refit")),
-    "mean-refit": ("the same, refitted", (*ONE_HEAD, "--merge", "mean")),
+    "mean-refit": ("1 KV head, averaged, refitted", (*ONE_HEAD, "--merge", "mean")),
     "merged": ("1 KV head, merged", (*ONE_HEAD, "--no-refit")),
-    "merged-refit": ("the same, refitted", ONE_HEAD),
+    "merged-refit": ("1 KV head, merged, refitted", ONE_HEAD),
     "shared": ("keys and values of 2 layers shared (192 numbers)", (*SHARED, "--no-refit")),
-    "shared-refit": ("the same, refitted", SHARED),
+    "shared-refit": ("keys and values of 2 layers shared, refitted", SHARED),
     "latents-refit": ("latents (128 + 32 numbers), refitted", LATENTS),
 }
 HEALED = ("mean", "merged-refit", "shared-refit", "latents-refit")
@@ -53,7 +53,7 @@ def main() -> None:
             scored.make(healed, training(options, str(options.work / name)))
     for name in TIMED:
         for context in CONTEXTS:
-            key = f"speed-{name}-{context}"
+            key = speed_key(name, context)
             if re.search(options.only, key) and not scored.has(key):
                 scored.put(key, speed(options, name, context))
     text = page(options, scored)
@@ -78,6 +78,10 @@ def training(options: argparse.Namespace, student: str) -> tuple[str, ...]:
     """The command that heals a conversion, by what the original predicts."""
     data = ("--data", options.train, "--tokens", options.tokens)
     return ("distill", "--teacher", options.model, "--student", student, *data)
+
+
+def speed_key(name: str, context: str) -> str:
+    return f"speed-{name}-{context}"
 
 
 def speed(options: argparse.Namespace, name: str, context: str) -> dict[str, Any]:
@@ -123,16 +127,27 @@ def cells(score: dict[str, Any]) -> str:
 
 
 def speed_lines(scored: Scored) -> list[str]:
-    rows = []
-    for name in TIMED:
-        for context in CONTEXTS:
-            if scored.has(key := f"speed-{name}-{context}"):
-                rate = scored.get(key)["decode_tokens_per_s"]
-                rows.append(f"| {name} | {context} | {rate:.0f} |")
-    if not rows:
+    """Bytes of the runtime's cache, and what it decodes with so many tokens in it."""
+    names = [name for name in TIMED if all(scored.has(speed_key(name, c)) for c in CONTEXTS)]
+    if not names:
         return []
-    head = ["| | tokens in the cache | decoding, tokens/s |", "|---|---|---|"]
-    return ["## Speed, batch 1, bfloat16", "", *head, *rows, ""]
+    heads = [
+        "",
+        "bytes a token",
+        *(f"tokens/s, {int(context):,} in the cache" for context in CONTEXTS),
+    ]
+    lines = ["## Cache, and decoding at batch 1 in bfloat16", ""]
+    lines += [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for name in names:
+        found = [scored.get(speed_key(name, context)) for context in CONTEXTS]
+        before = [scored.get(speed_key(names[0], context)) for context in CONTEXTS]
+        cells = [CONVERSIONS[name][0] if name in CONVERSIONS else name]
+        cells.append(f"{found[0]['kv_bytes_per_token']:,.0f}")
+        for now, was in zip(found, before, strict=True):
+            rate = now["decode_tokens_per_s"]
+            cells.append(f"{rate:.0f} ({rate / was['decode_tokens_per_s']:.2f}x)")
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def command_line(options: argparse.Namespace, command: tuple[str, ...], name: str) -> str:

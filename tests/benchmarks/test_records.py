@@ -11,6 +11,7 @@ TEXTS = ["--train", "c4.txt", "--text", "wikitext2_valid.txt"]
 # How each was made, where that is not the default.
 RECORDS = {
     "choosing": ["--text", "wikitext2_valid.txt"],
+    "conversions": [*TEXTS, "--samples", "64", "--windows", "16"],
     "full-stack": [],
     "healing": TEXTS,
     "mixed": [*TEXTS, "--samples", "16", "--windows", "16"],
