@@ -24,13 +24,16 @@ SHARED = ("--to", "cla", "--share", "2")
 LATENTS = ("--to", "mla", "--kv-rank", "128", "--rope-dim", "32")
 # The words are for SmolLM2, whose 3 KV heads of 64 keep 384 numbers of a token in a layer.
 CONVERSIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "mean": ("1 KV head (128 numbers), averaged", (*ONE_HEAD, "--merge", "mean", "--no-refit")),
-    "mean-refit": ("1 KV head, averaged, refitted", (*ONE_HEAD, "--merge", "mean")),
-    "merged": ("1 KV head, merged", (*ONE_HEAD, "--no-refit")),
-    "merged-refit": ("1 KV head, merged, refitted", ONE_HEAD),
-    "shared": ("keys and values of 2 layers shared (192 numbers)", (*SHARED, "--no-refit")),
+    "mean": (
+        "1 of 3 KV heads (128 of 384 numbers), averaged",
+        (*ONE_HEAD, "--merge", "mean", "--no-refit"),
+    ),
+    "mean-refit": ("1 of 3 KV heads, averaged, refitted", (*ONE_HEAD, "--merge", "mean")),
+    "merged": ("1 of 3 KV heads, merged", (*ONE_HEAD, "--no-refit")),
+    "merged-refit": ("1 of 3 KV heads, merged, refitted", ONE_HEAD),
+    "shared": ("keys and values of 2 layers shared (192 of 384 numbers)", (*SHARED, "--no-refit")),
     "shared-refit": ("keys and values of 2 layers shared, refitted", SHARED),
-    "latents-refit": ("latents (128 + 32 numbers), refitted", LATENTS),
+    "latents-refit": ("latents (128 + 32 of 384 numbers), refitted", LATENTS),
 }
 HEALED = ("mean", "merged-refit", "shared-refit", "latents-refit")
 TIMED = ("original", "merged-refit", "shared-refit", "latents-refit")

@@ -53,13 +53,13 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_options(parser, "windows.md")
-    parser.set_defaults(windows="8")
+    parser.set_defaults(windows="4")
     parser.add_argument("--window", default="512", help="tokens that windows have")
     parser.add_argument("--global-every", default="5")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a window of the text")
     parser.add_argument("--samples", default="16", help="to calibrate on, of twice the window")
-    parser.add_argument("--distances", default="128,512,1024,2048,4096")
-    parser.add_argument("--trials", default="20")
+    parser.add_argument("--distances", default="128,512,1024,2048")
+    parser.add_argument("--trials", default="10")
     parser.add_argument("--tokens", default="50k", help="to train on")
     return parser.parse_args()
 
@@ -126,7 +126,8 @@ def by_position(options: argparse.Namespace, folder: str) -> dict[str, Any]:
 
 def recall(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     asked = ("--recall", "--distances", options.distances, "--trials", options.trials)
-    return json.loads(compress("eval", folder, *asked, "--dtype", DTYPE, "--json"))
+    found = json.loads(compress("eval", folder, *asked, "--dtype", DTYPE, "--json"))
+    return found | {"model": Path(folder).name}
 
 
 def cache(options: argparse.Namespace, folder: str) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def cache(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         speed = json.loads(
             compress(
                 "bench", "latency", folder, "--dtype", DTYPE, "--prompt-tokens", str(context),
-                "--new-tokens", "64", "--json",
+                "--new-tokens", "64", "--repeat", "1", "--json",
             )
         )  # fmt: skip
         found[str(context)] = {"bytes": held, "tokens_per_s": speed["decode_tokens_per_s"]}
