@@ -66,7 +66,7 @@ def conversions(model: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def recipe_of(model: Path, stage: dict[str, Any], tokens: str) -> dict[str, Any]:
     """All but the output; sequences are half as long as the model's longest."""
     length = read_config(model)["max_position_embeddings"] // 2
-    train = {"tokens": tokens, "seq_len": length, "learning_rate": 1e-3}
+    train = {"tokens": tokens, "seq_len": length}
     return {
         "model": str(model),
         "calibration": {"source": "self", "samples": 256, "seq_len": length},
@@ -106,9 +106,9 @@ def page(rows: list[dict[str, Any]]) -> str:
             f"## {model}",
             "",
             f"Calibrated and scored on text of its own, of perplexity {original:.2f}; trained "
-            f"on {train['tokens']} tokens of it in sequences of {train['seq_len']}, learning rate "
-            f"{train['learning_rate']}. KL is from the original, in nats a token; of a token all "
-            f"layers keep {found[0]['original_kv_values']} numbers.",
+            f"on {train['tokens']} tokens of it in sequences of {train['seq_len']}. KL is from the "
+            "original, in nats a token; of a token all layers keep "
+            f"{found[0]['original_kv_values']} numbers.",
             "",
             "| | numbers kept | KL | trained | perplexity | trained |",
             "|---|---|---|---|---|---|",
