@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("work", type=Path)
     parser.add_argument("models", type=Path, nargs="*", help="folders")
-    parser.add_argument("--tokens", default="100k", help="to train on")
+    parser.add_argument("--tokens", default="50k", help="to train on")
     parser.add_argument("--only", default="", help="runs whose name matches")
     parser.add_argument("--scores", type=Path, help="[default: scores in WORK_FOLDER]")
     parser.add_argument("--out", type=Path, help="[default: small-conversions.md in WORK_FOLDER]")
