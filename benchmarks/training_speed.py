@@ -110,7 +110,7 @@ def _trainer(folder: Path, data: PackedData, config: TrainConfig, place: Path) -
         args=TrainingArguments(
             output_dir=str(place / "trainer"),
             per_device_train_batch_size=config.micro_batch,
-            gradient_accumulation_steps=config.batch_size // config.micro_batch,
+            gradient_accumulation_steps=config.step_sequences // config.micro_batch,
             max_steps=config.steps,
             learning_rate=RATE,
             lr_scheduler_type="constant",
@@ -137,7 +137,7 @@ class _Drawn(torch.utils.data.Dataset):
     """The sequences in the order in which the loop draws them, labelled as the Trainer wants."""
 
     def __init__(self, data: PackedData, config: TrainConfig) -> None:
-        drawn = [data.drawn(step, config.batch_size, config.seed) for step in range(config.steps)]
+        drawn = [data.drawn(step, config.step_sequences, config.seed) for step in range(config.steps)]
         self.order, self.data = torch.cat(drawn), data
 
     def __len__(self) -> int:
@@ -161,7 +161,7 @@ def _print(config: TrainConfig, ours: list[Turn], theirs: list[Turn]) -> None:
     print(f"losses: {losses[0][0]:.4f} and {losses[0][1]:.4f}, apart by {worst:.2%} at most")
     if worst > TOLERANCE:
         raise SystemExit("the two do not do the same work: no speeds")
-    tokens = config.batch_size * config.seq_len
+    tokens = config.step_sequences * config.seq_len
     speeds = []
     for name, turns in (("compress", ours), ("transformers' Trainer", theirs)):
         seconds = [second for turn in turns for second in turn[0]]
