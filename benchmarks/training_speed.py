@@ -137,7 +137,8 @@ class _Drawn(torch.utils.data.Dataset):
     """The sequences in the order in which the loop draws them, labelled as the Trainer wants."""
 
     def __init__(self, data: PackedData, config: TrainConfig) -> None:
-        drawn = [data.drawn(step, config.step_sequences, config.seed) for step in range(config.steps)]
+        count = config.step_sequences
+        drawn = [data.drawn(step, count, config.seed) for step in range(config.steps)]
         self.order, self.data = torch.cat(drawn), data
 
     def __len__(self) -> int:

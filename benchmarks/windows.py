@@ -133,7 +133,7 @@ def recall(options: argparse.Namespace, folder: str) -> dict[str, Any]:
 def cache(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     """Bytes in the runtime's pool while a sequence decodes, and how fast it does."""
     decoder = load_decoder(resolve_model(folder), default_device(), DTYPE)
-    found = {}
+    found: dict[str, Any] = {}
     for context in CONTEXTS:
         blocks = decoder.layout.blocks_for(context + 16, 512)
         engine = Engine(decoder, blocks, max_sequences=1, prefix_caching=False)
@@ -150,7 +150,7 @@ def cache(options: argparse.Namespace, folder: str) -> dict[str, Any]:
             )
         )  # fmt: skip
         found[str(context)] = {"bytes": held, "tokens_per_s": speed["decode_tokens_per_s"]}
-    return found
+    return {**found, "processor": processor()}
 
 
 MEASURES = {"positions": by_position, "recall": recall, "cache": cache}
@@ -164,8 +164,8 @@ def page(options: argparse.Namespace, scored: Scored) -> str:
     lines = [
         "# Sliding windows: what they lose, by position and by recall",
         "",
-        f"{options.model}, {processor()}, {DTYPE}; windows of {options.window} tokens in all "
-        f"layers, or in all but every {options.global_every}th. {options.windows} stretches of "
+        f"{options.model}, {DTYPE}; windows of {options.window} tokens in all layers, or in all "
+        f"but every {options.global_every}th. {options.windows} stretches of "
         f"{options.length} tokens of {Path(options.text).name}; recall with {options.trials} "
         f"trials at each distance. Calibrated and trained on {Path(options.train).name}.",
         "",
@@ -173,10 +173,12 @@ def page(options: argparse.Namespace, scored: Scored) -> str:
     if chosen:
         lines += tables(scored, chosen)
     lines += ["## Commands", ""]
-    for name in conversions(options):
-        lines.append(f"    compress {' '.join(converting(options, name))} --out {name}")
-    command = " ".join(training(options, "global-by-error"))
-    lines.append(f"    compress {command} --out global-by-error-healed")
+    for name in chosen:
+        if name in conversions(options):
+            lines.append(f"    compress {' '.join(converting(options, name))} --out {name}")
+        elif name != "original":
+            student = name.removesuffix("-healed")
+            lines.append(f"    compress {' '.join(training(options, student))} --out {name}")
     return "\n".join([*lines, ""]).replace(options.train, Path(options.train).name)
 
 
@@ -195,7 +197,8 @@ def tables(scored: Scored, chosen: list[str]) -> list[str]:
             lines.append(
                 row(name, [f"{one['found']:.0%} ({one['surprise']:.1f})" for one in found])
             )
-    lines += ["", "## Keys and values of one sequence, and decoding at batch 1", ""]
+    on = scored.get(f"{chosen[0]}-cache")["processor"]
+    lines += ["", f"## Keys and values of one sequence, and decoding at batch 1 on {on}", ""]
     heads = [f"{what} at {context:,}" for what in ("MB", "tokens/s") for context in CONTEXTS]
     lines += [row("", heads), "|---" * len(heads) + "|---|"]
     for name in chosen:
