@@ -1,21 +1,27 @@
 """What can be known before a distillation: whether it will work, and what it will take."""
 
+import copy
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from compress import texts
-from compress.core.blocks import BlockModel, linears_of
+from compress.core.blocks import BlockModel
 from compress.core.device import default_device
 from compress.core.errors import InputError
 from compress.core.outfolder import OutputFolder
+from compress.core.processes import processes
 from compress.core.progress import say
 from compress.core.resources import free_memory, in_words
 from compress.core.source import resolve_model
 from compress.core.tokenizer import difference
 from compress.distill.checkpoint import KEPT
-from compress.distill.lora import check_lora
+from compress.distill.head_loss import working_bytes
+from compress.distill.lora import add_lora, check_lora
+from compress.distill.memory import activation_bytes
+from compress.distill.model_parts import inner_model
 from compress.distill.preparation import check_trackers, settle_precision
 from compress.distill.teacher import CacheIdentity
 from compress.preflight import INTERPRETER_BYTES, Needs, check_latent_dtype
@@ -76,7 +82,7 @@ def preflight(recipe: DistillRecipe) -> DistillJob:
     check_trackers(config.train)
     if config.lora:
         check_lora()
-        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        if _shards():
             raise InputError(
                 "adapters are not merged into sharded weights; start without --use_fsdp, each "
                 "process then holds the frozen model whole, or train all weights"
@@ -130,30 +136,63 @@ def _check_context(model: BlockModel, seq_len: int) -> None:
 
 
 def needs_of(job: DistillJob) -> Needs:
-    """What a run will take at least, from shapes: memory is without activations."""
+    """What a run will take, from shapes."""
     config, student = job.config, job.student
-    parameters = student.num_parameters
-    trained = _adapter_parameters(job) if config.lora else parameters
-    kept = FLOAT32 * (MOMENTS + 1 + (config.train.ema is not None))  # bytes of a trained parameter
-    disk = parameters * job.dtype.itemsize + (KEPT + 1) * trained * kept + FLOAT32 * job.tokens
+    parameters, on_gpu = student.num_parameters, job.device.type == "cuda"
     width = 2 if job.precision == "bfloat16" else 4
-    memory = parameters * (width if config.lora else FLOAT32) + trained * (kept + FLOAT32)
+    weights = parameters * (width if config.lora else FLOAT32)
+    trained, model = parameters, _trained_model(job)
+    if config.lora:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        weights += trained * FLOAT32
+    of_optimizer = trained * FLOAT32 * (MOMENTS + (config.train.ema is not None))
+    kept = trained * FLOAT32 + of_optimizer  # in a checkpoint
+    disk = parameters * job.dtype.itemsize + (KEPT + 1) * kept + FLOAT32 * job.tokens
+    shards = processes().count if _shards() else 1  # of which each starts as the whole model
+    gradients = trained * FLOAT32 // shards
+    of_pass = _of_a_pass(job, model)
+    # Of a step's one pass the gradients come as activations go.
+    beside = gradients + of_pass if _passes(job) > 1 else max(gradients, of_pass)
+    memory = max(weights, (weights + of_optimizer) // shards) + beside
     if job.teacher is not None and job.teacher_runs:
-        beside = job.teacher.num_parameters * width
-        memory = memory + beside if config.loss.topk is None else max(memory, beside)
+        of_teacher = job.teacher.num_parameters * width
+        memory = memory + of_teacher if config.loss.topk is None else max(memory, of_teacher)
     if config.loss.topk is not None:
         sequences = -(-job.tokens // config.train.seq_len)
         disk += sequences * job.cache_identity("").bytes_per_sequence
-    output, on_gpu = parameters * job.dtype.itemsize, job.device.type == "cuda"
-    host = INTERPRETER_BYTES + (0 if on_gpu else memory)
+    output = parameters * job.dtype.itemsize
+    # A GPU's model comes through this process's memory, and goes to the disk through it.
+    host = INTERPRETER_BYTES + (weights if on_gpu else max(memory, weights + output))
     return Needs(output, disk, 0, host, memory if on_gpu else 0)
 
 
-def _adapter_parameters(job: DistillJob) -> int:
-    """Of LoRA on every linear in the blocks, at most."""
-    assert job.config.lora is not None
-    linears = linears_of(job.student.skeleton).values()
-    return job.config.lora.rank * sum(m.in_features + m.out_features for m in linears)
+def _passes(job: DistillJob) -> int:
+    """Forward and backward passes of a step in one process."""
+    train = job.config.train
+    return -(-train.step_sequences // (train.micro_batch * processes().count))
+
+
+def _shards() -> bool:
+    """Whether accelerate was started to share one model out over its processes."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def _trained_model(job: DistillJob) -> Any:
+    """The student without data, with what is trained requiring a gradient."""
+    compute = getattr(torch, job.precision if job.config.lora else "float32")
+    model = copy.deepcopy(job.student.skeleton).to(compute)
+    return add_lora(model, job.config.lora) if job.config.lora else model.requires_grad_(True)
+
+
+def _of_a_pass(job: DistillJob, model: Any) -> int:
+    """What a micro-batch takes beside weights, gradients and moments; `model` is used up."""
+    train, lowered = job.config.train, job.precision == "bfloat16"
+    sequences = min(train.micro_batch, -(-train.step_sequences // processes().count))
+    live = job.teacher_runs and job.config.loss.topk is None
+    head = inner_model(model).get_output_embeddings()
+    compute = getattr(torch, job.precision)
+    of_losses = working_bytes(sequences * train.seq_len, head, compute, live, job.device)
+    return of_losses + activation_bytes(model, train, sequences, lowered)
 
 
 def check_resources(job: DistillJob, folder: OutputFolder) -> None:
@@ -165,7 +204,7 @@ def check_resources(job: DistillJob, folder: OutputFolder) -> None:
     free = torch.cuda.mem_get_info(job.device)[0] if on_gpu else free_memory()
     if taken > free:
         raise InputError(
-            f"training takes at least {in_words(taken)} of memory besides activations, "
-            f"and {in_words(free)} are free; train adapters with --lora 16, or shard over more "
-            "GPUs with accelerate launch --use_fsdp --fsdp_version 2"
+            f"training takes {in_words(taken)} of memory, and {in_words(free)} are free; give a "
+            "smaller --micro-batch or --set activation_checkpointing=true, train adapters with "
+            "--lora 16, or shard over more GPUs with accelerate launch --use_fsdp --fsdp_version 2"
         )

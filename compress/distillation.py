@@ -76,7 +76,7 @@ def run_distillation(
                 model = add_lora(model, job.config.lora)
             student = Student(model, Objective(job.config.loss, model, teacher))
             result = train(student, data, job.config.train, folder.training)
-            model = merge_lora(student.model) if job.config.lora else student.model
+            model = merge_lora(student.model, job.dtype) if job.config.lora else student.model
             weights = latents.restored(whole_weights(model))
             report = first(lambda: _finish(job, folder, model, weights, data, result))
             return report or {}

@@ -13,8 +13,8 @@ In memory at once, beside h, W and their gradients:
 
 - one chunk of the student's logits and one of the teacher's, in the dtype of the products
   (bfloat16 under autocast), together at most CHUNK_BYTES.  dL/dz overwrites the student's;
-- the losses of a block of rows in float32, some ten times `block_bytes`.  Blocks are small enough
-  for a processor's cache, where these passes run four times as fast;
+- the losses of a block of rows in float32, some ROUNDS_OF_LOSSES times BLOCK_BYTES.  Blocks are
+  small enough for a processor's cache, where these passes run four times as fast;
 - W in the dtype of the products, if that differs, and one product [V, D] in it on its way into
   dL/dW, which is summed in float32.
 
@@ -27,7 +27,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from compress.distill.model_parts import Head, check_whole
@@ -36,6 +36,7 @@ IGNORED = -100  # the label of a position from which nothing is predicted
 CHUNK_BYTES = 128 << 20
 BLOCK_BYTES = 4 << 20  # of one float32 matrix, on a CPU
 BLOCK_BYTES_ON_DEVICE = 64 << 20  # elsewhere, where each operation costs a launch
+ROUNDS_OF_LOSSES = 10  # float32 matrices of a block at once, about
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,27 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def working_bytes(
+    tokens: int, linear: nn.Linear, dtype: torch.dtype, live: bool, device: torch.device
+) -> int:
+    """What the losses of `tokens` take at once, at most, as the top of this file lists it.
+
+    linear  the head, perhaps on the meta device; a trained one requires a gradient
+    dtype   of products
+    live    whether the teacher's logits are computed beside the student's
+    """
+    weight, matrices = linear.weight, 2 if live else 1
+    chunks = min(CHUNK_BYTES, tokens * len(weight) * dtype.itemsize * matrices)
+    states = linear.in_features * tokens * (torch.float32.itemsize + dtype.itemsize)
+    total = chunks + states + ROUNDS_OF_LOSSES * _block_bytes(device)
+    if dtype != weight.dtype:
+        total += weight.numel() * dtype.itemsize
+    if weight.requires_grad:
+        total += weight.numel() * torch.float32.itemsize
+        total += weight.numel() * dtype.itemsize if dtype != torch.float32 else 0
+    return total
+
+
 class ChunkedLogits:
     """Logits of hidden states before the soft cap, a chunk of tokens at a time, in one buffer."""
 
@@ -136,9 +158,12 @@ def chunks_of(tokens: int, vocabulary: int, dtype: torch.dtype, matrices: int = 
 
 def blocks_of_rows(logits: Tensor) -> list[slice]:
     """The rows of a chunk [C, V] in blocks that are small in float32."""
-    size = BLOCK_BYTES if logits.device.type == "cpu" else BLOCK_BYTES_ON_DEVICE
-    step = max(1, size // (4 * logits.shape[1]))
+    step = max(1, _block_bytes(logits.device) // (4 * logits.shape[1]))
     return [slice(start, start + step) for start in range(0, len(logits), step)]
+
+
+def _block_bytes(device: torch.device) -> int:
+    return BLOCK_BYTES if device.type == "cpu" else BLOCK_BYTES_ON_DEVICE
 
 
 def _scaled(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor | None]:

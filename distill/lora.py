@@ -66,6 +66,20 @@ def add_lora(model: Any, config: LoraConfig) -> nn.Module:
         return peft.get_peft_model(model, settings)
 
 
-def merge_lora(model: Any) -> nn.Module:
-    """The model with its adapters added to its weights, in float32."""
-    return model.float().merge_and_unload()
+def merge_lora(model: Any, dtype: torch.dtype) -> nn.Module:
+    """The model with its adapters added to its weights, one linear at a time.
+
+    The sums are made in float32 and kept so that `dtype` holds them as if they were rounded once;
+    all else stays in the dtype that it has.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            adapted: Any = module
+            linear = adapted.get_base_layer()
+            kept = torch.promote_types(linear.weight.dtype, dtype)
+            added = sum(adapted.get_delta_weight(name).float() for name in module.active_adapters)
+            merged = (linear.weight.detach().float() + added).to(kept)
+            linear.weight = nn.Parameter(merged, requires_grad=False)
+    return model.unload()

@@ -18,6 +18,7 @@ RECORDS = {
     "mla": [*TEXTS, "--samples", "64", "--windows", "16"],
     "outliers": TEXTS,
     "pruning": [*TEXTS, "--tokens", "50k"],
+    "small-conversions": [],
     "windows": TEXTS,
 }
 

@@ -365,7 +365,7 @@ def test_too_little_memory_or_disk(recipe, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(distill_preflight, "free_memory", lambda: 1000)
-        with pytest.raises(InputError, match=r"training takes at least .* of memory"):
+        with pytest.raises(InputError, match=r"training takes .* of memory, and 1 kB are free"):
             run_distillation(recipe())
     monkeypatch.setattr("compress.core.outfolder.free_disk", lambda _: 1000)
     with pytest.raises(InputError, match="of disk while it is made"):
