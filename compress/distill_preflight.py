@@ -161,8 +161,9 @@ def needs_of(job: DistillJob) -> Needs:
         sequences = -(-job.tokens // config.train.seq_len)
         disk += sequences * job.cache_identity("").bytes_per_sequence
     output = parameters * job.dtype.itemsize
+    memory = max(memory, output)  # adapters are merged in the output's dtype
     # A GPU's model comes through this process's memory, and goes to the disk through it.
-    host = INTERPRETER_BYTES + (weights if on_gpu else max(memory, weights + output))
+    host = INTERPRETER_BYTES + (max(weights, output) if on_gpu else memory)
     return Needs(output, disk, 0, host, memory if on_gpu else 0)
 
 

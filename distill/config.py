@@ -37,8 +37,9 @@ class TrainConfig:
     ema            decay of an exponential moving average of what is trained, which then is what
                    is evaluated and handed back; none by default
     evaluate_every steps between two evaluations on the held-out sequences; by default a tenth
-                   of all
-    save_every     steps between two checkpoints; by default a tenth of all
+                   of all, or more where evaluations would take more than a tenth of the time
+    save_every     steps between two checkpoints; by default a tenth of all, or more where that
+                   is less than a minute
     trackers       names of accelerate's trackers: tensorboard, trackio, wandb, ...
     seed           of the order of sequences, and of dropout
     """

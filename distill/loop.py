@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from compress.core.processes import processes
@@ -19,7 +20,10 @@ from compress.distill.preparation import check
 from compress.distill.run_log import Row, RunLog
 from compress.distill.training import ParameterGroups, Training, decay_matrices
 
-PARTS = 10  # of all steps, a tenth lies between two evaluations or checkpoints by default
+PARTS = 10  # of all steps, at least a tenth lies between two evaluations or checkpoints by default
+EVALUATING = 0.1  # of the time of training, about what evaluations take by default at most
+PASSES = 3  # forward passes that training on a token costs
+SECONDS = 60  # between two checkpoints by default, at least
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,18 @@ def train(
         say(f"Going on after step {done} of {config.steps}")
     elif data.held_out:
         add(training.evaluation(0))
-    evaluate_every = config.evaluate_every or -(-config.steps // PARTS)
+    evaluate_every = config.evaluate_every or _steps_between_evaluations(config, data)
     save_every = config.save_every or -(-config.steps // PARTS)
+    saved = time.monotonic()
     for step in track(range(done, config.steps), _Description(log), config.steps, done):
         add(training.step(step))
         done = step + 1
         if data.held_out and (done % evaluate_every == 0 or done == config.steps):
             add(training.evaluation(done))
-        if done % save_every == 0 or done == config.steps:
+        due = done % save_every == 0 and (config.save_every or _passed(SECONDS, saved, training))
+        if due or done == config.steps:
             training.save(done)
+            saved = time.monotonic()
             if processes().is_first:
                 write_plot(folder / "loss.png", log.steps, log.evaluations)
     if processes().is_first:  # a run may have been broken off between a checkpoint and its plot
@@ -90,6 +97,19 @@ def train(
     training.finish()
     last = log.steps[-1]
     return TrainResult(done, last["tokens"], log.seconds, last["loss"], log.evaluations)
+
+
+def _steps_between_evaluations(config: TrainConfig, data: PackedData) -> int:
+    """So many that evaluations take a small part of the time: few tokens are evaluated seldom."""
+    affordable = EVALUATING * PASSES * config.tokens / max(data.held_out * config.seq_len, 1)
+    return -(-config.steps // min(max(int(affordable), 1), PARTS))
+
+
+def _passed(seconds: float, since: float, training: Training) -> bool:
+    """Whether so much time has passed, in one of the processes at least: all save, or none."""
+    passed = torch.tensor(float(time.monotonic() - since >= seconds), device=training.device)
+    processes().largest(passed)
+    return bool(passed)
 
 
 class _Description:

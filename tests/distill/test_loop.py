@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from compress.core.errors import InputError
+from compress.distill import loop
 from compress.distill.checkpoint import whole_weights
 from compress.distill.config import TrainConfig
 from compress.distill.loop import train
@@ -178,7 +179,8 @@ def test_the_moving_average(two, packed, tmp_path):
 
 
 def test_rows(make_student, packed, tmp_path):
-    result = train(make_student().requires_grad_(True), packed(), settings(), tmp_path)
+    config = settings(evaluate_every=1)
+    result = train(make_student().requires_grad_(True), packed(), config, tmp_path)
     rows = rows_of(tmp_path)
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
@@ -201,6 +203,29 @@ def test_how_often(make_student, packed, tmp_path):
     assert [row["step"] for row in rows_of(tmp_path) if "evaluation" in row] == [0, 4, 6]
     found = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
     assert found == ["step-00000004", "step-00000006"]  # the last two
+
+
+@pytest.mark.parametrize(
+    ("tokens", "evaluated"),
+    # 4 sequences held out, of which a forward pass takes as long as training on 43 tokens does
+    [(256, [0, 1]), (1024, [0, 2, 4]), (1536, [0, 2, 4, 6]), (20 * 256, list(range(0, 21, 2)))],
+)
+def test_few_tokens_are_evaluated_seldom(make_student, packed, tmp_path, tokens, evaluated):
+    config = settings(tokens=tokens)
+    train(make_student().requires_grad_(True), packed(), config, tmp_path)
+    assert [row["step"] for row in rows_of(tmp_path) if "evaluation" in row] == evaluated
+
+
+@pytest.mark.parametrize(("seconds", "saved"), [(0, 10), (1000, 1)])
+def test_checkpoints_by_default(make_student, packed, tmp_path, monkeypatch, seconds, saved):
+    """After each tenth of the steps where that takes long enough; after the last one anyway."""
+    monkeypatch.setattr(loop, "SECONDS", seconds)
+    counted = []
+    save = loop.Training.save
+    monkeypatch.setattr(loop.Training, "save", lambda *a: counted.append(a[1]) or save(*a))
+    config = settings(tokens=20 * 256, save_every=None)
+    train(make_student().requires_grad_(True), packed(), config, tmp_path)
+    assert counted == (list(range(2, 21, 2)) if saved == 10 else [20])
 
 
 def test_the_plot(make_student, packed, tmp_path):
