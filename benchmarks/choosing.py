@@ -53,13 +53,14 @@ def quantizing(*settings: str) -> tuple[str, ...]:
     return ("quantize", "MODEL", "--method", *settings, "--dtype", "bfloat16")
 
 
-def converting(*settings: str) -> tuple[str, ...]:
-    return ("convert", "MODEL", "--to", *settings, "--samples", "64", "--dtype", "bfloat16")
+def converting(*settings: str, samples: int = 64) -> tuple[str, ...]:
+    return ("convert", "MODEL", "--to", *settings, "--samples", str(samples), "--dtype", "bfloat16")
 
 
 W4 = quantizing("gptq", "--bits", "4", "--group-size", "64")
 WINDOWS = ("windows", "--window", "512", "--global-every", "5", "--global-by", "error")
 WINDOWS += ("--seq-len", "1024")  # what lies beyond the window tells
+LATENTS = ("mla", "--kv-rank", "192", "--rope-dim", "64")
 WAYS = (
     Way("fp8", "weights and inputs in fp8", quantizing("fp8")),
     Way("llm-int8", "weights and inputs in int8, outliers in 16 bits", quantizing("llm-int8")),
@@ -71,7 +72,12 @@ WAYS = (
     Way(
         "mla-256",
         "latent attention, 256 of 384 numbers, not trained",
-        converting("mla", "--kv-rank", "192", "--rope-dim", "64"),
+        converting(*LATENTS, "--seq-len", "2048", samples=16),
+    ),
+    Way(
+        "mla-256-near",
+        "the same, calibrated on texts of 512 tokens in place of 2,048",
+        converting(*LATENTS),
     ),
     Way("windows", "windows of 512 tokens in 24 of 30 blocks, not trained", converting(*WINDOWS)),
     Way(

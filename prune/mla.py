@@ -90,6 +90,7 @@ COLUMNS = {
     "plain_error": "error, before the refit",
     "error": "refitted",
 }
+FAR = 2048  # tokens, over which calibration sequences tell what distance needs
 LEGEND = (
     "Rotation kept: of what the logits would lose without RoPE, the share of the components that "
     "keep it. Lost: what the latent does not hold of the other keys and of the values, as a share "
@@ -167,7 +168,22 @@ class MlaStage:
             },
             kv_values=(before, after),
             columns=COLUMNS,
-            legend=LEGEND,
+            legend=LEGEND + self._how_far(),
+        )
+
+    def _how_far(self) -> str:
+        """A sentence where the calibration text is shorter than what the model may read.
+
+        A rotation that is slow over the text's distances is cheap to leave out, and is missed
+        beyond them (benchmarks/LOG.md).
+        """
+        seen = self.original.calibration_length
+        enough = min(FAR, self.original.config.max_position_embeddings)
+        if not self.observes or seen >= enough:
+            return ""
+        return (
+            f" Distances of up to {seen:,} tokens were looked at: what lies further back may be "
+            f"lost, which compress eval --recall shows; a seq_len of {enough} looks further."
         )
 
     def config_json(self, plans: Sequence[Any] | None) -> dict[str, Any]:

@@ -94,7 +94,8 @@ def convert_command(
       compress convert smollm2 --to gqa --kv-heads 1 --calibration c4.txt --out smollm2-mqa
       compress convert meta-llama/Llama-2-7b-hf --to gqa --kv-heads 8 --out llama2-gqa8
       compress convert smollm2 --to gqa --kv-heads 1 --merge mean --no-refit --out baseline
-      compress convert smollm2 --to mla --kv-rank 96 --rope-dim 64 --out smollm2-mla
+      compress convert smollm2 --to mla --kv-rank 192 --rope-dim 64 --samples 32 \\
+          --seq-len 2048 --out smollm2-mla
       compress convert smollm2 --to windows --window 512 --global-every 5 --out smollm2-windows
       compress convert smollm2 --to cla --share 2 --calibration c4.txt --out smollm2-cla
 

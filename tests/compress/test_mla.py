@@ -222,11 +222,20 @@ def test_what_is_reported(stage_values, tmp_path, text_file):
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output
     assert "24 numbers a token, were 64 (62.5% fewer)" in done.stdout
+    assert "up to 32 tokens were looked at" in " ".join(done.stdout.split())
     report = json.loads((tmp_path / "out" / "compress.json").read_text())
     assert json.loads(plan.stdout)["output_bytes"] == report["sizes"]["bytes"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "converted to MLA of rank 8 and 4 RoPE channels" in card
     assert "rotation kept" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_text_as_long_as_the_context_says_nothing_of_distances(stage_values, tmp_path, text_file):
+    command = ["convert", stage_values()["model"], *MLA, "--samples", "2", "--seq-len", "128"]
+    command += ["--calibration", str(text_file), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    assert "looked at" not in " ".join(done.stdout.split())
 
 
 MLA = ["--to", "mla", "--kv-rank", "8", "--rope-dim", "4"]

@@ -37,6 +37,7 @@ SETTINGS = {
     "micro_batch": 3,
     "learning_rate": 3e-3,
     "save_every": 2,
+    "evaluate_every": 1,
     "precision": "float32",
 }
 

@@ -42,7 +42,7 @@ def broken_off(make_student, packed, tmp_path, monkeypatch):
     """A run that ended after 5 of 6 steps with a checkpoint after 4: its data and settings."""
     from compress.distill.training import Training
 
-    data, config = packed(), settings(save_every=2)
+    data, config = packed(), settings(save_every=2, evaluate_every=1)
     step = Training.step
 
     def interrupted(self, number):
