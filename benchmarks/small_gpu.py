@@ -83,43 +83,41 @@ def shortened(options: argparse.Namespace, model: Path) -> Path:
     return path
 
 
-def watched(command: list[str], log: Path) -> list[dict[str, float]]:
-    """Run a command; seconds and the greatest RssAnon in bytes of each stage."""
-    stages: list[dict[str, float]] = []
+def watched(command: list[str], log: Path) -> list[int]:
+    """Run a command; the greatest RssAnon in bytes of each stage."""
+    stages: list[int] = []
     with log.open("w", encoding="utf-8") as said:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
         status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
             begun = len(re.findall(r"^Stage \d+ of", log.read_text(encoding="utf-8"), re.M))
             if begun > len(stages):
-                stages.append({"seconds": 0.0, "RssAnon": 0})
+                stages.append(0)
             held = re.search(r"RssAnon:\s+(\d+)", status.read_text())
             if stages and held is not None:
-                stages[-1]["RssAnon"] = max(stages[-1]["RssAnon"], 1024 * int(held[1]))
-                stages[-1]["seconds"] += 0.1
+                stages[-1] = max(stages[-1], 1024 * int(held[1]))
             time.sleep(0.1)
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed; {log} says why")
     return stages
 
 
-def page(options: argparse.Namespace, plan: dict[str, Any], found: list[dict[str, float]]) -> str:
+def page(options: argparse.Namespace, plan: dict[str, Any], found: list[int]) -> str:
     """Planned and found, stage by stage."""
     size = sum(path.stat().st_size for path in (options.work / "out").glob("*.safetensors"))
     lines = [
         "# recipes/small-gpu.yaml on random weights",
         "",
         f"Qwen3-8B's widths, {options.blocks} blocks, of which {options.layers_out} goes; "
-        f"{options.samples} x 512 tokens to calibrate, {options.tokens:,} to train. On a CPU.",
+        f"{options.samples} x 512 tokens to calibrate, {options.tokens:,} to train. On a CPU, "
+        "where weights that are not trained stay in mapped files and are not counted.",
         "",
-        "| stage | memory, GB | planned | time, s |",
-        "|---|---|---|---|",
+        "| stage | memory, GB | planned |",
+        "|---|---|---|",
     ]
-    for stage, of in zip(plan["stages"], found, strict=True):
-        lines.append(
-            f"| {stage['method']} | {of['RssAnon'] / 1e9:.2f} "
-            f"| {stage['memory_bytes'] / 1e9:.2f} | {of['seconds']:.0f} |"
-        )
+    for stage, held in zip(plan["stages"], found, strict=True):
+        planned = stage["memory_bytes"] / 1e9
+        lines.append(f"| {stage['method']} | {held / 1e9:.2f} | {planned:.2f} |")
     command = f"python benchmarks/small_gpu.py WORK_FOLDER --text {options.text.name} "
     command += f"--blocks {options.blocks} --samples {options.samples} --tokens {options.tokens}"
     lines += ["", f"The output is {size / 1e9:.2f} GB.", "", f"    {command}", ""]

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
@@ -34,6 +35,7 @@ from compress.recall import RecallConfig, check_recall, evaluate_recall
 from compress.tasks import check_tasks, evaluate_tasks
 
 KEPT = "comparison.json"
+LOCK = ".lock"
 CACHES = tuple(name for name in KV_CACHE_DTYPES if name != "auto")
 
 
@@ -193,7 +195,21 @@ class Comparison:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def measure(self) -> None:
-        """Measure what is still to be measured."""
+        """Measure what is still to be measured.
+
+        Raises InputError while another run measures into the same folder.
+        """
+        out = self.path.parent
+        try:
+            with FileLock(out / LOCK, timeout=0):
+                self._measure_all()
+        except Timeout:
+            raise InputError(
+                f"output folder '{out}' is being measured into by another run; wait for it, or "
+                "give another --out"
+            ) from None
+
+    def _measure_all(self) -> None:
         if self.measures.text:
             self._measure_quality(self.measures.text)
         if self.measures.tasks:
@@ -320,7 +336,7 @@ def _read(path: Path, out: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if out.is_dir() and any(out.iterdir()):
+        if out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
             raise InputError(
                 f"output folder '{out}' holds something else; give another --out"
             ) from None

@@ -7,6 +7,7 @@ from itertools import combinations
 
 import pytest
 from click.testing import CliRunner
+from filelock import FileLock
 
 from compress.cli import main
 from compress.cli.compare import print_comparison
@@ -192,6 +193,19 @@ def test_another_vocabulary_is_refused(models, tmp_path):
     entries = comparing.entries_of([str(folder)], models[0])
     with pytest.raises(InputError, match="vocabulary"):
         comparing.Comparison(entries, comparing.Measures(), tmp_path / "out").check()
+
+
+def test_two_runs_into_one_folder(models, tmp_path):
+    """The second is told to wait; a lock that was left behind stands in nobody's way."""
+    comparison = comparing.Comparison(
+        comparing.entries_of(models[1:], models[0]), comparing.Measures(), tmp_path
+    )
+    comparison.check()
+    refused = pytest.raises(InputError, match="is being measured into by another run; wait")
+    with FileLock(tmp_path / comparing.LOCK), refused:
+        comparison.measure()
+    (tmp_path / comparing.LOCK).touch()
+    comparing.Comparison(comparison.entries, comparing.Measures(), tmp_path).measure()
 
 
 def test_a_table_too_wide_for_the_terminal_is_turned(capsys):
