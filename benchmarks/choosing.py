@@ -174,7 +174,7 @@ def page(found: dict[str, Any]) -> str:
     heads += [f"moved a token, MB, {original['batch']} x {CONTEXT:,}", "KL"]
     heads += [f"tokens/s, batch {original['batch']}", "perplexity"]
     heads += [label_of(task) for task, _ in tasks]
-    heads += [f"pass key, {distance:,} back" for distance in distances]
+    heads += [f"{label}, {distance:,} back" for label in RECALL for distance in distances]
     lines = [
         "# What each way costs and gives",
         "",
@@ -211,6 +211,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return [head, f"|{'---|' * len(rows[0])}", *rest]
 
 
+RECALL = {"pass key": "passkey", "one of four pairs": "key-value"}
 METRICS = (("arc_easy", "acc_norm"), ("piqa", "acc_norm"), ("boolq", "acc"))
 METRICS += tuple((f"{task}_local", metric) for task, metric in METRICS)
 
@@ -244,8 +245,9 @@ def line(
         found = row["tasks"][task]
         error = 1.96 * found[f"{metric}_stderr"]
         cells.append(f"{found[metric]:.3f} ± {error:.3f}")
-    recall = {asked["distance"]: asked["found"] for asked in row["recall"]["passkey"]}
-    cells += [f"{recall[distance]:.0%}" for distance in distances]
+    for kind in RECALL.values():
+        found = {asked["distance"]: asked["found"] for asked in row["recall"][kind]}
+        cells += [f"{found[distance]:.0%}" for distance in distances]
     return cells
 
 
