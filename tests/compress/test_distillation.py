@@ -372,6 +372,20 @@ def test_too_little_memory_or_disk(recipe, monkeypatch):
         run_distillation(recipe())
 
 
+def test_a_class_that_shapes_do_not_plan_trains_all_the_same(recipe, monkeypatch, capsys):
+    """Its forward asks for a tensor's value, which a tensor without data does not have."""
+    from compress.distill import memory
+    from compress.distill.model_parts import last_hidden
+
+    def curious(model, ids, positions):
+        assert ids.sum().item() == 0
+        return last_hidden(model, ids, positions)
+
+    monkeypatch.setattr(memory, "last_hidden", curious)
+    run_distillation(recipe())
+    assert "The plan is without activations" in capsys.readouterr().err
+
+
 def command(student, teacher, text_file, out, *more):
     return [
         *("distill", "--student", str(student), "--teacher", str(teacher), "--out", str(out)),
