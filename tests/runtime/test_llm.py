@@ -446,7 +446,7 @@ def test_event_loops_are_not_kept(llm):
     for _ in range(3):
         asyncio.run(main())
     # The engine's thread lets go of its last answer in a moment.
-    until(lambda: gc.collect() >= 0 and not llm._doorbells)
+    assert until(lambda: gc.collect() >= 0 and not llm._doorbells)
 
 
 def test_a_closed_model_says_so(llm):
