@@ -35,18 +35,18 @@ CONTEXT = 2048  # tokens that each sequence has, where bytes moved for a token a
 class Way:
     """A checkpoint: what it is in words, and the command that makes it.
 
-    cache  of keys and values, at run time, beside those of the checkpoint
+    served  what the runtime rounds besides, as `compress compare` takes it
     """
 
     name: str
     words: str
     command: tuple[str, ...]
-    cache: str = ""
+    served: tuple[str, ...] = ()
 
     @property
     def entry(self) -> str:
         """As `compress compare` takes it, in the work folder."""
-        return self.name + (f"+{self.cache}" if self.cache else "")
+        return "+".join((self.name, *self.served))
 
 
 def quantizing(*settings: str) -> tuple[str, ...]:
@@ -57,6 +57,7 @@ def converting(*settings: str, samples: int = 64) -> tuple[str, ...]:
     return ("convert", "MODEL", "--to", *settings, "--samples", str(samples), "--dtype", "bfloat16")
 
 
+FLAGS = {"int8": "--kv-cache-dtype int8", "head8": "--head-bits 8"}
 W4 = quantizing("gptq", "--bits", "4", "--group-size", "64")
 WINDOWS = ("windows", "--window", "512", "--global-every", "5", "--global-by", "error")
 WINDOWS += ("--seq-len", "1024")  # what lies beyond the window tells
@@ -66,7 +67,9 @@ WAYS = (
     Way("llm-int8", "weights and inputs in int8, outliers in 16 bits", quantizing("llm-int8")),
     Way("w8", "weights in 8 bits", quantizing("rtn", "--bits", "8", "--group-size", "64")),
     Way("w4", "weights in 4 bits", W4),
-    Way("w4", "weights in 4 bits, keys and values in 8", W4, "int8"),
+    Way("w4", "the same, output layer in 8", W4, ("head8",)),
+    Way("w4", "the same, keys and values in 8 too", W4, ("head8", "int8")),
+    Way("w4", "weights in 4 bits, keys and values in 8", W4, ("int8",)),
     Way("qat-w3", "weights in 3 bits, trained", ("run", "qat-w3.yaml")),
     Way("w3", "weights in 3 bits", quantizing("gptq", "--bits", "3", "--group-size", "64")),
     Way(
@@ -89,7 +92,7 @@ WAYS = (
     Way("gqa", "1 of 3 KV heads, distilled", ("run", "gqa-healed.yaml")),
     Way("mla", "latent attention, 160 of 384 numbers, distilled", ("run", "mla.yaml")),
     Way("full-stack", "28 blocks, latent attention, 4 bits, distilled", ("run", "full-stack.yaml")),
-    Way("full-stack", "the same, latents in 8 bits", ("run", "full-stack.yaml"), "int8"),
+    Way("full-stack", "the same, latents in 8 bits", ("run", "full-stack.yaml"), ("int8",)),
 )
 
 
@@ -160,7 +163,7 @@ def told(way: Way, model: str) -> str:
     """The command as a user writes it."""
     words = (model if word == "MODEL" else word for word in way.command)
     words = (f"recipes/{word}" if word.endswith(".yaml") else word for word in words)
-    served = f", serve with --kv-cache-dtype {way.cache}" if way.cache else ""
+    served = f", serve with {' '.join(FLAGS[mark] for mark in way.served)}" if way.served else ""
     out = () if way.command[0] == "run" else ("--out", way.name)
     return f"`{' '.join(('compress', *words, *out))}`{served}"
 

@@ -8,10 +8,11 @@ tokens in the same order, so that what is measured does not depend on the engine
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from compress.core.device import default_device
+from compress.core.device import AS_STORED, ServedAs, default_device
 from compress.core.errors import InputError, nearest
 from compress.core.progress import say
 from compress.core.source import ModelSource
@@ -34,18 +35,18 @@ def check_engine(engine: str) -> None:
         )
 
 
-def settle_engine(engine: str, sources: Sequence[ModelSource], kv_cache_dtype: str = "auto") -> str:
+def settle_engine(engine: str, sources: Sequence[ModelSource], served: ServedAs = AS_STORED) -> str:
     """Say and return which engine it will be: with `auto` the runtime, where it serves all models.
 
     Reads no weights.  Raises InputError for the runtime if it does not serve one of the models, and
-    for transformers if keys and values are to be stored in 8 bits, which it does not do here.
+    for transformers if something is to be rounded on loading, which the runtime alone does.
     """
     check_engine(engine)
-    if kv_cache_dtype != "auto":
+    for name, value in served.told.items():
         if engine == "transformers":
             raise InputError(
-                f"kv_cache_dtype '{kv_cache_dtype}' is for the runtime, and engine 'transformers' "
-                "keeps no cache in evaluation; leave out one of the two"
+                f"{name} '{value}' is for the runtime, and engine 'transformers' rounds nothing "
+                "as it loads; leave out one of the two"
             )
         engine = "runtime"
     if engine != "transformers":
@@ -71,20 +72,18 @@ def _check_runtime(engine: str, sources: Sequence[ModelSource]) -> None:
 
 
 def load_predictor(
-    engine: str, source: ModelSource, dtype: str, kv_cache_dtype: str = "auto"
+    engine: str, source: ModelSource, dtype: str, served: ServedAs = AS_STORED
 ) -> Predictor:
     """Load a model on a settled engine; what it returns gives the logits of spans, in order.
 
-    transformers keeps no cache in evaluation, so `kv_cache_dtype` is the runtime's alone.
+    `served` is the runtime's alone.
     """
     if engine == "transformers":
         return partial(_transformers_logits, load_model(source.folder, dtype))
     from compress.runtime.loading import load_decoder
     from compress.runtime.scoring import logits
 
-    return partial(
-        logits, load_decoder(source, default_device(), dtype, kv_cache_dtype=kv_cache_dtype)
-    )
+    return partial(logits, load_decoder(source, default_device(), dtype, **asdict(served)))
 
 
 def _transformers_logits(model: Any, spans: Sequence[Span]) -> Iterator[Piece]:

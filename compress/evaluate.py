@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compress.core.device import check_dtype, check_kv_cache_dtype
+from compress.core.device import AS_STORED, ServedAs, check_dtype
 from compress.core.errors import InputError
 from compress.core.progress import track
 from compress.core.source import ModelSource, read_config
@@ -59,12 +59,12 @@ POSITIONS_AT_ONCE = 128  # bounds the fp32 copies of the logits to 128 x V
 class ScoringConfig:
     """How windows are scored: with weights in `dtype`, by one of compress.engines.ENGINES.
 
-    `kv_cache_dtype` is for the model; the original that it is compared with keeps its own.
+    `served` is for the model; the original that it is compared with is as it is stored.
     """
 
     dtype: str = "float32"
     engine: str = "auto"
-    kv_cache_dtype: str = "auto"
+    served: ServedAs = AS_STORED
     bootstrap: int = 10_000
     seed: int = 0
 
@@ -72,7 +72,6 @@ class ScoringConfig:
         self._check_least(bootstrap=100, seed=0)
         check_dtype(self.dtype)
         check_engine(self.engine)
-        check_kv_cache_dtype(self.kv_cache_dtype)
 
     def _check_least(self, **least: int) -> None:
         for name, minimum in least.items():
@@ -127,9 +126,9 @@ def evaluate_windows(
     """Score a model on token ids, int64 [W, N]; with `against`, compare it to that original.
 
     Returns plain numbers, ready for JSON: `perplexity`, `nll` (nats a token), `tokens` (scored),
-    `windows`, `seq_len`, `dtype`, `engine`, `kv_cache_dtype` unless it is auto; with `against`
-    also `perplexity_original`, `perplexity_ratio`, `kl_mean`, `kl_p99` (nats) and
-    `top1_agreement` (0 to 1).  Each `x_interval` is [low, high].
+    `windows`, `seq_len`, `dtype`, `engine`, what `served` tells; with `against` also
+    `perplexity_original`, `perplexity_ratio`, `kl_mean`, `kl_p99` (nats) and `top1_agreement` (0 to
+    1).  Each `x_interval` is [low, high].
 
     Raises InputError when a model cannot be loaded or gives NaN, and when the two models do not
     share vocabulary and tokenization.
@@ -143,11 +142,10 @@ def evaluate_windows(
             f"the tokenizer of '{folders[0]}' gives token {windows.max()}, but the model has "
             f"{vocabulary}; the tokenizer belongs to another model, copy the right one there"
         )
-    engine = settle_engine(config.engine, sources, config.kv_cache_dtype)
-    caches = (config.kv_cache_dtype, "auto")
+    engine = settle_engine(config.engine, sources, config.served)
     predictors = [
-        load_predictor(engine, source, config.dtype, cache)
-        for source, cache in zip(sources, caches, strict=False)
+        load_predictor(engine, source, config.dtype, served)
+        for source, served in zip(sources, (config.served, AS_STORED), strict=False)
     ]
     rows = []
     for row in track(score_windows(predictors, windows), "Evaluating", total=count):
@@ -160,9 +158,8 @@ def evaluate_windows(
             )
     scores = np.stack(rows, axis=1)  # [1 or 4, W, T]
     settings = {"windows": count, "seq_len": seq_len, "dtype": config.dtype, "engine": engine}
-    if config.kv_cache_dtype != "auto":
-        settings["kv_cache_dtype"] = config.kv_cache_dtype
-    return summarize(scores, config) | {"tokens": int(scores[0].size)} | settings
+    told = settings | config.served.told
+    return summarize(scores, config) | {"tokens": int(scores[0].size)} | told
 
 
 def check_models(folders: list[Path], seq_len: int) -> int | None:

@@ -16,6 +16,7 @@ both give the same numbers up to rounding:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import GenerationConfig
 
-from compress.core.device import default_device
+from compress.core.device import AS_STORED, ServedAs, default_device
 from compress.core.errors import InputError
 from compress.core.progress import track
 from compress.core.source import ModelSource
@@ -57,11 +58,11 @@ class RuntimeLM(TemplateLM):
         source: ModelSource,
         dtype: str = "float32",
         seed: int = 0,
-        kv_cache_dtype: str = "auto",
+        served: ServedAs = AS_STORED,
     ) -> None:
         super().__init__()
         self.tokenizer: Any = load_tokenizer(source.folder)
-        self._decoder = load_decoder(source, default_device(), dtype, kv_cache_dtype=kv_cache_dtype)
+        self._decoder = load_decoder(source, default_device(), dtype, **asdict(served))
         self._stop_tokens = stop_tokens(source.folder, self.tokenizer)
         self._defaults = _generation_defaults(source)
         self._seed = seed

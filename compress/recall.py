@@ -81,7 +81,7 @@ def evaluate_recall(model: ModelSource, config: RecallConfig) -> dict[str, Any]:
 
     `recall` is for each task a list of a row a distance: `distance` as asked for, `tokens`, the
     mean of what it is, `found` (0 to 1), `surprise` (nats an answer), and an `x_interval`
-    [low, high] of each; beside it `trials`, `dtype`, `engine`, and `kv_cache_dtype` if not auto.
+    [low, high] of each; beside it `trials`, `dtype`, `engine`, and what `served` tells.
 
     Raises InputError for a distance that the model's context has no room for, before weights are
     read, and when the model cannot be loaded or gives NaN.
@@ -92,8 +92,8 @@ def evaluate_recall(model: ModelSource, config: RecallConfig) -> dict[str, Any]:
         for task in TASKS
         for distance in sorted(chosen)
     }
-    engine = settle_engine(config.engine, [model], config.kv_cache_dtype)
-    predictor = load_predictor(engine, model, config.dtype, config.kv_cache_dtype)
+    engine = settle_engine(config.engine, [model], config.served)
+    predictor = load_predictor(engine, model, config.dtype, config.served)
     found = _answers([trial for group in trials.values() for trial in group], predictor)
     rows: dict[str, list[dict[str, Any]]] = {task: [] for task in TASKS}
     for (task, distance), group in trials.items():
@@ -105,9 +105,7 @@ def evaluate_recall(model: ModelSource, config: RecallConfig) -> dict[str, Any]:
             )
         rows[task].append(_row(distance, group, taken, config))
     told = {"recall": rows, "trials": config.trials, "dtype": config.dtype, "engine": engine}
-    if config.kv_cache_dtype != "auto":
-        told["kv_cache_dtype"] = config.kv_cache_dtype
-    return told
+    return told | config.served.told
 
 
 def check_recall(model: ModelSource, config: RecallConfig) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 from jinja2 import UndefinedError
 
+from compress.core.device import TOLD, told_of
 from compress.core.errors import InputError
 from compress.core.files import write_text
 from compress.core.source import public_name
@@ -35,8 +36,8 @@ from compress.page_template import page_template
 QUALITY = "quality.json"
 Layer = dict[str, Any]  # a LayerReport, as compress.json holds it
 
-# A measurement replaces an earlier one that agrees with it in these, and in `kv_cache_dtype`, which
-# is absent for auto.
+# A measurement replaces an earlier one that agrees with it in these, and in what the runtime
+# rounded (ServedAs), of which only what is not as stored is there.
 KEYS = {
     "texts": ("text", "against", "windows", "seq_len", "dtype"),
     "tasks": ("task", "limit", "dtype"),
@@ -82,7 +83,7 @@ def record_quality(folder: Path, result: dict[str, Any]) -> None:
         names = {"text": Path(result["text"]).name, "against": against}
         found["texts"].append(told | names)
     shared = {name: result.get(name) for name in ("limit", "dtype", "seed", "engine")}
-    shared |= {"kv_cache_dtype": result["kv_cache_dtype"]} if "kv_cache_dtype" in result else {}
+    shared |= {name: result[name] for name in TOLD if name in result}
     for task, metrics in result.get("tasks", {}).items():
         found["tasks"].append({"task": task, **shared, "metrics": metrics})
     for task, rows in result.get("recall", {}).items():
@@ -93,7 +94,7 @@ def record_quality(folder: Path, result: dict[str, Any]) -> None:
     with _as_written_here(folder):
         for kind, new in found.items():
             by_key = {
-                (*(m[key] for key in KEYS[kind]), m.get("kv_cache_dtype")): m
+                (*(m[key] for key in KEYS[kind]), *map(m.get, TOLD)): m
                 for m in [*quality[kind], *new]
             }
             quality[kind] = list(by_key.values())
@@ -187,6 +188,7 @@ def _render(
         quality=quality,
         text_metrics=TEXT_METRICS,
         few_windows=FEW_WINDOWS,
+        told_of=told_of,
         task_rows=_task_rows(quality["tasks"]),
         error=error,
         quantized=quantized,

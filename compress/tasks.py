@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.core.device import AS_STORED, ServedAs
 from compress.core.errors import InputError, nearest
 from compress.core.source import ModelSource, read_config
 from compress.core.tokenizer import load_tokenizer
@@ -42,14 +43,14 @@ def evaluate_tasks(
     seed: int = 0,
     dtype: str = "float32",
     engine: str = "auto",
-    kv_cache_dtype: str = "auto",
+    served: ServedAs = AS_STORED,
 ) -> dict[str, Any]:
     """Run harness tasks, and return their metrics with standard errors, ready for JSON.
 
     `include_path` is a folder with task files of your own, `limit` the number of questions to ask
     of each task (None: all), `engine` one of compress.engines.ENGINES.  `batch_size` is for the
-    engine transformers; the runtime packs its batches itself, and keeps keys and values as
-    `kv_cache_dtype` says.  Returns {"tasks": {task: {"samples":
+    engine transformers; the runtime packs its batches itself, and loads the model as `served` says.
+    Returns {"tasks": {task: {"samples":
     n, metric: value, metric_stderr: value or None}}, "limit": limit, "engine": engine}.  A group of
     tasks also gets an entry, when the harness aggregates it.
 
@@ -60,12 +61,12 @@ def evaluate_tasks(
     read_config(model.folder)
     with contextlib.redirect_stdout(sys.stderr):  # the harness and its data sets print
         manager = _find_tasks(tasks, include_path)
-        engine = settle_engine(engine, [model], kv_cache_dtype)
+        engine = settle_engine(engine, [model], served)
         specs = _load_tasks(manager, tasks)
         from lm_eval.evaluator import simple_evaluate
 
         found: Any = simple_evaluate(
-            _harness_model(engine, model, dtype, batch_size, seed, kv_cache_dtype),
+            _harness_model(engine, model, dtype, batch_size, seed, served),
             tasks=specs,
             task_manager=manager,
             limit=limit,
@@ -85,7 +86,7 @@ def evaluate_tasks(
         },
         "limit": limit,
         "engine": engine,
-    } | ({} if kv_cache_dtype == "auto" else {"kv_cache_dtype": kv_cache_dtype})
+    } | served.told
 
 
 def check_tasks(tasks: list[str], include_path: Path | None, limit: int | None) -> None:
@@ -96,12 +97,12 @@ def check_tasks(tasks: list[str], include_path: Path | None, limit: int | None) 
 
 
 def _harness_model(
-    engine: str, model: ModelSource, dtype: str, batch_size: int, seed: int, kv_cache_dtype: str
+    engine: str, model: ModelSource, dtype: str, batch_size: int, seed: int, served: ServedAs
 ) -> Any:
     if engine == "runtime":
         from compress.harness import RuntimeLM
 
-        return RuntimeLM(model, dtype, seed, kv_cache_dtype)
+        return RuntimeLM(model, dtype, seed, served)
     from lm_eval.models.huggingface import HFLM
 
     harness_model: Any = HFLM  # its constructor's signature is hidden by a decorator

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compress.core.errors import InputError
+from compress.core.device import check_lm_head_bits
 from compress.core.progress import say
 from compress.core.source import ModelSource
 from compress.kernels.latent_attention import LatentShape
@@ -101,8 +101,7 @@ def load_weights(source: ModelSource, lm_head_bits: int | None = None) -> Decode
     Raises InputError for a model class or a format that the runtime does not serve, and for a
     checkpoint that lacks tensors, has them in a wrong shape, or holds some that nothing uses.
     """
-    if lm_head_bits not in (None, 8):
-        raise InputError(f"lm_head_bits = {lm_head_bits} is not possible; give 8, or leave it out")
+    check_lm_head_bits(lm_head_bits)
     stored = StoredModel(source)
     facts = architecture_of(stored.skeleton, source.ref)
     embedding = stored.tensor("model.embed_tokens.weight")

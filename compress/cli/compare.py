@@ -100,13 +100,14 @@ def compare_command(
     """Measure MODELS and ORIGINAL alike: size, cache, speed, perplexity, KL, tasks, recall.
 
     Each is a folder, a .gguf file, a Hugging Face id or an alias (smollm2); MODEL+int8 or MODEL+fp8
-    is with keys and values in 8 bits.  Speed is measured in rounds, all models in turn in each.  A
+    is with keys and values in 8 bits, MODEL+head8 with the output layer, MODEL+head8+int8 with
+    both.  Speed is measured in rounds, all models in turn in each.  A
     star marks those that no other beats in both size, or time a token, and KL.
 
     \b
     Examples:
       compress compare smollm2-w4 smollm2-w3 --against smollm2 --text wiki.txt
-      compress compare w4 w4+int8 --against smollm2 --text wiki.txt --seq-len 2048 --windows 8
+      compress compare w4 w4+head8+int8 --against smollm2 --text wiki.txt --seq-len 2048 --windows 8
       compress compare out/* --against smollm2 --tasks arc_easy,piqa --limit 200 --out table
       compress compare mla windows --against smollm2 --recall --distances 128,1024
     """

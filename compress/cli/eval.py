@@ -11,8 +11,8 @@ from rich.table import Table
 
 from compress.cli.options import given
 from compress.cli.output import print_json
-from compress.cli.runtime_options import KV_CACHE_DTYPE, add_options
-from compress.core.device import DTYPES
+from compress.cli.runtime_options import HEAD_BITS, KV_CACHE_DTYPE, add_options, bits_of
+from compress.core.device import DTYPES, ServedAs, told_of
 from compress.core.errors import InputError, reason_of, shown
 from compress.core.progress import say
 from compress.engines import ENGINES
@@ -76,7 +76,7 @@ from compress.tasks import DEFAULT_BATCH_SIZE, check_tasks, evaluate_tasks
     show_default=True,
     help="Precision of weights and activations.",
 )
-@add_options([KV_CACHE_DTYPE])
+@add_options([HEAD_BITS, KV_CACHE_DTYPE])
 @click.option(
     "--seed",
     default=TextEvalConfig.seed,
@@ -99,6 +99,7 @@ def eval_command(
     trials: int | None,
     engine: str,
     dtype: str,
+    head_bits: str | None,
     kv_cache_dtype: str,
     seed: int,
     as_json: bool,
@@ -108,7 +109,8 @@ def eval_command(
     MODEL and ORIGINAL are each a folder, a .gguf file, a Hugging Face id or an alias (smollm2).
     Give one or more of --text, --tasks, --recall.  Intervals are 95 %, of a text by bootstrap over
     windows.
-    --kv-cache-dtype is for MODEL, so that against itself it shows what 8 bits cost.
+    --kv-cache-dtype and --head-bits are for MODEL, so that against itself they show what 8 bits
+    cost.
 
     In an output folder of compress, what was measured is kept in quality.json and report.html.
 
@@ -119,6 +121,7 @@ def eval_command(
       compress eval out/smollm2-awq --tasks arc_easy,piqa --limit 200
       compress eval smollm2 --tasks piqa_local --include-path benchmarks/tasks
       compress eval smollm2 --against smollm2 --text wiki.txt --seq-len 2048 --kv-cache-dtype int8
+      compress eval out/smollm2-awq --against smollm2 --text wiki.txt --head-bits 8
       compress eval out/smollm2-windows --recall --distances 128,512,2048
     """
     if text is None and not tasks and not recall:
@@ -127,17 +130,17 @@ def eval_command(
         raise click.UsageError("--distances and --trials are for --recall; give that too")
     if text is None and against is not None:
         raise click.UsageError("--against compares two models on a text; give --text FILE too")
-    config = None
+    config, served = None, ServedAs(kv_cache_dtype, bits_of(head_bits))
     if text is not None:
         config = TextEvalConfig(
             text, seq_len=seq_len, windows=windows, dtype=dtype, engine=engine, seed=seed,
-            kv_cache_dtype=kv_cache_dtype,
+            served=served,
         )  # fmt: skip
     asked = None
     if recall:
         asked = RecallConfig(
             distances_of(distances), **given(trials=trials), dtype=dtype, engine=engine, seed=seed,
-            kv_cache_dtype=kv_cache_dtype,
+            served=served,
         )  # fmt: skip
     from compress.core.source import resolve_model
 
@@ -158,9 +161,8 @@ def eval_command(
             result |= evaluate_recall(source, asked)
         if tasks:
             result |= evaluate_tasks(
-                source, names, include_path, limit, batch_size, seed, dtype, engine,
-                kv_cache_dtype,
-            )  # fmt: skip
+                source, names, include_path, limit, batch_size, seed, dtype, engine, served
+            )
     if as_json:
         print_json(result)
     else:
@@ -209,8 +211,7 @@ def print_eval_table(result: dict[str, Any]) -> None:
         "top1_agreement": "same most likely token",
     }
     sizes = f"{result['windows']} windows of {result['seq_len']} tokens, {result['dtype']}"
-    if "kv_cache_dtype" in result:
-        sizes += f", keys and values {result['kv_cache_dtype']}"
+    sizes += told_of(result)
     table = Table("", title=sizes, title_justify="left")
     for column in ("value", "95 % interval"):
         table.add_column(column, justify="right")
@@ -223,7 +224,7 @@ def print_eval_table(result: dict[str, Any]) -> None:
 
 def print_recall_table(result: dict[str, Any]) -> None:
     """Print what `evaluate_recall` returned as a table on standard output."""
-    title = f"Recall, {result['trials']} trials each, {result['dtype']}"
+    title = f"Recall, {result['trials']} trials each, {result['dtype']}{told_of(result)}"
     table = Table(title=title, title_justify="left")
     table.add_column("task")
     for column in ("tokens back", "found", "95 % interval", "surprise (nats)", "95 % interval"):

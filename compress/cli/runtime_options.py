@@ -137,6 +137,11 @@ def sampling_params(**values: Any) -> SamplingParams:
     return SamplingParams(**{key: value for key, value in values.items() if value is not None})
 
 
+def bits_of(head_bits: str | None) -> int | None:
+    """What `--head-bits` was given."""
+    return int(head_bits) if head_bits else None
+
+
 @dataclass(frozen=True)
 class ModelChoice:
     """A model, and how it is to be loaded.  UsageError for a number of drafted tokens alone."""
@@ -156,7 +161,7 @@ class ModelChoice:
     @property
     def lm_head_bits(self) -> int | None:
         """Bits of the output layer, or None for those it is stored in."""
-        return int(self.head_bits) if self.head_bits else None
+        return bits_of(self.head_bits)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from compress.core.device import KV_CACHE_DTYPES
+from compress.core.device import AS_STORED, KV_CACHE_DTYPES, LM_HEAD_BITS, ServedAs
 from compress.core.errors import InputError, reason_of
 from compress.core.files import write_text
 from compress.core.progress import say
@@ -36,21 +36,25 @@ from compress.tasks import check_tasks, evaluate_tasks
 
 KEPT = "comparison.json"
 LOCK = ".lock"
-CACHES = tuple(name for name in KV_CACHE_DTYPES if name != "auto")
+# What stands behind a `+` after a model, and what of ServedAs it sets.
+MARKS: dict[str, dict[str, Any]] = {
+    **{name: {"kv_cache_dtype": name} for name in KV_CACHE_DTYPES if name != "auto"},
+    **{f"head{bits}": {"lm_head_bits": bits} for bits in LM_HEAD_BITS if bits is not None},
+}
 
 
 @dataclass(frozen=True)
 class Entry:
     """A model in the comparison.
 
-    name            in tables, one of a kind
-    kv_cache_dtype  of the cache it is measured with; auto is as the checkpoint says
-    unserved        why the runtime does not serve it, so that it has no speed; empty if it does
+    name      in tables, one of a kind
+    served    what the runtime rounds of it as it is loaded
+    unserved  why the runtime does not serve it, so that it has no speed; empty if it does
     """
 
     name: str
     source: ModelSource
-    kv_cache_dtype: str = "auto"
+    served: ServedAs = AS_STORED
     unserved: str = ""
 
     @property
@@ -148,7 +152,8 @@ class Measures:
 
 
 def entries_of(models: Sequence[str], original: str) -> list[Entry]:
-    """The original, and the models; `MODEL+int8` and `MODEL+fp8` are with a cache in 8 bits.
+    """The original, and the models; marks such as `MODEL+int8` or `MODEL+head8+int8` say what the
+    runtime rounds of them (MARKS).
 
     Raises InputError for a model that is not found, for two of one name and for none at all.
     """
@@ -156,17 +161,27 @@ def entries_of(models: Sequence[str], original: str) -> list[Entry]:
         raise InputError("there is nothing to compare; give a folder or more")
     entries = [Entry(Path(original).name or original, resolve_model(original))]
     for given in models:
-        ref, _, cache = given.rpartition("+")
-        if cache not in CACHES or not ref:
-            ref, cache = given, "auto"
-        name = (Path(ref).name or ref) + ("" if cache == "auto" else f"+{cache}")
-        entries.append(Entry(name, resolve_model(ref), cache))
+        ref, marks = _without_marks(given)
+        name = "+".join([Path(ref).name or ref, *marks])
+        settings = {key: value for mark in marks for key, value in MARKS[mark].items()}
+        if len(settings) < len(marks):
+            raise InputError(f"'{given}' says twice what one thing is rounded to; leave out one")
+        entries.append(Entry(name, resolve_model(ref), ServedAs(**settings)))
     names = [entry.name for entry in entries]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise InputError(
             f"'{twice[0]}' names two of the models; rename a folder, or give it only once"
         )
     return entries
+
+
+def _without_marks(given: str) -> tuple[str, list[str]]:
+    """A model as it was given, and the marks behind it."""
+    ref, _, mark = given.rpartition("+")
+    if not ref or mark not in MARKS:
+        return given, []
+    ref, marks = _without_marks(ref)
+    return ref, [*marks, mark]
 
 
 class Comparison:
@@ -224,7 +239,7 @@ class Comparison:
         settings = asdict(config) | {"original": original.files}
 
         def measured(entry: Entry) -> dict[str, Any]:
-            own = replace(config, kv_cache_dtype=entry.kv_cache_dtype)
+            own = replace(config, served=entry.served)
             against = None if entry is original else original.source
             return evaluate_text(entry.source, own, against)
 
@@ -235,14 +250,14 @@ class Comparison:
             return evaluate_tasks(
                 entry.source, list(config.names), config.include_path, config.limit,
                 seed=config.seed, dtype=config.dtype, engine=config.engine,
-                kv_cache_dtype=entry.kv_cache_dtype,
+                served=entry.served,
             )  # fmt: skip
 
         self._each("tasks", asdict(config), measured)
 
     def _measure_recall(self, config: RecallConfig) -> None:
         def measured(entry: Entry) -> dict[str, Any]:
-            own = replace(config, kv_cache_dtype=entry.kv_cache_dtype)
+            own = replace(config, served=entry.served)
             return evaluate_recall(entry.source, own)
 
         self._each("recall", asdict(config), measured)
@@ -325,7 +340,7 @@ def check_speed(entry: Entry, speed: SpeedConfig) -> Entry:
 
 def _of(entry: Entry, settings: dict[str, Any]) -> dict[str, Any]:
     """What a measurement is of, as JSON gives it back."""
-    of = settings | {"kv_cache_dtype": entry.kv_cache_dtype, "files": entry.files}
+    of = settings | {"served": asdict(entry.served), "files": entry.files}
     return json.loads(json.dumps(of, default=str))
 
 
@@ -358,8 +373,9 @@ def time_once(entry: Entry, config: SpeedConfig) -> dict[str, float]:
     from compress.bench.subject import Subject
 
     subject = Subject(
-        str(entry.stored), config.dtype, None, config.threads, kv_cache_dtype=entry.kv_cache_dtype
-    )
+        str(entry.stored), config.dtype, entry.served.lm_head_bits, config.threads,
+        kv_cache_dtype=entry.served.kv_cache_dtype,
+    )  # fmt: skip
     runs = []
     for batch in (1, config.batch):
         shape = Shape(config.prompt_tokens, config.new_tokens, batch)

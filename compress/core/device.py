@@ -1,8 +1,10 @@
-"""The device to run on, and the dtypes that models run in."""
+"""The device to run on, the dtypes that models run in, and what is rounded as they are loaded."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from compress.core.errors import InputError, nearest
 
@@ -13,6 +15,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "int8", "fp8")
 """What keys and values may be stored as; auto is as the checkpoint says, else the dtype of
 activations."""
+LM_HEAD_BITS = (None, 8)
+"""What the output layer may be rounded to, one scale a row; None leaves it as it is stored."""
 
 
 def default_device() -> torch.device:
@@ -53,3 +57,39 @@ def check_kv_cache_dtype(name: str) -> None:
             f"kv_cache_dtype '{name}' is unknown; allowed are {', '.join(KV_CACHE_DTYPES)}"
             f"{nearest(name, KV_CACHE_DTYPES)}"
         )
+
+
+def check_lm_head_bits(bits: int | None) -> None:
+    """Raise InputError for what the output layer cannot be rounded to."""
+    if bits not in LM_HEAD_BITS:
+        raise InputError(f"lm_head_bits = {bits} is not possible; give 8, or leave it out")
+
+
+@dataclass(frozen=True)
+class ServedAs:
+    """What the runtime rounds of a model that it loads, beside what its checkpoint has rounded.
+
+    kv_cache_dtype  one of KV_CACHE_DTYPES
+    lm_head_bits    one of LM_HEAD_BITS
+    """
+
+    kv_cache_dtype: str = "auto"
+    lm_head_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        check_kv_cache_dtype(self.kv_cache_dtype)
+        check_lm_head_bits(self.lm_head_bits)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What is not as the checkpoint says, by name, for a result."""
+        return {key: value for key, value in asdict(self).items() if value not in ("auto", None)}
+
+
+AS_STORED = ServedAs()
+TOLD = {"kv_cache_dtype": "keys and values {}", "lm_head_bits": "output layer in {} bits"}
+
+
+def told_of(result: Mapping[str, Any]) -> str:
+    """What of `ServedAs.told` a result holds, in words to go behind others."""
+    return "".join(f", {words.format(result[key])}" for key, words in TOLD.items() if key in result)

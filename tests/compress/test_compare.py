@@ -48,9 +48,12 @@ def run(*arguments):
 def test_every_number_is_what_its_own_command_says(models, text_file, tmp_path):
     original, *made = models
     options = ("--against", original, "--text", text_file, *SHORT, *SPEED, "--json")
-    result = run(*made, f"{made[0]}+int8", *options, "--out", tmp_path / "out")
+    rounded = [f"{made[0]}+{marks}" for marks in ("int8", "head8", "head8+int8")]
+    result = run(*made, *rounded, *options, "--out", tmp_path / "out")
     rows = json.loads(result.stdout)["rows"]
-    assert [row["name"] for row in rows][1:] == ["w8", "w3", "w8+int8"]
+    assert [row["name"] for row in rows][1:] == [
+        *("w8", "w3", "w8+int8", "w8+head8", "w8+head8+int8")
+    ]
     config = TextEvalConfig(text_file, seq_len=32, windows=4)
     for row, folder in zip(rows, [original, *made], strict=False):
         source = ModelSource(folder, comparing.resolve_model(folder).folder)
@@ -62,7 +65,11 @@ def test_every_number_is_what_its_own_command_says(models, text_file, tmp_path):
     assert 0 < rows[1]["kl_mean"] < rows[2]["kl_mean"]
     # heads of 8 numbers: 2 bytes or 4 each, against 8 codes and a scale of 4 bytes
     assert rows[3]["kv_bytes_per_token"] < rows[1]["kv_bytes_per_token"]
-    assert rows[3]["kl_mean"] != rows[1]["kl_mean"]
+    assert len({row["kl_mean"] for row in (rows[1], *rows[3:])}) == 4
+    # a head of one byte a weight and a float32 scale a row, for one of float32
+    assert rows[4]["weight_bytes"] < rows[1]["weight_bytes"] == rows[3]["weight_bytes"]
+    assert rows[5]["weight_bytes"] == rows[4]["weight_bytes"]
+    assert rows[5]["kv_bytes_per_token"] == rows[3]["kv_bytes_per_token"]
 
 
 def test_the_page_has_the_table_and_nothing_from_elsewhere(models, text_file, tmp_path):
@@ -163,6 +170,7 @@ def test_recall_is_that_of_eval(models, tmp_path):
     ("arguments", "message"),
     [
         (("{w8}", "{w8}"), "names two of the models"),
+        (("{w8}+int8+fp8",), "says twice what one thing is rounded to"),
         (("{w8}/nowhere",), "does not exist"),
         (("{w8}", "--prompt-tokens", "100000"), "allows at most"),
         (("{w8}", "--text", "{text}", "--seq-len", "100000"), "allows at most"),

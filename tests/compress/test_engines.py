@@ -72,6 +72,37 @@ def test_formats(format_name, symmetric, model_folder, text_file, tmp_path):
     assert_same_measures(out, folder, text_file, seq_len=128, windows=3)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_bits_round_the_output_layer_alone(tied, model_folder, text_file, tmp_path):
+    """What transformers measures where it was rounded by hand; embeddings stay."""
+    folder = tmp_path / "changed"
+    shutil.copytree(model_folder("llama"), folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, tie_word_embeddings=tied)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        head = 0.1 * torch.randn_like(model.lm_head.weight)
+        model.lm_head.weight.copy_(head)
+        model.save_pretrained(folder)
+        scale = head.abs().amax(dim=1, keepdim=True) / 127
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter((head / scale).round() * scale)
+    shutil.copytree(folder, tmp_path / "rounded")
+    model.save_pretrained(tmp_path / "rounded")
+    asked = ["--text", str(text_file), "--seq-len", "65", "--windows", "5", "--json"]
+    asked += ["--against", str(folder)]
+    found = {}
+    for name, head_bits in (("changed", ("--head-bits", "8")), ("rounded", ())):
+        done = CliRunner().invoke(main, ["eval", str(tmp_path / name), *asked, *head_bits])
+        assert done.exit_code == 0, done.output
+        found[name] = json.loads(done.stdout)
+    ours, theirs = found["changed"], found["rounded"]
+    assert ours.pop("lm_head_bits") == 8
+    # Rounding moves a logit by 1e-3, sums in another order by 1e-6: a divergence goes by squares.
+    assert ours["kl_mean"] == pytest.approx(theirs["kl_mean"], rel=1e-2)
+    assert ours["kl_mean"] > 1e-7
+    assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-5)
+
+
 def test_gguf(write_gguf, tmp_path, monkeypatch):
     """A .gguf file in its own blocks, against the float32 copy that transformers gets."""
     monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))

@@ -421,14 +421,18 @@ def test_tasks_are_replaced_one_by_one(awq):
     record_quality(awq, measured(piqa=0.5, arc=0.25))
     record_quality(awq, measured(arc=0.75))
     record_quality(awq, measured(arc=0.125) | {"limit": None})
+    for score in (0.5, 0.625):
+        record_quality(awq, measured(arc=score) | {"lm_head_bits": 8})
+    rounded = "float32, output layer in 8 bits"
     assert page_of(awq).table("task") == [
         ["piqa", "acc", "0.5000", "0.0625", "50", "the first 50", "float32"],
         ["arc", "acc", "0.7500", "0.0625", "50", "the first 50", "float32"],
         ["arc", "acc", "0.1250", "0.0625", "50", "all questions", "float32"],
+        ["arc", "acc", "0.6250", "0.0625", "50", "the first 50", rounded],
     ]
     assert "not measured yet" in page_of(awq).text("head")  # tasks say nothing of the original
     record_quality(awq, MEASURED)
-    assert len(page_of(awq).table("task")) == 3
+    assert len(page_of(awq).table("task")) == 4
     assert "/home" not in (awq / "quality.json").read_text().replace("/home/somebody/model", "")
 
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from compress.cli import main
-from compress.core.device import KV_CACHE_DTYPES
+from compress.core.device import KV_CACHE_DTYPES, ServedAs
 from compress.core.errors import InputError
 from compress.core.source import ModelSource, resolve_model
 from compress.evaluate import TextEvalConfig, evaluate_text
@@ -238,7 +238,7 @@ def test_what_cannot_be_asked_for(model_folder, text_file):
     folder = str(model_folder("llama"))
     with pytest.raises(InputError, match="kv_cache_dtype 'int4' is unknown; allowed are auto, "):
         LLM(folder, kv_cache_dtype="int4")
-    config = TextEvalConfig(text_file, seq_len=64, engine="transformers", kv_cache_dtype="int8")
+    config = TextEvalConfig(text_file, seq_len=64, engine="transformers", served=ServedAs("int8"))
     with pytest.raises(InputError, match=r"'int8' is for the runtime, .* leave out one of the two"):
         evaluate_text(resolve_model(folder), config)
 
