@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from compress.core.shards import ShardReader
 
+LATENTS = ("kv_a_proj_with_mqa", "q_a_proj")  # what makes them, in classes of DeepSeek's
+
 
 def load_model(
     folder: Path, dtype: str = "float32", device: torch.device | None = None
@@ -33,7 +35,8 @@ def load_model(
     columns are those that are stored beside the last.
 
     Raises InputError when the folder holds no loadable model, lacks weights that the model needs
-    (transformers would fill them at random), or needs a library that is absent.
+    (transformers would fill them at random), or needs a library that is absent, and for a dtype
+    that does not hold its weights.
     """
     import torch
     from safetensors import SafetensorError
@@ -76,8 +79,25 @@ def load_model(
         say(f"'{folder}': {len(unexpected)} tensors are not used, such as {unexpected[0]}")
     with without_bars():
         _decompress(model, ShardReader(folder), zero_points)
+    _check_latents(model, folder, dtype)
     pad_values(model)
     return model.eval()
+
+
+def _check_latents(model: PreTrainedModel, folder: Path, dtype: str) -> None:
+    """Raise InputError where a dtype does not hold the rows of latents, which are small in what
+    `compress convert --to mla` makes (prune/mla_weights.py)."""
+    import torch
+
+    least = torch.finfo(getattr(torch, dtype)).tiny
+    for name, module in model.named_modules():
+        if name.endswith(LATENTS):
+            rows: torch.Tensor = module.get_parameter("weight").abs().amax(1).float()
+            if rows.median() < least:
+                raise InputError(
+                    f"dtype {dtype} does not hold {name} of '{folder}', whose rows are too small "
+                    "for it; use bfloat16 or float32"
+                )
 
 
 def _load_unpacked(folder: Path, settings: dict[str, Any]) -> Any:

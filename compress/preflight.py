@@ -20,6 +20,7 @@ from compress.core.resources import free_memory, in_words
 from compress.core.shards import SINGLE_FILE_BYTES
 from compress.core.source import resolve_model
 from compress.core.stage import Stage
+from compress.loading import LATENTS
 from compress.probe import probe_bytes
 from compress.quant.choices import Choices, choices_of
 from compress.quant.config import Grid, RoundedGrid, WeightOnlyConfig
@@ -37,7 +38,6 @@ INTERPRETER_BYTES = 500_000_000  # Python, PyTorch and transformers, imported
 
 
 # Of multi-head latent attention: linears that give latents, and other rows beside them.
-LATENTS = ("kv_a_proj_with_mqa", "q_a_proj")
 
 
 @dataclass(frozen=True)

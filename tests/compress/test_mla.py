@@ -14,6 +14,7 @@ from compress.cli import main
 from compress.conversion import run_conversion
 from compress.core.errors import InputError
 from compress.core.source import resolve_model
+from compress.loading import load_model
 from compress.recipe import build_conversion
 from compress.recipe_file import load_recipe
 from tests.conftest import tiny_config
@@ -310,3 +311,7 @@ def test_scales_of_latents_are_not_stored_as_zero(stage_values, tmp_path, text_f
     done = CliRunner().invoke(main, train)
     assert done.exit_code == 2
     assert "dtype float16 does not hold model.layers.0.self_attn.kv_a_proj_with_mqa" in done.stderr
+    for made in ("out", "gptq"):  # as they are, and unpacked
+        with pytest.raises(InputError, match=r"float16 does not hold .*0.self_attn.kv_a_proj_with"):
+            load_model(tmp_path / made, "float16")
+        load_model(tmp_path / made, "bfloat16")
