@@ -26,29 +26,30 @@ if TYPE_CHECKING:
 ENGINES = ("auto", "runtime", "transformers")
 
 
-def check_engine(engine: str) -> None:
-    """Raise InputError for an engine that there is not."""
+def check_engine(engine: str, served: ServedAs = AS_STORED) -> None:
+    """Raise InputError for an engine that there is not, and for transformers if something is to be
+    rounded on loading, which the runtime alone does."""
     if engine not in ENGINES:
         raise InputError(
             f"engine '{engine}' is unknown; allowed are {', '.join(ENGINES)}"
             f"{nearest(engine, ENGINES)}"
         )
-
-
-def settle_engine(engine: str, sources: Sequence[ModelSource], served: ServedAs = AS_STORED) -> str:
-    """Say and return which engine it will be: with `auto` the runtime, where it serves all models.
-
-    Reads no weights.  Raises InputError for the runtime if it does not serve one of the models, and
-    for transformers if something is to be rounded on loading, which the runtime alone does.
-    """
-    check_engine(engine)
     for name, value in served.told.items():
         if engine == "transformers":
             raise InputError(
                 f"{name} '{value}' is for the runtime, and engine 'transformers' rounds nothing "
                 "as it loads; leave out one of the two"
             )
-        engine = "runtime"
+
+
+def settle_engine(engine: str, sources: Sequence[ModelSource], served: ServedAs = AS_STORED) -> str:
+    """Say and return which engine it will be: with `auto` the runtime, where it serves all models.
+
+    Reads no weights.  Raises InputError for the runtime if it does not serve one of the models, and
+    where `check_engine` does.
+    """
+    check_engine(engine, served)
+    engine = "runtime" if served.told else engine
     if engine != "transformers":
         try:
             _check_runtime(engine, sources)

@@ -29,6 +29,7 @@ from compress.core.errors import InputError, reason_of
 from compress.core.files import write_text
 from compress.core.progress import say
 from compress.core.source import ModelSource, read_config, resolve_model
+from compress.engines import check_engine
 from compress.evaluate import TextEvalConfig, check_models, check_text, evaluate_text
 from compress.inspection import inspect_folder
 from compress.recall import RecallConfig, check_recall, evaluate_recall
@@ -196,6 +197,8 @@ class Comparison:
 
     def check(self) -> None:
         """Everything that can be refused before anything is measured; InputError then."""
+        from compress.runtime.weights import check_served
+
         original, text = self.entries[0].source, self.measures.text
         for entry in self.entries:
             check_models([entry.source.folder, original.folder], text.seq_len if text else 1)
@@ -203,6 +206,11 @@ class Comparison:
                 check_text(entry.source, text)
             if self.measures.recall:
                 check_recall(entry.source, self.measures.recall)
+            if entry.served.told:
+                check_served(entry.source)
+            for measure in (text, self.measures.tasks, self.measures.recall):
+                if measure:
+                    check_engine(measure.engine, entry.served)
         if tasks := self.measures.tasks:
             check_tasks(list(tasks.names), tasks.include_path, tasks.limit)
         if self.measures.speed:

@@ -1,5 +1,6 @@
 """`compress compare`: its numbers are eval's and inspect's, and nothing is measured twice."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -171,6 +172,7 @@ def test_recall_is_that_of_eval(models, tmp_path):
     [
         (("{w8}", "{w8}"), "names two of the models"),
         (("{w8}+int8+fp8",), "says twice what one thing is rounded to"),
+        (("{w8}+int8", "--text", "{text}", *SHORT, "--engine", "transformers"), "for the runtime"),
         (("{w8}/nowhere",), "does not exist"),
         (("{w8}", "--prompt-tokens", "100000"), "allows at most"),
         (("{w8}", "--text", "{text}", "--seq-len", "100000"), "allows at most"),
@@ -189,6 +191,16 @@ def test_bad_input_is_one_line(arguments, message, models, text_file, tmp_path, 
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error")]
     assert message in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_marks_are_for_what_the_runtime_serves(models, model_folder, tmp_path):
+    folder = tmp_path / "unserved"
+    shutil.copytree(model_folder("phi"), folder)
+    for marks, refused in (("", False), ("+head8", True)):
+        entries = comparing.entries_of([f"{folder}{marks}"], models[0])
+        comparison = comparing.Comparison(entries, comparing.Measures(), tmp_path / "out")
+        with pytest.raises(InputError, match="Phi") if refused else contextlib.nullcontext():
+            comparison.check()
 
 
 def test_another_vocabulary_is_refused(models, tmp_path):
