@@ -120,9 +120,7 @@ def _about_latents(grids: dict[str, Grid]) -> list[str]:
     if not coarse:
         return []
     settings = " ".join(f"--set {leaf}:bits=8" for leaf in coarse)
-    return [
-        f"Latents lose much in so few bits, and little in 8: {settings} (`overrides` in a recipe)"
-    ]
+    return [f"Latents lose much in few bits, little in 8: {settings} (`overrides` in a recipe)"]
 
 
 def _check_latents(
