@@ -53,7 +53,8 @@ class _Layer:
         """What a step reads of the layer's matrices."""
         packed = [self.qkv, self.out, self.gate_up, self.down]
         if self.latent is not None:
-            packed += [self.latent.weights.up, *([self.latent.q_up] if self.latent.q_up else [])]
+            of_queries = (self.latent.apart, self.latent.q_up)
+            packed += [self.latent.weights.up, *(part for part in of_queries if part is not None)]
         return sum(part.bytes for part in packed)
 
 
@@ -115,6 +116,7 @@ class Decoder(ABC):
             return None
         return replace(
             layer,
+            apart=None if layer.apart is None else self._operations.pack(layer.apart),
             q_gain=None if layer.q_gain is None else layer.q_gain.to(self._device),
             q_up=None if layer.q_up is None else self._operations.pack(layer.q_up),
             weights=self._operations.pack_latent(layer.weights),
@@ -256,7 +258,7 @@ class Decoder(ABC):
                     owns=layer.owns,
                 )  # fmt: skip
             else:
-                attended = self._attend_latents(do, joint, angles, cache, layer.latent)
+                attended = self._attend_latents(do, x, joint, angles, cache, layer.latent)
             delta = do.linear("out", attended, layer.out)
             hidden, x = do.rms_norm(hidden, delta, layer.post_norm, eps)
             delta = do.linear("down", do.linear("gate_up", x, layer.gate_up), layer.down)
@@ -264,13 +266,20 @@ class Decoder(ABC):
         return do.logits(do.rms_norm(hidden, None, self._final_norm, eps)[1], self._head)
 
     def _attend_latents(
-        self, do: Any, joint: Any, angles: Any, cache: tuple[Blocks, Blocks], layer: LatentLayer
+        self,
+        do: Any,
+        x: Any,
+        joint: Any,
+        angles: Any,
+        cache: tuple[Blocks, Blocks],
+        layer: LatentLayer,
     ) -> Any:
-        """Attention on latents; `joint` has the queries, or what they are made of, in front."""
-        queries = joint
+        """Attention on latents; `joint` has the queries, or what they are made of, in front, unless
+        they are apart and made of `x` here."""
+        queries = joint if layer.apart is None else do.linear("queries apart", x, layer.apart)
         if layer.q_gain is not None:
             width = layer.q_gain.numel()
-            normed = do.norm_part(joint, width, layer.q_gain, layer.q_eps)
+            normed = do.norm_part(queries, width, layer.q_gain, layer.q_eps)
             queries = do.linear("q_up", normed, layer.q_up)
         return do.latent_attention(queries, joint, angles, *cache, layer.weights, self._latent)
 

@@ -41,7 +41,8 @@ class LayerWeights:
     window                 tokens that a query sees, itself included; None for all
     kv_scales              calibrated scales of keys and values in 8 bits (the source's), or None
     latent                 the rest of attention on latents (latents.py), and then `qkv` has rows of
-                           queries, latents and keys; None for grouped queries
+                           queries (unless they are apart), latents and keys; None for grouped
+                           queries
     """
 
     input_norm: Tensor
@@ -155,6 +156,10 @@ def _layer(stored: StoredModel, index: int, facts: Architecture) -> LayerWeights
         entering = read(QKV if source == index else QKV[:1])
     else:
         entering, latent = latent_layer(stored, f"{name}.self_attn", facts.latent)
+        if _unlike(parts := list(entering.values())) or len({part.bits for part in parts}) > 1:
+            first, *others = entering  # no code is widened: attention takes queries from anywhere
+            latent = replace(latent, apart=entering[first])
+            entering = {other: entering[other] for other in others}
         # transformers' cache holds latents in the keys' place, ours in the values'
         kv_scales = kv_scales and (kv_scales[1], kv_scales[0])
     return LayerWeights(
@@ -183,14 +188,8 @@ def join(parts: Sequence[LinearWeight], name: str) -> LinearWeight:
     """
     bias = _joined([part.bias for part in parts], [part.shape[0] for part in parts])
     inputs = [part.inputs for part in parts if part.inputs is not None]
-    alike = len(inputs) == len(parts) and all(_alike(inputs[0], other) for other in inputs[1:])
     dense = [part.dense for part in parts if part.dense is not None]
-    reason = None
-    if inputs and not alike:
-        reason = "do not all round their inputs alike"
-    elif dense and len(dense) < len(parts):
-        reason = "are not all quantized"
-    if reason:
+    if reason := _unlike(parts):
         say(f"{name} {reason}; they are de-quantized")
         dense = [part.dequantize(torch.float32) for part in parts]
     if dense:
@@ -207,6 +206,17 @@ def join(parts: Sequence[LinearWeight], name: str) -> LinearWeight:
         bias=bias,
         inputs=_of_all(inputs) if inputs else None,
     )
+
+
+def _unlike(parts: Sequence[LinearWeight]) -> str | None:
+    """Why the parts cannot be one and stay quantized; None where they can."""
+    inputs = [part.inputs for part in parts if part.inputs is not None]
+    alike = len(inputs) == len(parts) and all(_alike(inputs[0], other) for other in inputs[1:])
+    if inputs and not alike:
+        return "do not all round their inputs alike"
+    if len({part.dense is None for part in parts}) > 1:
+        return "are not all quantized"
+    return None
 
 
 def _alike(one: InputRounding, other: InputRounding) -> bool:

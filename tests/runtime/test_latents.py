@@ -107,6 +107,37 @@ def test_a_norm_that_is_switched_off(dtype, way, model_folder, tmp_path, monkeyp
         assert 1 <= rows.abs().max() < 2
 
 
+@pytest.mark.parametrize("way", ["program", "torch", "triton"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "youtu"])  # queries as they are, and compressed
+@pytest.mark.parametrize(
+    "settings",
+    [{"overrides": {"kv_a_proj_with_mqa": {"bits": 8}}}, {"ignore": ["kv_a_proj_with_mqa"]}],
+)
+def test_queries_keep_their_bits_beside_wider_latents(
+    settings, family, way, model_folder, tmp_path, monkeypatch
+):
+    """They are a linear of their own then: one with the latents would have the wider codes."""
+    if way != "program":
+        monkeypatch.setenv("COMPRESS_CPU_KERNELS", way)
+    elif reason := reason_against():
+        pytest.skip(reason)
+    out = tmp_path / "out"
+    stage = {"method": "rtn", "bits": 4, "group_size": 4, **settings}
+    recipe = {"model": str(model_folder(family)), "out": str(out), "stages": [stage]}
+    run_recipe(build_recipe(recipe))
+    for layer in weights_of(out).layers:
+        assert layer.latent.apart.bits == 4
+        assert layer.qkv.shape[0] == 20 + 8
+    expected = exact_logits(out)
+    decoder = load_decoder(ModelSource("m", out), CPU, "float32", None, 32)
+    apart = (all_logits(decoder) - expected).square().mean().sqrt() / expected.std()
+    assert apart < 1e-5  # sums in another order
+    stage["overrides"] = {"kv_a_proj_with_mqa": {"bits": 4}}
+    alike = tmp_path / "alike"
+    run_recipe(build_recipe(recipe | {"out": str(alike), "stages": [stage | {"ignore": []}]}))
+    assert all(layer.latent.apart is None for layer in weights_of(alike).layers)
+
+
 def test_up_projections_of_codes_are_their_values(model_folder, tmp_path):
     stage = {"method": "rtn", "group_size": 4}
     recipe = {"model": str(model_folder("youtu")), "out": str(tmp_path / "out")}
