@@ -93,6 +93,12 @@ WAYS = (
     Way("mla", "latent attention, 160 of 384 numbers, distilled", ("run", "mla.yaml")),
     Way("full-stack", "28 blocks, latent attention, 4 bits, distilled", ("run", "full-stack.yaml")),
     Way("full-stack", "the same, latents in 8 bits", ("run", "full-stack.yaml"), ("int8",)),
+    Way(
+        "full-stack",
+        "the same, output layer in 8 bits too",
+        ("run", "full-stack.yaml"),
+        ("head8", "int8"),
+    ),
 )
 
 
