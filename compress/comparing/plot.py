@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ COSTS = {
     "seconds_per_token": ("ms a token, one request", 1e3),
     "kv_bytes_per_token": ("KV cache, kB a token", 1e-3),
 }
+
+BESIDE = 10  # points of print: about the height of a name
 
 
 def write_plot(path: Path, rows: Sequence[Row]) -> bool:
@@ -72,20 +75,27 @@ def write_plot(path: Path, rows: Sequence[Row]) -> bool:
 
 
 def label_points(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write each name beside its point, where no other name and no point is, if there is room."""
+    """Write each name where no other name and no point is, as near to its own as there is room; a
+    line leads to what is not beside its point."""
     from matplotlib.transforms import Bbox
 
     places = [tuple(axes.transData.transform((x, y))) for x, y, _ in points]
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places]
-    sides = [("left", 6), ("right", -6)]
-    shifts = [(dx, dy, side) for dy in (4, -11, 16, -23, 28) for side, dx in sides]
+    # Where a name's near end may stand, seen from its point, in points of print; the right first.
+    ends = [(x, y) for x in range(-126, 127, 12) for y in range(-131, 132, 5)]
+    ends.sort(key=lambda end: (round(math.hypot(*end) / BESIDE), end[0] < 0, math.hypot(*end)))
     for number, (x, y, name) in enumerate(points):
         others = taken[:number] + taken[number + 1 :]
         text = axes.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=9)
-        for dx, dy, side in shifts:
-            text.set(position=(dx, dy), ha=side)
+        for end in ends:
+            text.set(position=end, ha="left" if end[0] > 0 else "right")
             box = text.get_window_extent()
             inside = axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max)
             if inside and not any(box.overlaps(other) for other in others):
                 break
         taken.append(text.get_window_extent())
+        if math.hypot(*text.get_position()) > 1.5 * BESIDE:
+            line = {"arrowstyle": "-", "color": "#59626c", "linewidth": 0.6, "alpha": 0.6}
+            axes.annotate(
+                "", (x, y), xytext=text.get_position(), textcoords="offset points", arrowprops=line
+            )
