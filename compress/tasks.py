@@ -50,9 +50,9 @@ def evaluate_tasks(
     `include_path` is a folder with task files of your own, `limit` the number of questions to ask
     of each task (None: all), `engine` one of compress.engines.ENGINES.  `batch_size` is for the
     engine transformers; the runtime packs its batches itself, and loads the model as `served` says.
-    Returns {"tasks": {task: {"samples":
-    n, metric: value, metric_stderr: value or None}}, "limit": limit, "engine": engine}.  A group of
-    tasks also gets an entry, when the harness aggregates it.
+    Returns {"tasks": {task: {"samples": n, metric: value, metric_stderr: value or None}}, "limit":
+    limit, "engine": engine} and what `served` tells.  A group of tasks also gets an entry, when the
+    harness aggregates it.
 
     Raises InputError, before the model is loaded, when lm-eval is absent, a task is unknown, its
     data cannot be read, or a number is out of range.

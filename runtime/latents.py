@@ -36,11 +36,12 @@ from compress.runtime.stored import StoredModel
 class LatentLayer:
     """What a layer has beside the projection of its input, whose rows are q (or q_a), c and k.
 
-    apart   q_proj, or q_a_proj, where it has other bits than kv_a_proj_with_mqa and is not one
-            linear with it: a LinearWeight, or as a way of computing packs it
-    q_gain  float32 [q rank], of the norm on compressed queries; None where these are not
-    q_eps   of that norm
-    q_up    q_b_proj: a LinearWeight, or as a way of computing packs it; None with `q_gain`
+    q_gain   float32 [q rank], of the norm on compressed queries; None where these are not
+    q_eps    of that norm
+    q_up     q_b_proj: a LinearWeight, or as a way of computing packs it; None with `q_gain`
+    weights  what attention itself computes with
+    apart    q_proj, or q_a_proj, where it has other bits than kv_a_proj_with_mqa and is not one
+             linear with it, as `q_up`; None where it is
     """
 
     q_gain: Tensor | None

@@ -101,8 +101,8 @@ def compare_command(
 
     Each is a folder, a .gguf file, a Hugging Face id or an alias (smollm2); MODEL+int8 or MODEL+fp8
     is with keys and values in 8 bits, MODEL+head8 with the output layer, MODEL+head8+int8 with
-    both.  Speed is measured in rounds, all models in turn in each.  A
-    star marks those that no other beats in both size, or time a token, and KL.
+    both.  Speed is measured in rounds, all models in turn in each.  A star marks those that no
+    other beats in both size, or time a token, and KL.
 
     \b
     Examples:

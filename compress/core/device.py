@@ -83,7 +83,7 @@ class ServedAs:
     @property
     def told(self) -> dict[str, Any]:
         """What is not as the checkpoint says, by name, for a result."""
-        return {key: value for key, value in asdict(self).items() if value not in ("auto", None)}
+        return {k: v for k, v in asdict(self).items() if v != getattr(AS_STORED, k)}
 
 
 AS_STORED = ServedAs()
